@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
+RUN := runs/quickstart
+
+.PHONY: help install quickstart scenes lint test clean
+
+help:
+	@echo "make quickstart   environment, scenes, a distributed training run, evaluation (about 10 minutes on 2 cores)"
+	@echo "make test         environment, lint, all tests"
+	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
+	@echo "make scenes       the embedded data set in data/scenes alone"
+	@echo "make lint         ruff and mypy alone"
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+scenes: $(STAMP)
+	$(BIN)/python tools/make_shards.py scenes --output data/scenes $(SCENES)
+
+quickstart: $(STAMP)
+	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml
+	$(BIN)/python -m mfm_dist.evaluate --run $(RUN)
+	@echo
+	@$(BIN)/python tools/quickstart_summary.py $(RUN)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""The one type that the data pipeline and the training methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used; the trainer names it once in the run's events and counts it."""
+
+    shard: str
+    """Path of the tar."""
+    key: str
+    """Name of the sample in it."""
+    number: int
+    """Number of the sample in its folder."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}, sample {self.key!r}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UDABatch:
+    """One block: ``B`` source and ``B`` target samples at consecutive positions (DESIGN: the micro-batch).
+
+    Images stay uint8 RGB until they are on the device, which costs a quarter of the copy.
+    """
+
+    source_image: Tensor
+    """uint8 [B, 3, H, W], RGB."""
+    source_label: Tensor
+    """uint8 [B, H, W], train ids, ``IGNORE_INDEX`` where unlabelled."""
+    target_image: Tensor
+    """uint8 [B, 3, H, W], RGB."""
+    target_valid: Tensor
+    """bool [B, H, W]; False on padding, where a pseudo-label means nothing."""
+    block: int
+    """Global index of this block; the key of every random draw that is made once per micro-batch."""
+    bad_samples: tuple[BadSample, ...] = ()
+    """Samples of this block that could not be used and were replaced by a neighbour."""
+
+    @property
+    def positions(self) -> range:
+        """Global position of each sample in its endless stream; the same for the source and the target stream."""
+        size = len(self.source_image)
+        return range(self.block * size, (self.block + 1) * size)
+
+    def to(self, device: torch.device) -> UDABatch:
+        """The same block with every tensor on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> UDABatch:
+        """The same block in page-locked memory; torch's DataLoader looks for a method of this name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return UDABatch(**values)

@@ -1,0 +1,152 @@
+"""``dataset.json``: what a folder of shards holds and what made it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "dataset.json"
+UNFINISHED_FILE = "dataset.unfinished.json"
+"""The manifest of a folder still being written: its recipe and the shards that are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What determines every byte of a data set. Two recipes that are equal give the same shards."""
+
+    generator: str
+    """The sub-command of tools/make_shards.py."""
+    version: int
+    """Version of that generator."""
+    arguments: dict[str, Any]
+    """Everything the generator was told that changes its output."""
+
+    def differences(self, other: Recipe) -> list[str]:
+        """One line a difference, from this recipe to the other."""
+        mine = {"generator": self.generator, "version": self.version, **self.arguments}
+        theirs = {"generator": other.generator, "version": other.version, **other.arguments}
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return [f"{n}: {mine.get(n)} -> {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One finished shard."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+    """Of the sidecar index, which is checked whenever the folder is opened; being small, that costs little."""
+    image_sizes: dict[str, int]
+    """Number of images by size, keyed ``"<height>x<width>"``."""
+    pixel_counts: dict[str, int]
+    """Labelled pixels by class name, and those that carry no class under ``"ignore"``; empty without labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Contents of ``dataset.json``."""
+
+    name: str
+    class_names: tuple[str, ...]
+    """Index = train id."""
+    recipe: Recipe
+    command: str
+    """Command that makes the folder, without its ``--output``."""
+    shards: tuple[ShardRecord, ...] = field(default=())
+
+    @property
+    def samples(self) -> int:
+        return sum(record.samples for record in self.shards)
+
+    @property
+    def pixel_counts(self) -> dict[str, int]:
+        """Labelled pixels of the whole data set by class name."""
+        return _total([record.pixel_counts for record in self.shards])
+
+    @property
+    def image_sizes(self) -> dict[str, int]:
+        """Images of the whole data set by ``"<height>x<width>"``."""
+        return _total([record.image_sizes for record in self.shards])
+
+    def to_json(self) -> str:
+        """Text of the file; equal manifests give equal bytes."""
+        content = {"format": FORMAT_VERSION, **asdict(self)}
+        shards = content.pop("shards")
+        totals = {"samples": self.samples, "image_sizes": self.image_sizes, "pixel_counts": self.pixel_counts}
+        return json.dumps({**content, **totals, "shards": shards}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises DataError when the file is not a manifest of this format."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["format"]
+            if version != FORMAT_VERSION:
+                raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}; make the shards anew")
+            return cls(
+                name=content["name"],
+                class_names=tuple(content["class_names"]),
+                recipe=Recipe(**content["recipe"]),
+                command=content["command"],
+                shards=tuple(ShardRecord(**record) for record in content["shards"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read as a manifest ({error!r}); make the shards anew") from error
+
+
+def _total(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Sums dictionaries key by key, keeping keys whose count is 0."""
+    total: Counter[str] = Counter()
+    for part in counts:
+        total.update(part)
+    return dict(total)
+
+
+def is_complete(folder: Path, recipe: Recipe) -> bool:
+    """Whether ``folder`` is finished, was made by ``recipe``, and holds every shard with its size. Reads no shard."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return False
+    manifest = Manifest.read(folder / MANIFEST_FILE)
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return manifest.recipe == recipe and all(
+        files.get(shard.file) == shard.bytes and index_path(Path(shard.file)).name in files for shard in manifest.shards
+    )
+
+
+def started_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, finished or not; None where nothing was begun."""
+    for name in (UNFINISHED_FILE, MANIFEST_FILE):
+        if (folder / name).is_file():
+            return Manifest.read(folder / name)
+    return None
+
+
+def conflict(folder: Path, recipe: Recipe) -> str | None:
+    """Why ``recipe`` may not write into ``folder``: it holds other shards. None when it may."""
+    try:
+        started = started_manifest(folder)
+    except DataError as error:
+        return str(error)
+    if started is None:
+        return f"{folder} holds tars that this command did not write" if any(folder.glob("*.tar")) else None
+    differences = started.recipe.differences(recipe)
+    return f"{folder} was made by another recipe ({'; '.join(differences)})" if differences else None
+
+
+def index_path(tar: Path) -> Path:
+    """The sidecar index of a tar."""
+    return tar.with_name(f"{tar.stem}.index.npy")
+
+
+def remake_hint(folder: Path, manifest: Manifest) -> str:
+    """The command that repairs or finishes ``folder``; it keeps what is whole."""
+    return f"{manifest.command} --output {folder.parent}"

@@ -1,0 +1,45 @@
+"""Errors meant for the person who started the run, each tied to an exit code of ``mfm_dist.train``."""
+
+EXIT_DONE = 0
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_STORAGE = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; the message says what, where, and what to do about it."""
+
+    exit_code: int = 1
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration, the command line or the launch file.
+
+    Attributes:
+        problems: every mistake found, each a full sentence naming the key and the fix.
+    """
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"configuration error: {self.problems[0]}"
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} configuration errors:\n{lines}"
+
+
+class DataError(UserError):
+    """Shards or samples that cannot be used; the message names the file and the sample."""
+
+    exit_code = EXIT_DATA
+
+
+class StorageError(UserError):
+    """A folder that cannot be written: full, read-only, gone. What was written before is intact."""
+
+    exit_code = EXIT_STORAGE

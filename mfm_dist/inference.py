@@ -1,0 +1,16 @@
+"""Prediction with a trained segmenter; the Rebuilder has no part in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfm_dist.methods.augment import normalise
+from mfm_dist.models.segmentor import Segmentor
+
+
+@torch.no_grad()
+def predict_labels(segmentor: Segmentor, image: Tensor, device: torch.device) -> Tensor:
+    """Most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``."""
+    logits: Tensor = segmentor(normalise(image.unsqueeze(0).to(device)))
+    return logits.float().argmax(dim=1).squeeze(0)

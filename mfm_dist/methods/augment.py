@@ -1,0 +1,139 @@
+"""The strong augmentation of mixed images: colour jitter and Gaussian blur, with keyed parameters.
+
+Parameters are drawn on the host from a keyed generator, so nothing waits for the device and every world size draws
+the same. Colour semantics are those of the kornia release the UDA line pins (0.5.8, UDA_FACTS 2.3), which differ
+from torchvision's: brightness adds, contrast multiplies, saturation and hue act in HSV.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_dist.config.schema import SelfTrainingSection
+
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+"""ImageNet mean of RGB in 0..255, used by every UDA code base."""
+IMAGE_STD = (58.395, 57.12, 57.375)
+"""ImageNet standard deviation of RGB in 0..255."""
+BLUR_SIGMA = (0.15, 1.15)
+"""Range of the blur's standard deviation in pixels (DACS)."""
+
+
+def _channel_constants(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [1, 3, 1, 1] beside ``like``."""
+    mean = torch.tensor(IMAGE_MEAN, device=like.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=like.device).view(1, 3, 1, 1)
+    return mean, std
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 RGB [B, 3, H, W] to the float32 scale the networks expect."""
+    mean, std = _channel_constants(image)
+    return (image.float() - mean) / std
+
+
+def strong_augment(image: Tensor, settings: SelfTrainingSection, generator: np.random.Generator) -> Tensor:
+    """Jitter and blur a normalised batch [B, 3, H, W] into a new tensor.
+
+    Whether to jitter and whether to blur is one draw for the whole micro-batch; factors, their order and the blur's
+    sigma are drawn for each image (DACS, DAFormer).
+    """
+    jitters, blurs = generator.random(2) < (settings.jitter_prob, settings.blur_prob)
+    if jitters:
+        mean, std = _channel_constants(image)
+        rgb = (image * std + mean) / 255.0
+        rgb = torch.stack([_jitter_one(one, settings.jitter_strength, generator) for one in rgb])
+        image = (rgb * 255.0 - mean) / std
+    if blurs:
+        image = torch.stack([gaussian_blur(one, generator.uniform(*BLUR_SIGMA)) for one in image])
+    return image
+
+
+def _jitter_one(rgb: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
+    """The four colour changes on one image [3, H, W] in 0..1, in a drawn order."""
+    brightness, contrast, saturation = generator.uniform(1 - strength, 1 + strength, size=3)
+    turn = generator.uniform(-strength, strength)
+    changes = (
+        lambda x: adjust_brightness(x, brightness),
+        lambda x: adjust_contrast(x, contrast),
+        lambda x: adjust_saturation(x, saturation),
+        lambda x: adjust_hue(x, turn),
+    )
+    for which in generator.permutation(4):
+        rgb = changes[which](rgb)
+    return rgb
+
+
+def adjust_brightness(rgb: Tensor, factor: float) -> Tensor:
+    """Add ``factor - 1`` to [..., 3, H, W] in 0..1 and clamp (kornia 0.5.8: additive)."""
+    return (rgb + (factor - 1.0)).clamp(0, 1)
+
+
+def adjust_contrast(rgb: Tensor, factor: float) -> Tensor:
+    """Multiply [..., 3, H, W] in 0..1 by ``factor`` and clamp (kornia 0.5.8: not around the mean)."""
+    return (rgb * factor).clamp(0, 1)
+
+
+def adjust_saturation(rgb: Tensor, factor: float) -> Tensor:
+    """Multiply S of HSV by ``factor``, clamped to 0..1."""
+    hue, saturation, value = rgb_to_hsv(rgb)
+    return hsv_to_rgb(hue, (saturation * factor).clamp(0, 1), value)
+
+
+def adjust_hue(rgb: Tensor, turn: float) -> Tensor:
+    """Turn H of HSV by ``turn`` of a full circle."""
+    hue, saturation, value = rgb_to_hsv(rgb)
+    return hsv_to_rgb((hue + turn) % 1.0, saturation, value)
+
+
+def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., 3, H, W] in 0..1 to hue (in turns), saturation and value, each [..., H, W]."""
+    red, green, blue = rgb.unbind(-3)
+    value, which = rgb.max(dim=-3)
+    span = value - rgb.amin(dim=-3)
+    safe_span = torch.where(span > 0, span, 1.0)
+    sector = torch.stack(
+        [(green - blue) / safe_span % 6.0, (blue - red) / safe_span + 2.0, (red - green) / safe_span + 4.0], dim=-3
+    )
+    hue = sector.gather(-3, which.unsqueeze(-3)).squeeze(-3) / 6.0
+    saturation = torch.where(value > 0, span / torch.where(value > 0, value, 1.0), 0.0)
+    return torch.where(span > 0, hue, 0.0), saturation, value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Inverse of ``rgb_to_hsv``: three maps [..., H, W] to [..., 3, H, W]."""
+    channels = []
+    for offset in (5.0, 3.0, 1.0):
+        sector = (offset + hue * 6.0) % 6.0
+        depth = torch.minimum(sector, 4.0 - sector).clamp(0, 1)
+        channels.append(value * (1.0 - saturation * depth))
+    return torch.stack(channels, dim=-3)
+
+
+def blur_kernel_size(side: int) -> int:
+    """Odd kernel size for an image side in pixels, a tenth of it (DACS: 51 for 512, 77 for 768, 103 for 1024)."""
+    tenth = math.ceil(0.1 * side)
+    return math.floor(tenth - 0.5 + tenth % 2)
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur of one image [3, H, W] with reflected borders."""
+    blurred = image.unsqueeze(0)
+    for side_index, side in ((-2, image.shape[-2]), (-1, image.shape[-1])):
+        size = blur_kernel_size(side)
+        # Beyond 8 sigma a weight is below 1e-14: cutting the published size there changes no bit of a float32 sum.
+        radius = min(max(size // 2, 0), math.ceil(8 * sigma))
+        offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
+        weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        weights = (weights / weights.sum()).to(image.dtype)
+        padding = (radius, radius, 0, 0) if side_index == -1 else (0, 0, radius, radius)
+        shape = (1, -1) if side_index == -1 else (-1, 1)
+        kernel = weights.view(1, 1, *shape).expand(3, 1, *shape)
+        with torch.autocast(image.device.type, enabled=False):
+            blurred = F.conv2d(F.pad(blurred, padding, mode="reflect"), kernel, groups=3)
+    return blurred.squeeze(0)

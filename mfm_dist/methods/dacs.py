@@ -1,0 +1,56 @@
+"""DACS (Tranheden et al. 2021) as the DAFormer / MIC code line trains it: self-training on class-mixed images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mfm_dist.config.schema import RunConfig, SelfTrainingSection
+from mfm_dist.methods.augment import strong_augment
+from mfm_dist.methods.base import Method, StepInputs, Term, source_term
+from mfm_dist.methods.self_training import NUM_LABEL_VALUES, cross_entropy, draw_class_masks, mix
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.rng import Stream, keyed_generator
+
+
+class DACS(Method):
+    """L = L_sup + L_mix: half the classes of a source image pasted onto a pseudo-labelled target image."""
+
+    needs_teacher = True
+
+    def __init__(self, settings: SelfTrainingSection) -> None:
+        self.settings = settings
+
+    def terms(self) -> Mapping[str, Term]:
+        return {"source": source_term, "mixed": self.mixed_term}
+
+    def mixed_term(self, student: Segmentor, inputs: StepInputs) -> Tensor:
+        """L_mix: source i is pasted onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
+        assert inputs.pseudo is not None
+        image, label, weight = mixed_batch(inputs, self.settings)
+        return cross_entropy(student(image), label, weight)
+
+
+@torch.no_grad()
+def mixed_batch(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tensor, Tensor, Tensor]:
+    """ClassMix and strong augmentation.
+
+    Returns:
+        image float32 [B, 3, H, W], label int64 [B, H, W] and pixel weight float32 [B, H, W] of the mixed batch.
+    """
+    assert inputs.pseudo is not None
+    draws = keyed_generator(inputs.seed, Stream.CLASS_MIX, inputs.block)
+    ranks = torch.from_numpy(draws.random((len(inputs.source_label), NUM_LABEL_VALUES)))
+    class_mask = draw_class_masks(inputs.source_label, ranks, settings.class_draw)
+    image = mix(class_mask, inputs.source_image, inputs.target_image)
+    label = mix(class_mask, inputs.source_label.long(), inputs.pseudo.label)
+    weight = mix(class_mask, torch.ones_like(inputs.pseudo.weight), inputs.pseudo.weight)
+    augment = keyed_generator(inputs.seed, Stream.STRONG_AUGMENT, inputs.block)
+    return strong_augment(image, settings, augment), label, weight
+
+
+def build(config: RunConfig) -> Method:
+    """The method as configured."""
+    return DACS(config.self_training)

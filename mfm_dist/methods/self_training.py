@@ -1,0 +1,102 @@
+"""Teacher targets, ClassMix and the cross-entropy of the UDA line, as pure functions.
+
+They reproduce the DAFormer / HRDA / MIC code line, oddities included, because published figures rest on them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_dist.classes import IGNORE_INDEX
+
+NUM_LABEL_VALUES = 256
+"""A label is one byte."""
+
+
+@dataclass(frozen=True)
+class PseudoTarget:
+    """What the teacher says of a target micro-batch."""
+
+    label: Tensor
+    """int64 [B, H, W]: the teacher's class of every pixel; none is dropped for low confidence."""
+    weight: Tensor
+    """float32 [B, H, W]: the pseudo-weight, one value for the whole micro-batch, 0 where not valid."""
+
+
+def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Pixel-wise cross-entropy, averaged over *all* pixels, ignored ones included (DACS line, UDA_FACTS 1).
+
+    Args:
+        logits: [B, C, h, w]; enlarged bilinearly to the label's size. Computed in fp32 whatever comes in.
+        label: integer [B, H, W]; ``IGNORE_INDEX`` pixels contribute 0 but count in the mean.
+        weight: float [B, H, W] multiplied onto each pixel's loss, or None for 1 everywhere.
+    """
+    logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=False)
+    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")
+    return loss.mean() if weight is None else (loss * weight).mean()
+
+
+@torch.no_grad()
+def pseudo_target(logits: Tensor, valid: Tensor, threshold: float) -> PseudoTarget:
+    """Pseudo-label and pseudo-weight from the teacher's logits at image size.
+
+    Args:
+        logits: [B, C, H, W].
+        valid: bool [B, H, W]; the weight is 0 where False. The share is still taken over all pixels.
+        threshold: the pseudo-weight is the share of pixels whose largest probability is at least this.
+    """
+    # fp32: near 1 bfloat16 has steps of 0.004, which would blur a threshold of 0.968.
+    probability, label = logits.float().softmax(dim=1).max(dim=1)
+    confident_share = (probability >= threshold).float().mean()
+    return PseudoTarget(label=label, weight=confident_share * valid)
+
+
+def ema_decay_at(update: int, ema_decay: float) -> float:
+    """Decay of the teacher's ``update``-th update, counted from 1: a plain mean at first, then ``ema_decay``.
+
+    The published schedule, min(1 - 1/(t + 1), alpha), updates at the start of step t >= 1, which is after the t-th
+    applied optimiser step.
+    """
+    return min(1.0 - 1.0 / (update + 1), ema_decay)
+
+
+def draw_class_masks(label: Tensor, ranks: Tensor, scope: Literal["batch", "image"]) -> Tensor:
+    """Which source pixels ClassMix pastes: those of a random half of the classes, drawn anew for each image.
+
+    Of n candidate classes ceil(n / 2) are drawn without replacement. Like the published code this treats 255 as a
+    class and takes the candidates from the whole micro-batch (``scope="batch"``), so that a drawn class may be absent
+    from the image. Nothing here waits for the device or changes shape with the data.
+
+    Args:
+        label: uint8 [B, H, W].
+        ranks: float [B, 256], one random key per image and label value; the smallest keys are drawn.
+        scope: "batch" (DAFormer, MIC) or "image" (original DACS).
+
+    Returns:
+        bool [B, H, W], True where the source is pasted.
+    """
+    batch = len(label)
+    index = label.reshape(batch, -1).long()
+    present = torch.zeros(batch, NUM_LABEL_VALUES, device=label.device)
+    present.scatter_(1, index, 1.0)
+    if scope == "batch":
+        present = present.amax(dim=0, keepdim=True).expand(batch, -1)
+    candidates = present > 0
+    drawn_count = (candidates.sum(dim=1, keepdim=True) + 1) // 2
+    keys = torch.where(candidates, ranks.to(label.device), math.inf)
+    place = keys.argsort(dim=1).argsort(dim=1)
+    drawn = candidates & (place < drawn_count)
+    return drawn.gather(1, index).reshape(label.shape)
+
+
+def mix(mask: Tensor, pasted: Tensor, background: Tensor) -> Tensor:
+    """``pasted`` where the class mask [B, H, W] is True, else ``background``; any [B, ..., H, W]."""
+    while mask.ndim < pasted.ndim:
+        mask = mask.unsqueeze(1)
+    return torch.where(mask, pasted, background)

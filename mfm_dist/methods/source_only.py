@@ -1,0 +1,22 @@
+"""Training on the source labels alone: the lower end that every adaptation is measured from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.methods.base import Method, Term, source_term
+
+
+class SourceOnly(Method):
+    """L = L_sup."""
+
+    needs_teacher = False
+
+    def terms(self) -> Mapping[str, Term]:
+        return {"source": source_term}
+
+
+def build(config: RunConfig) -> Method:  # noqa: ARG001 - no setting of its own
+    """The method as configured."""
+    return SourceOnly()

@@ -1,0 +1,201 @@
+"""Encoders: any timm model that offers feature maps, behind one interface."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mfm_dist.errors import ConfigError
+
+MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
+"""What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
+
+OWN_ARGUMENTS = {"features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
+"""Arguments of ``timm.create_model`` that ``Backbone`` sets by itself."""
+
+WRAPPER_OPTIONS = {"out_indices", "feature_cls"}
+"""Options of timm's feature wrapper, which the plain model does not have."""
+
+
+class Backbone(nn.Module):
+    """An encoder that turns an image into feature maps, fine to coarse.
+
+    ==========================  ===================================================================================
+    name                        is
+    ==========================  ===================================================================================
+    mit_b0 ... mit_b5           timm pvt_v2_b0 ... b5 with ``MIT_OPTIONS``: the encoder of DAFormer, HRDA and MIC
+    resnet101c, resnet50c       DeepLab's encoder, given the options output_stride=8, out_indices=(1, 2, 3, 4)
+    any other                   the timm model of that name, untouched
+    ==========================  ===================================================================================
+
+    Args:
+        name: one of the above; ``timm.list_models()`` lists the rest.
+        pretrained: fetch timm's own weights (needs a network or a filled cache; there are none for MiT).
+        weights: a local file instead, safetensors or torch, in timm's names or those of the original release (such
+            as SegFormer's ``mit_b5.pth``). A classifier in it is left out. Pickled code is never run.
+        options: further arguments of ``timm.create_model``; they win over ``MIT_OPTIONS``.
+
+    Attributes:
+        channels: channels of each map, fine to coarse.
+        strides: image pixels for each position of each map; odd sizes round up.
+
+    Raises:
+        ConfigError: an unknown name, a model without feature maps, a wrong option, weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        weights: Path | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__()
+        architecture, arguments = _resolve(name, dict(options or {}))
+        if pretrained and weights is not None:
+            raise ConfigError(f"model.pretrained is true and model.weights is {weights}: choose one of them")
+        if pretrained and name != architecture:
+            raise ConfigError(
+                f"model.pretrained: timm has no weights for {name!r}. Give a file with model.weights=PATH, or train "
+                f"model.backbone={architecture}, which is PVTv2 with weights of its own"
+            )
+        state = None if weights is None else _read_weights(Path(weights))
+        try:
+            net = timm.create_model(architecture, features_only=True, pretrained=pretrained, **arguments)
+            if state is not None:
+                _load(net, architecture, arguments, state)
+        except Exception as error:  # timm raises nearly every kind
+            raise ConfigError(_explain(architecture, arguments, error, weights=weights, state=state)) from error
+        self.net = net
+        self.channels: tuple[int, ...] = tuple(net.feature_info.channels())
+        self.strides: tuple[int, ...] = tuple(net.feature_info.reduction())
+        # Swin and its like compute in [B, H, W, C]; the purely convolutional families do not even say.
+        self._channels_come_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Normalised image [B, 3, H, W] -> maps, the i-th [B, channels[i], H / strides[i], W / strides[i]]."""
+        maps = self.net(image)
+        if self._channels_come_last:
+            maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
+        return maps
+
+
+def _resolve(name: str, options: dict[str, object]) -> tuple[str, dict[str, object]]:
+    """The timm name and all arguments behind a name of ours."""
+    reserved = sorted(OWN_ARGUMENTS & set(options))
+    if reserved:
+        raise ConfigError(
+            f"model.backbone_options may not set {', '.join(reserved)}; use model.pretrained or model.weights"
+        )
+    if re.fullmatch("mit_b[0-5]", name):
+        return name.replace("mit", "pvt_v2"), {**MIT_OPTIONS, **options}
+    if not timm.is_model(name):
+        known = [f"mit_b{size}" for size in range(6)] + timm.list_models()
+        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+        raise ConfigError(
+            f"model.backbone: timm {timm.__version__} has no model called {name!r}{hint}. timm.list_models() lists all"
+        )
+    return name, options
+
+
+def _load(net: nn.Module, architecture: str, options: Mapping[str, object], state: dict[str, Tensor]) -> None:
+    """Copy a weights file into timm's feature wrapper; raises whatever timm and torch raise when it does not fit.
+
+    The file goes into the plain model first. Only there does timm translate the names of the original release and
+    check every key; behind the wrapper, which drops layers, it would accept a file from which nothing fits.
+    """
+    heads = timm.models.get_pretrained_cfg(architecture).classifier or ()
+    names = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
+    plain_options = {key: value for key, value in options.items() if key not in WRAPPER_OPTIONS}
+    plain_options["num_classes"] = next((len(state[name]) for name in names if name in state), 0)
+    # Were a classifier named here, timm would allow for a different one by not checking any key.
+    overlay = {"state_dict": state, "classifier": None}
+    plain = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **plain_options)
+    # The wrappers rename stages.0 to stages_0, or put a prefix in front.
+    tensors = {name.replace(".", "_"): value for name, value in plain.state_dict().items()}
+    bare_name = {name: name.removeprefix("model.").removeprefix("body.") for name in net.state_dict()}
+    net.load_state_dict({name: tensors[bare.replace(".", "_")] for name, bare in bare_name.items()})
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name. Never unpickles anything but tensors and plain containers."""
+    if not path.is_file():
+        raise ConfigError(f"model.weights: there is no file {path}")
+    try:
+        content: object
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"model.weights: {path} cannot be read as safetensors or as a torch file that holds tensors only "
+            f"({_brief(error)}). A file with other objects is not opened, because that can run code"
+        ) from error
+    for wrapper in ("state_dict", "model"):  # where training scripts keep the weights
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ConfigError(f"model.weights: {path} holds no state dict (names and tensors)")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _builds(architecture: str, options: Mapping[str, object], *, features_only: bool) -> bool:
+    """Whether timm accepts this at all, weights aside."""
+    wrapper = {"features_only": True} if features_only else {}
+    try:
+        timm.create_model(architecture, **wrapper, **options)
+    except Exception:
+        return False
+    return True
+
+
+def _explain(
+    architecture: str,
+    options: dict[str, object],
+    error: Exception,
+    *,
+    weights: Path | None,
+    state: Mapping[str, Tensor] | None,
+) -> str:
+    """Why timm refused. Its own messages often name no cause, so this finds it by leaving things out."""
+    if _builds(architecture, options, features_only=True):
+        if state is not None:
+            chosen = f" with {options}" if options else ""
+            names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+            return (
+                f"model.weights: {weights} does not fit timm's {architecture!r}{chosen}; the file holds "
+                f"{', '.join(names[:3])} and {len(names[3:])} more. {_brief(error)}"
+            )
+        return (
+            f"model.pretrained: timm's weights for {architecture!r} could not be fetched ({_brief(error)}). "
+            "Without a network, copy the file here and give model.weights=PATH (safetensors or .pth), or start "
+            "from random weights with model.pretrained=false"
+        )
+    if _builds(architecture, {}, features_only=True):
+        rest = {key: {k: v for k, v in options.items() if k != key} for key in options}
+        guilty = [key for key in options if _builds(architecture, rest[key], features_only=True)] or list(options)
+        named = ", ".join(f"{key}={options[key]!r}" for key in guilty)
+        return f"model.backbone_options: timm's {architecture!r} does not accept {named} ({_brief(error)})"
+    if _builds(architecture, {}, features_only=False):
+        return (
+            f"model.backbone: timm's {architecture!r} offers no feature maps (features_only): {_brief(error)}. "
+            "Choose another model"
+        )
+    return f"model.backbone: timm cannot build {architecture!r}: {_brief(error)}"
+
+
+def _brief(error: Exception) -> str:
+    """The kind of an error and the first lines of its message, long ones cut: enough for a few keys of each kind."""
+    lines = [textwrap.shorten(line, 240, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:4]]) if lines else type(error).__name__

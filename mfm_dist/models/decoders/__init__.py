@@ -1,0 +1,56 @@
+"""Decoders, one file each; the folder is the registry.
+
+A decoder file ``<name>.py`` has ``build(channels, strides, num_classes, *, option=default, ...)``. What it returns
+is an ``nn.Module`` with two attributes, ``inputs`` (indices of the encoder maps it reads, which are the maps that the
+Rebuilder rebuilds) and ``stride`` (image pixels for each logit), called with the list of *all* encoder maps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+
+from torch import nn
+
+from mfm_dist.errors import ConfigError
+
+
+def decoder_names() -> list[str]:
+    """Every value that ``model.decoder`` can take: the names of the files of this folder."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def build_decoder(
+    name: str,
+    channels: Sequence[int],
+    strides: Sequence[int],
+    num_classes: int,
+    options: Mapping[str, object] | None = None,
+) -> nn.Module:
+    """Build ``mfm_dist/models/decoders/<name>.py`` for an encoder with these maps (fine to coarse).
+
+    Raises:
+        ConfigError: no such decoder, an option it does not have, or a value it cannot use.
+    """
+    names = decoder_names()
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"model.decoder: no decoder is called {name!r}; there are {', '.join(names)}.{hint}")
+    build = import_module(f"{__name__}.{name}").build
+    options = dict(options or {})
+    parameters = inspect.signature(build).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ConfigError(
+            f"model.decoder_options: decoder {name!r} has no option {', '.join(map(repr, unknown))}; "
+            f"it has {', '.join(allowed)}"
+        )
+    try:
+        return build(channels, strides, num_classes, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.decoder_options: decoder {name!r} cannot use {options}: {error}") from error

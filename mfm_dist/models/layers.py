@@ -1,0 +1,66 @@
+"""Small layers that the decoders and the Rebuilder share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, H, W], at each position by itself.
+
+    Unlike ``GroupNorm(1, C)`` it never mixes positions, so a hidden cell cannot change the scale of a visible one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNormReLU(nn.Sequential):
+    """Convolution without bias, BatchNorm, ReLU; the output has the input's height and width.
+
+    The weights are Kaiming-normal (fan-out, ReLU), as in the published DAFormer and HRDA decoders.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, dilation: int = 1, depthwise: bool = False
+    ) -> None:
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel,
+            padding=dilation * (kernel // 2),
+            dilation=dilation,
+            groups=in_channels if depthwise else 1,
+            bias=False,
+        )
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class SeparableConv(nn.Sequential):
+    """A 3x3 depthwise convolution, then a 1x1 convolution, each with BatchNorm and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, dilation: int) -> None:
+        super().__init__(
+            ConvNormReLU(in_channels, in_channels, 3, dilation=dilation, depthwise=True),
+            ConvNormReLU(in_channels, out_channels, 1),
+        )
+
+
+def init_classifier(conv: nn.Conv2d) -> nn.Conv2d:
+    """Weights of a convolution that emits logits: normal with std 0.01, bias zero (DAFormer, DeepLabV2)."""
+    nn.init.normal_(conv.weight, std=0.01)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear [B, C, h, w] -> [B, C, *size]; the tensor itself when it already has that size."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

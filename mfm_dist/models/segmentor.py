@@ -1,0 +1,57 @@
+"""The network that is trained, evaluated and exported: an encoder and a decoder, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.decoders import build_decoder
+from mfm_dist.models.layers import resize
+
+
+class Segmentor(nn.Module):
+    """Semantic segmentation in two halves, so that a method can work on the features in between."""
+
+    def __init__(self, backbone: Backbone, decoder: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+
+    @property
+    def decoder_inputs(self) -> tuple[int, ...]:
+        """Indices of the encoder maps that the decoder reads."""
+        return tuple(self.decoder.inputs)  # type: ignore[arg-type]
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Normalised image [B, 3, H, W] -> encoder maps, fine to coarse, the i-th [B, channels[i], h_i, w_i]."""
+        return self.backbone(image)
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """All encoder maps -> logits [B, num_classes, h, w] at the decoder's own resolution."""
+        return self.decoder(features)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
+        return resize(self.decode(self.encode(image)), image.shape[-2:])
+
+
+def build_segmentor(
+    *,
+    backbone: str,
+    decoder: str,
+    num_classes: int,
+    pretrained: bool = False,
+    weights: Path | None = None,
+    backbone_options: Mapping[str, object] | None = None,
+    decoder_options: Mapping[str, object] | None = None,
+) -> Segmentor:
+    """A Segmentor from names and options (see ``Backbone`` and ``build_decoder`` for both).
+
+    Raises:
+        ConfigError: an unknown name, a wrong option, or weights that cannot be used.
+    """
+    encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
+    return Segmentor(encoder, build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options))

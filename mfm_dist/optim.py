@@ -1,0 +1,66 @@
+"""Parameter groups, the optimiser, and schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mfm_dist.config.schema import MFMSection, OptimSection
+from mfm_dist.train_module import TrainModule
+
+
+def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_ratio: float) -> float:
+    """What every base rate is multiplied with at a step counted from 0 (UDA_FACTS 3.3).
+
+    Linear decay to 0 at ``steps``; the warm-up multiplies the *decayed* rate, so the peak stays below the base.
+    """
+    factor = 1.0 - step / steps
+    if step < warmup_steps:
+        factor *= 1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_ratio)
+    return factor
+
+
+def mfm_weight(step: int, settings: MFMSection) -> float:
+    """lambda at a step: 0 up to ``ramp_from``, ``loss_weight`` from ``ramp_to`` on, linear between."""
+    if step >= settings.ramp_to:
+        return settings.loss_weight
+    if step <= settings.ramp_from:
+        return 0.0
+    return settings.loss_weight * (step - settings.ramp_from) / (settings.ramp_to - settings.ramp_from)
+
+
+def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[str, Any]]:
+    """Every trainable parameter, grouped by part and by whether it decays.
+
+    Encoder, decoder and Rebuilder have rates of their own. LayerNorm parameters do not decay, BatchNorm parameters and
+    biases do, as in the published configurations. The teacher is in no group.
+    """
+    parts: list[tuple[str, nn.Module, float]] = [
+        ("encoder", module.student.backbone, settings.lr),
+        ("decoder", module.student.decoder, settings.lr * settings.decoder_lr_factor),
+    ]
+    if module.rebuilder is not None:
+        parts.append(("rebuilder", module.rebuilder, settings.rebuilder_lr))
+    groups: list[dict[str, Any]] = []
+    for name, part, rate in parts:
+        exempt = {p for m in part.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
+        trainable = [p for p in part.parameters() if p.requires_grad]
+        decaying = [p for p in trainable if p not in exempt]
+        kept = [p for p in trainable if p in exempt]
+        for label, parameters, decay in (("", decaying, settings.weight_decay), ("_norm", kept, 0.0)):
+            if parameters:
+                groups.append(
+                    {"name": name + label, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                )
+    return groups
+
+
+def build_optimizer(module: TrainModule, settings: OptimSection) -> Optimizer:
+    """The optimiser over ``parameter_groups``."""
+    groups = parameter_groups(module, settings)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)

@@ -1,0 +1,246 @@
+"""The loop: step, log, evaluate, save, stop on a signal."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.checkpoint import Progress, save_checkpoint
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.console import Console
+from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
+from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.teacher import update_teacher
+from mfm_dist.errors import DataError
+from mfm_dist.evaluation import Scores, evaluate
+from mfm_dist.methods.self_training import ema_decay_at
+from mfm_dist.metrics import RunningMean
+from mfm_dist.optim import learning_rate_factor, mfm_weight
+from mfm_dist.run_folder import RunFolder
+from mfm_dist.train_module import TrainModule
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The three data sets of a run."""
+
+    labelled: ShardReader
+    """What the student is supervised on."""
+    target: ShardReader
+    validation: ShardReader
+
+
+class StopRequested:
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 arrived; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+class Trainer:
+    """Trains from ``progress`` to the last step. ``fit`` is the loop, ``train_step`` the step."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        engine: Engine,
+        module: TrainModule,
+        readers: Readers,
+        run: RunFolder,
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.module = module
+        self.readers = readers
+        self.run = run
+        self.progress = progress
+        self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
+        self.means = RunningMean()
+        self.bad: set[BadSample] = set()
+        self.data_wait = 0.0
+        self.last_log = (time.perf_counter(), progress.step)
+        self.scores: Scores | None = None
+
+    def fit(self, stop: StopRequested) -> bool:
+        """Train to the end or to a stop signal; both end with a checkpoint. True if the last step was reached."""
+        config, progress = self.config, self.progress
+        blocks = self._blocks()
+        if progress.step == 0:
+            self.evaluate()
+        while progress.step < config.train.steps:
+            batches = self._fetch(blocks, stop)
+            if batches is None:
+                self.run.event("signal", step=progress.step, signal=stop.name)
+                self.save()
+                return False
+            self.train_step(batches)
+            last = progress.step == config.train.steps
+            if progress.step % config.log.every == 0 or last:
+                self.log()
+            if progress.step % config.eval.every == 0 or last:
+                self.evaluate()
+            if progress.step % config.checkpoint.every == 0 or last:
+                self.save()
+        self.console.close()
+        return True
+
+    def train_step(self, batches: list[UDABatch]) -> None:
+        """One global batch: this rank's micro-batches, the update, the teacher."""
+        config, progress, module = self.config, self.progress, self.module
+        self.engine.set_learning_rates(
+            learning_rate_factor(
+                progress.step,
+                steps=config.train.steps,
+                warmup_steps=config.optim.warmup_steps,
+                warmup_ratio=config.optim.warmup_ratio,
+            )
+        )
+        weight = mfm_weight(progress.step, config.mfm)
+        for batch in batches:
+            output = self.engine.forward(batch.to(self.engine.device), weight)
+            self.engine.backward(output.total)
+            self.means.add({"total": output.total, **output.losses})
+
+        result = self.engine.step()
+        if result.applied:
+            progress.applied += 1
+            if module.teacher is not None:
+                decay = ema_decay_at(progress.applied, config.self_training.ema_decay)
+                update_teacher(module.student, module.teacher.segmentor, decay)
+        else:
+            self.run.event("skipped_step", step=progress.step, reason="gradient not finite")
+        self.grad_norm = result.grad_norm
+        progress.step += 1
+        progress.block += config.blocks_per_step
+        self.console.advance()
+
+    def log(self) -> None:
+        """Average over the steps since the last line and over ranks, in one all-reduce."""
+        names, means = self.means.pop()
+        now, step = time.perf_counter(), self.progress.step
+        seconds, steps = now - self.last_log[0], step - self.last_log[1]
+        means = self.engine.mean(torch.cat([means, torch.tensor([self.data_wait / seconds], device=means.device)]))
+        *losses, data_wait_fraction = means.tolist()
+        record: dict[str, Any] = {"step": step}
+        record |= {
+            name if name == "pseudo_weight" else f"loss/{name}": value
+            for name, value in zip(names, losses, strict=True)
+        }
+        record["grad_norm/total"] = self.grad_norm
+        record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        record["images_per_second"] = 2 * self.config.train.global_batch * steps / seconds
+        record["data_wait_fraction"] = data_wait_fraction
+        record["memory_gib"] = self._memory_gib()
+        if self.engine.is_main:
+            self.run.metrics.append(record)
+        self.console.show(record)
+        self.last_log, self.data_wait = (now, step), 0.0
+
+    def evaluate(self) -> Scores:
+        """Score the student, save the result and a few overlays."""
+        step, config = self.progress.step, self.config
+        started = time.perf_counter()
+        path = self.run.evaluation(step)
+        items = EvaluationSet(self.readers.validation, rank=self.engine.rank, world_size=self.engine.world_size)
+        scores, bad = evaluate(
+            self.module.student,
+            items,
+            self.engine,
+            step=step,
+            overlays=config.eval.overlays,
+            overlay_folder=path.with_suffix(""),
+        )
+        if self.engine.is_main:
+            scores.save(path)
+        self._note_bad_samples(bad)
+        self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
+        # Evaluation is no part of the throughput of training.
+        self.last_log = (self.last_log[0] + time.perf_counter() - started, self.last_log[1])
+        self.scores = scores
+        return scores
+
+    def save(self) -> None:
+        """Write a checkpoint at the current step."""
+        path = save_checkpoint(self.run.checkpoints, self.module, self.engine, self.progress, self.config)
+        self.console.line(f"step {self.progress.step}: saved {path}")
+
+    def _blocks(self) -> Iterator[UDABatch]:
+        config = self.config
+        pipeline = TrainPipeline(
+            source=self.readers.labelled,
+            target=self.readers.target,
+            seed=config.seed,
+            crop=config.data.crop,
+            micro_batch=config.train.micro_batch,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            blocks_per_step=config.blocks_per_step,
+            workers=config.data.workers,
+            first_block=self.progress.block,
+        )
+        return iter(pipeline)
+
+    def _fetch(self, blocks: Iterator[UDABatch], stop: StopRequested) -> list[UDABatch] | None:
+        """This rank's micro-batches of the next step, or None if any rank was asked to stop.
+
+        One small all-reduce makes every rank take the same turn, also when data fail on one of them.
+
+        Raises:
+            DataError: on every rank, when samples are bad beyond the limit or a block cannot be filled.
+        """
+        started = time.perf_counter()
+        batches: list[UDABatch] = []
+        failure: DataError | None = None
+        try:
+            batches = [next(blocks) for _ in range(self.engine.accumulation)]
+        except DataError as error:
+            failure = error
+        self.data_wait += time.perf_counter() - started
+        bad = [sample for batch in batches for sample in batch.bad_samples]
+        signs = torch.tensor([stop.name is not None, failure is not None, bool(set(bad) - self.bad)], dtype=torch.int32)
+        stopping, failing, news = self.engine.maximum(signs.to(self.engine.device)).tolist()
+        if failing:
+            raise DataError(next(text for text in self.engine.gather_objects(failure and str(failure)) if text))
+        if news:
+            self._note_bad_samples(bad)
+        return None if stopping else batches
+
+    def _note_bad_samples(self, bad: list[BadSample]) -> None:
+        """Name each bad sample once and stop the run when they are too many. Collective."""
+        everyone = {sample for samples in self.engine.gather_objects(bad) for sample in samples}
+        for sample in sorted(everyone - self.bad):
+            self.run.event(
+                "bad_sample", step=self.progress.step, shard=sample.shard, key=sample.key, reason=sample.reason
+            )
+            self.console.line(f"bad sample: {sample}")
+        self.bad |= everyone
+        total = len(self.readers.labelled) + len(self.readers.target) + len(self.readers.validation)
+        limit = self.config.data.bad_sample_limit
+        if len(self.bad) > limit * total:
+            listed = "\n".join(f"  {sample}" for sample in sorted(self.bad))
+            raise DataError(
+                f"{len(self.bad)} of {total} samples are bad, more than data.bad_sample_limit={limit} allows. Make "
+                f"their shards again (tools/check_shards.py names all), or raise the limit:\n{listed}"
+            )
+
+    def _memory_gib(self) -> float:
+        """Peak GPU memory of this rank, or of the process's resident memory on a CPU."""
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

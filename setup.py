@@ -1,0 +1,27 @@
+"""Packaging of mfm_dist. Tested versions stand in constraints.txt; the ranges here are what should work."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mfm_dist",
+    version="0.1.0",
+    description="Distributed training of Masked Feature Modeling for domain-adaptive semantic segmentation",
+    packages=find_packages(include=["mfm_dist", "mfm_dist.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "deepspeed>=0.19",
+        "accelerate>=1.10",
+        "transformers>=4.50",  # accelerate's DeepSpeed plugin imports it
+        "webdataset>=1.0",
+        "timm>=1.0.19",
+        "fvcore>=0.1.5",
+        "safetensors>=0.5",
+        "pyyaml>=6.0",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm"]},
+)

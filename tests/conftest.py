@@ -1,0 +1,79 @@
+"""What many tests share: a tiny data set on disk, a tiny configuration, and a way to start the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.data.scene_shards import write_scenes
+
+REPOSITORY = Path(__file__).parent.parent
+SCENE_SIZE = (64, 128)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training and five validation scenes a domain at 64 x 128, as real shards."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, train=12, val=5, size=SCENE_SIZE, seed=0, shard_size=5, workers=1, report=lambda _: None)
+    return folder
+
+
+def tiny_overrides(scenes: Path, run: Path) -> list[str]:
+    """A run of four steps of two micro-batches that takes a second or two, with BatchNorm and Dropout2d in it."""
+    return [
+        f"run.folder={run}", f"data.root={scenes}", "data.crop=64x64", "data.workers=0", "data.bad_sample_limit=0",
+        "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",
+        "model.decoder=daformer", "model.decoder_options={width: 16}",
+        "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2", "rebuilder.depth=1", "rebuilder.grid=4",
+        "optim.lr=1e-3", "optim.decoder_lr_factor=1", "optim.eps=1e-4", "optim.warmup_steps=0",
+        "train.steps=4", "train.global_batch=4", "log.every=1", "eval.every=1000", "checkpoint.every=2",
+        "eval.overlays=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def tiny_config(scenes: Path, tmp_path: Path) -> RunConfig:
+    """``tiny_overrides`` as a configuration, writing below the test's own folder."""
+    return load_config(None, tiny_overrides(scenes, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_leaking_seed() -> None:
+    """Tests share two cores, and none may depend on what another drew."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def run_train(
+    arguments: Sequence[str], *, launch: str | None = None, timeout: float = 240, cwd: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """The real command, alone or below ``accelerate launch`` with a file of configs/accelerate."""
+    command = [sys.executable, "-m"]
+    if launch is not None:
+        file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
+        command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+        command += ["--main_process_port", "0", "-m"]
+    command += ["mfm_dist.train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def result_of(output: str) -> dict[str, Any]:
+    """The JSON of the RESULT line, which is the last line of a finished run."""
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("RESULT "), output[-3000:]
+    result: dict[str, Any] = json.loads(last.removeprefix("RESULT "))
+    return result

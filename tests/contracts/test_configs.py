@@ -1,0 +1,53 @@
+"""Every shipped configuration builds, and every launch file says only what a launch file may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mfm_dist.build import build_train_module
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from tests.conftest import REPOSITORY
+
+RUNS = sorted(
+    path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed")
+)
+LAUNCHES = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_run_builds(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        module = build_train_module(config)
+    assert sum(p.numel() for p in module.student.parameters()) > 0
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_run_says_only_what_differs_from_the_defaults(path: Path) -> None:
+    def repeated(tree: dict, default: object, prefix: str = "") -> list[str]:
+        names = []
+        for key, value in tree.items():
+            there = getattr(default, key)
+            if isinstance(value, dict) and not isinstance(there, dict):
+                names += repeated(value, there, f"{prefix}{key}.")
+            elif prefix + key != "method.name" and value == there:  # a run may well name its method
+                names.append(prefix + key)
+        return names
+
+    assert repeated(yaml.safe_load(path.read_text()), RunConfig()) == []
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
+def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    launch = load_config_from_file(str(path))
+    deepspeed = launch.deepspeed_config
+    assert launch.mixed_precision == "no"
+    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(deepspeed)
+    assert deepspeed.get("zero_stage") in (None, 1, 2, 3)

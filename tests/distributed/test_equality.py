@@ -1,0 +1,91 @@
+"""One step function, several ways to run it: one process, DDP, ZeRO. Same samples, same losses, same weights.
+
+SGD and not AdamW, and movements far above rounding: with AdamW at small rates such a test could not fail.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import run_train, tiny_overrides
+
+SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.decoder_lr_factor=1", "optim.rebuilder_lr=0.05", "train.clip_norm=1.0",
+       "self_training.pseudo_threshold=0.2"]  # fmt: skip
+
+
+def trained(scenes: Path, folder: Path, *overrides: str, launch: str | None) -> dict[str, Any]:
+    """Train four steps; the last checkpoint's tensors and the metrics."""
+    completed = run_train([*tiny_overrides(scenes, folder), *overrides], launch=launch)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    checkpoint = folder / "checkpoints" / "step_00000004"
+    state = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("student", "teacher", "rebuilder")}
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"state": state, "metrics": metrics, "checkpoint": checkpoint}
+
+
+@pytest.fixture(scope="module")
+def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return trained(scenes, tmp_path_factory.mktemp("alone"), *SGD, "train.steps=4", launch=None)
+
+
+def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial: dict[str, torch.Tensor]) -> None:
+    """Within 1e-4 of the largest movement, which is at least 1e-3."""
+    for part, tensors in reference["state"].items():
+        parameters = [name for name in tensors if "running_" not in name and "num_batches" not in name]
+        if part == "student":
+            movement = max(float((tensors[n] - initial[n]).abs().max()) for n in parameters)
+            assert movement > 1e-3
+        difference = max(float((tensors[n] - run["state"][part][n]).abs().max()) for n in parameters)
+        assert difference <= 1e-4 * movement, f"{part}: {difference} against a movement of {movement}"
+    for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
+        for key in ("loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+@pytest.fixture(scope="module")
+def initial(scenes: Path) -> dict[str, torch.Tensor]:
+    from mfm_dist.build import build_student
+    from mfm_dist.config.loader import load_config
+    from mfm_dist.rng import Stream, keyed_seed
+
+    config = load_config(None, tiny_overrides(scenes, Path("unused")))
+    torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 0))
+    return build_student(config).state_dict()
+
+
+@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+def test_two_processes_train_as_one(
+    launch: str, scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: dict[str, torch.Tensor]
+) -> None:
+    run = trained(scenes, tmp_path, *SGD, launch=launch)
+    assert_same_training(run, alone, initial)
+
+
+def test_another_sample_is_noticed(
+    scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: dict[str, torch.Tensor]
+) -> None:
+    """The comparison above fails for a run on other data, so it can fail."""
+    other = trained(scenes, tmp_path, *SGD, "seed=1", launch=None)
+    with pytest.raises(AssertionError):
+        assert_same_training(other, alone, initial)
+
+
+def test_a_zero2_run_resumes_under_ddp_and_alone(
+    scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: dict[str, torch.Tensor]
+) -> None:
+    """Checkpoints hold whole tensors by name: neither world size nor stage of the writer matters."""
+    half = run_train(
+        [*tiny_overrides(scenes, tmp_path), *SGD, "train.steps=4", "checkpoint.every=2"], launch="cpu_zero2"
+    )
+    assert half.returncode == 0, half.stderr[-4000:]
+    import shutil
+
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")
+    rest = trained(scenes, tmp_path, *SGD, launch=None)
+    assert_same_training(rest, alone, initial)

@@ -1,0 +1,53 @@
+"""Small shard folders of random pictures, written by the real writer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.data.manifest import Recipe
+from mfm_dist.data.shards import RawSample, ShardSetWriter, write_shard
+
+ShardFolder = Callable[..., Path]
+"""``shard_folder(name, count=..., shard_size=..., **keywords of raw_sample)``."""
+
+
+def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool = True) -> RawSample:
+    """Blocks of 8 pixels: noise in the image, classes and some ignored blocks in the label."""
+    generator = np.random.default_rng(index)
+    blocks = (height // 8, width // 8)
+    values = generator.choice([*range(len(CLASS_NAMES)), IGNORE_INDEX], size=blocks).astype(np.uint8)
+    image = generator.integers(256, size=(*blocks, 3), dtype=np.uint8)
+    return RawSample(
+        key=f"sample_{index:04d}",
+        image=image.repeat(8, axis=0).repeat(8, axis=1),
+        label=values.repeat(8, axis=0).repeat(8, axis=1) if labelled else None,
+        meta={"index": index},
+    )
+
+
+def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: object) -> Path:
+    """A finished folder of ``count`` samples."""
+    writer = ShardSetWriter(
+        folder,
+        recipe=Recipe(generator="test", version=1, arguments={"samples": count}),
+        command="make test shards",
+        class_names=CLASS_NAMES,
+        samples=count,
+        shard_size=shard_size,
+    )
+    for shard in writer.pending:
+        samples = [raw_sample(index, **sample) for index in shard.samples]
+        writer.add(write_shard(folder, shard.number, samples, CLASS_NAMES))
+    writer.finish()
+    return folder
+
+
+def flip_bit(tar: Path, offset: int) -> None:
+    """Damages one bit of a file in place; its size stays."""
+    content = bytearray(tar.read_bytes())
+    content[offset] ^= 1
+    tar.write_bytes(content)

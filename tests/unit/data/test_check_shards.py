@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mfm_dist.data.shards import sha256_of
+from tests.unit.data.small_shards import ShardFolder, flip_bit
+from tools.check_shards import main
+
+
+def test_whole_folders_pass(shard_folder: ShardFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard_folder("source", count=10, shard_size=4)
+    shard_folder("target", count=3, labelled=False)
+    assert main([str(tmp_path)]) == 0
+    head, source, target = capsys.readouterr().out.splitlines()
+    assert head.split() == ["folder", "shards", "samples", "problems"]
+    assert source.split() == [str(tmp_path / "source"), "3", "10", "none"]
+    assert target.split() == [str(tmp_path / "target"), "1", "3", "none"]
+
+
+def forge_index(folder: Path) -> None:
+    """An index that carries the right checksum and the wrong size of one member."""
+    index = folder / "000000.index.npy"
+    rows = np.load(index)
+    rows["meta"]["size"][1] += 1
+    old = sha256_of(index)
+    np.save(index, rows)
+    text = (folder / "dataset.json").read_text()
+    (folder / "dataset.json").write_text(text.replace(old, sha256_of(index)))
+
+
+def test_every_kind_of_damage_is_found(
+    shard_folder: ShardFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bit, other_index, counts, cut = (shard_folder(name, count=4) for name in ("bit", "index", "counts", "truncated"))
+    flip_bit(bit / "000000.tar", 700)
+    forge_index(other_index)
+    text = (counts / "dataset.json").read_text()
+    (counts / "dataset.json").write_text(text.replace('"32x48": 4', '"32x48": 5'))
+    (cut / "000000.tar").write_bytes(b"")
+    assert main([str(tmp_path)]) == 3
+    out, err = capsys.readouterr()
+    assert "none" not in out
+    assert f"{bit}/000000.tar: its SHA-256" in err
+    assert f"{bit}/000000.tar, sample 'sample_0000': its image differs" in err
+    assert f"{other_index}/000000.tar: its index differs from its contents" in err
+    assert f"{counts}/000000.tar: dataset.json counts other pixels or sizes" in err
+    assert f"{cut}/000000.tar is truncated" in err
+
+
+def test_an_unfinished_folder_is_found(shard_folder: ShardFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shard_folder()
+    (folder / "dataset.json").rename(folder / "dataset.unfinished.json")
+    assert main([str(folder)]) == 3
+    assert "unfinished" in capsys.readouterr().err
+
+
+def test_no_shards_is_a_wrong_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), str(tmp_path / "nowhere")]) == 2
+    assert "2 configuration errors" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mfm_dist.data.index import DatasetIndex, build_index
+from mfm_dist.errors import ConfigError, DataError
+from tests.unit.data.small_shards import ShardFolder, flip_bit
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_the_index_says_what_tarfile_says(shard_folder: ShardFolder) -> None:
+    folder = shard_folder()
+    for tar in sorted(folder.glob("*.tar")):
+        rows = np.load(tar.with_name(f"{tar.stem}.index.npy"))
+        content = tar.read_bytes()
+        with tarfile.open(tar) as archive:
+            members = {info.name: info for info in archive}
+        assert len(members) == 3 * len(rows)
+        for row in rows:
+            for field, extension in (("image", "jpg"), ("label", "label.png"), ("meta", "json")):
+                info = members[f"{row['key'].decode()}.{extension}"]
+                offset, size, crc = row[field].tolist()
+                assert (offset, size) == (info.offset_data, info.size)
+                assert crc == zlib.crc32(content[offset : offset + size])
+
+
+def test_png_images_folders_in_keys_and_other_members_are_understood(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "a.tar", [("city/b.png", b"image"), ("city/b.txt", b"?"), ("city/c.jpg", b"jpeg")])
+    rows = build_index(tar)
+    assert rows["key"].tolist() == [b"city/b", b"city/c"]
+    assert rows["image_format"].tolist() == [b"png", b"jpg"]
+    assert rows["label"]["offset"].tolist() == [-1, -1]
+
+
+def test_every_number_is_located_once(shard_folder: ShardFolder) -> None:
+    index = DatasetIndex.open(shard_folder(count=10, shard_size=4))
+    assert len(index) == 10
+    assert [index.locate(number) for number in range(10)] == [divmod(number, 4) for number in range(10)]
+    for outside in (-1, 10):
+        with pytest.raises(IndexError):
+            index.locate(outside)
+
+
+def test_a_missing_folder_names_what_exists_and_the_command(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    shard_folder("game_train")
+    shard_folder("game_val")
+    with pytest.raises(ConfigError) as caught:
+        DatasetIndex.open(tmp_path / "game_trian")
+    message = str(caught.value)
+    assert "game_trian" in message
+    assert "game_train, game_val" in message
+    assert f"python tools/make_shards.py scenes --output {tmp_path}" in message
+
+
+def test_an_unfinished_folder_names_the_command_that_ends_it(shard_folder: ShardFolder) -> None:
+    folder = shard_folder()
+    (folder / "dataset.json").rename(folder / "dataset.unfinished.json")
+    with pytest.raises(DataError, match=f"unfinished.*make test shards --output {folder.parent}"):
+        DatasetIndex.open(folder)
+    (folder / "dataset.unfinished.json").unlink()
+    with pytest.raises(DataError, match=r"no dataset\.json"):
+        DatasetIndex.open(folder)
+
+
+def test_all_damaged_shards_are_named_at_once(shard_folder: ShardFolder) -> None:
+    folder = shard_folder(count=10, shard_size=2)
+    size = (folder / "000000.tar").stat().st_size
+    with open(folder / "000000.tar", "r+b") as file:
+        file.truncate(size - 700)
+    (folder / "000001.tar").unlink()
+    (folder / "000002.index.npy").write_bytes(b"no index")
+    (folder / "000003.index.npy").unlink()
+    with pytest.raises(DataError) as caught:
+        DatasetIndex.open(folder)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 5
+    assert "000000.tar is truncated" in lines[0]
+    assert f"it has {size - 700} bytes, {size} were written" in lines[0]
+    assert "000001.tar is missing" in lines[1]
+    assert "000002.index.npy is damaged" in lines[2]
+    assert "000003.index.npy cannot be read" in lines[3]
+    assert "make test shards --output" in lines[4]
+
+
+@pytest.mark.parametrize("offset", [0, 9, 40, 300, -1])
+def test_one_flipped_bit_in_an_index_is_noticed(shard_folder: ShardFolder, offset: int) -> None:
+    folder = shard_folder()
+    flip_bit(folder / "000001.index.npy", offset)
+    with pytest.raises(DataError, match=r"000001\.index\.npy is damaged"):
+        DatasetIndex.open(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', "null"])
+def test_a_broken_manifest_is_told(shard_folder: ShardFolder, content: str) -> None:
+    folder = shard_folder()
+    (folder / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=r"dataset\.json cannot be read"):
+        DatasetIndex.open(folder)
+
+
+def test_a_manifest_of_another_format_is_told(shard_folder: ShardFolder) -> None:
+    folder = shard_folder()
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(DataError, match="format 99, not 1"):
+        DatasetIndex.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.label.png", b"x")], "sample 'a' needs exactly one image"),
+        ([("a.jpg", b"x"), ("a.png", b"x")], "sample 'a' needs exactly one image"),
+        ([("a.jpg", b"x"), ("a.jpg", b"x")], r"a\.jpg occurs twice"),
+        ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.json", b"x")], "'a' are not side by side"),
+    ],
+)
+def test_impossible_tars_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        build_index(tar_of(tmp_path / "a.tar", members))
+
+
+def test_a_tar_cut_anywhere_is_noticed(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "a.tar", [(f"{key}.jpg", bytes([65]) * 600) for key in "abc"])
+    content = tar.read_bytes()
+    assert len(build_index(tar)) == 3
+    end_mark = 3 * (512 + 1024)
+    for length in range(0, end_mark, 256):
+        tar.write_bytes(content[:length])
+        with pytest.raises(DataError, match=r"a\.tar"):
+            build_index(tar)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 512, bytes(512)])
+def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path, damage: bytes) -> None:
+    tar = tar_of(tmp_path / "a.tar", [(f"{key}.jpg", bytes([65]) * 600) for key in "abc"])
+    content = tar.read_bytes()
+    tar.write_bytes(content[:1536] + damage + content[2048:])
+    with pytest.raises(DataError, match="damaged header at byte"):
+        build_index(tar)

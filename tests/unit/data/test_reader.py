@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from mfm_dist.data import reader as reader_module
+from mfm_dist.data.manifest import Manifest, index_path
+from mfm_dist.data.reader import SampleError, ShardReader
+from mfm_dist.data.shards import encode_jpeg, encode_label_png, sha256_of, write_index
+from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
+
+JPEG = encode_jpeg(raw_sample(0).image)
+GOOD_LABEL = raw_sample(0).label
+assert GOOD_LABEL is not None
+
+
+def repack(folder: Path, members: dict[str, bytes]) -> ShardReader:
+    """Puts one hand-made sample ``odd`` into a folder whose manifest believes it."""
+    tar, manifest_file = folder / "000000.tar", folder / "dataset.json"
+    with webdataset.TarWriter(str(tar), encoder=False) as writer:
+        writer.write({"__key__": "odd", **members})
+    write_index(tar)
+    manifest = Manifest.read(manifest_file)
+    record = replace(
+        manifest.shards[0], bytes=tar.stat().st_size, sha256=sha256_of(tar), index_sha256=sha256_of(index_path(tar))
+    )
+    manifest_file.write_text(replace(manifest, shards=(record,)).to_json())
+    return ShardReader(folder)
+
+
+def png(pixels: np.ndarray, tmp_path: Path) -> bytes:
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return (tmp_path / "picture.png").read_bytes()
+
+
+def test_samples_come_back_as_they_were_written(shard_folder: ShardFolder) -> None:
+    reader = ShardReader(shard_folder(count=10, shard_size=4))
+    assert len(reader) == 10
+    for number in (9, 0, 4, 3):
+        raw, sample = raw_sample(number), reader.read(number)
+        assert sample.key == raw.key
+        assert sample.image.shape == (3, 32, 48)
+        assert sample.label is not None
+        assert np.array_equal(sample.label.numpy(), raw.label)
+        error = sample.image.permute(1, 2, 0).numpy().astype(int) - raw.image
+        assert np.abs(error).mean() < 15  # chroma is halved, and these pictures are made of hard colour edges
+
+
+def test_the_image_is_what_pillow_decodes(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    image = ShardReader(shard_folder()).read(0).image.permute(1, 2, 0).numpy().astype(int)
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    assert np.abs(image - np.asarray(Image.open(tmp_path / "a.jpg"))).max() <= 2
+
+
+def test_a_png_image_is_read_without_loss(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    picture = raw_sample(0).image
+    sample = repack(shard_folder(count=1), {"png": png(picture, tmp_path)}).read(0, with_label=False)
+    assert np.array_equal(sample.image.permute(1, 2, 0).numpy(), picture)
+
+
+def test_the_label_is_left_alone_when_it_is_not_asked_for(shard_folder: ShardFolder) -> None:
+    reader = ShardReader(shard_folder(labelled=False))
+    assert reader.read(0, with_label=False).label is None
+    with pytest.raises(SampleError, match=r"000000\.tar, sample 'sample_0000': it has no label"):
+        reader.read(0)
+
+
+@pytest.mark.parametrize("what", ["image", "label"])
+def test_one_flipped_bit_is_noticed_and_no_other_sample_suffers(shard_folder: ShardFolder, what: str) -> None:
+    folder = shard_folder(count=4)
+    member = ShardReader(folder).index.rows[0][2][what]
+    flip_bit(folder / "000000.tar", int(member["offset"]) + int(member["size"]) // 2)
+    reader = ShardReader(folder)
+    with pytest.raises(SampleError, match=rf"000000\.tar, sample 'sample_0002': its {what} differs") as caught:
+        reader.read(2)
+    assert caught.value.bad.number == 2
+    assert [reader.read(number).key for number in (0, 1, 3)] == ["sample_0000", "sample_0001", "sample_0003"]
+
+
+def test_a_shard_that_shrinks_while_it_is_used_is_told(shard_folder: ShardFolder) -> None:
+    folder = shard_folder(count=4)
+    reader = ShardReader(folder)
+    reader.read(0)
+    os.truncate(folder / "000000.tar", 2000)
+    with pytest.raises(SampleError, match="the shard ends inside its image"):
+        reader.read(3)
+    os.remove(folder / "000000.tar")
+    with pytest.raises(SampleError, match="cannot be read"):
+        _fresh(reader).read(3)
+
+
+def _fresh(reader: ShardReader) -> ShardReader:
+    """The same reader as another process would get it."""
+    copy: ShardReader = pickle.loads(pickle.dumps(reader))
+    return copy
+
+
+def test_a_pickled_reader_opens_its_own_files(shard_folder: ShardFolder) -> None:
+    reader = ShardReader(shard_folder())
+    reader.read(0)
+    copy = _fresh(reader)
+    assert torch.equal(copy.read(5).image, reader.read(5).image)
+    reader.close()
+    assert torch.equal(copy.read(5).image, reader.read(5).image)
+
+
+def test_a_forked_process_may_go_on_with_open_files(shard_folder: ShardFolder) -> None:
+    reader = ShardReader(shard_folder(count=8))
+    expected = [reader.read(number).image.sum() for number in range(8)]
+    child = os.fork()
+    if child == 0:
+        same = all(reader.read(number).image.sum() == expected[number] for number in reversed(range(8)))
+        os._exit(0 if same else 1)
+    same = all(reader.read(number).image.sum() == expected[number] for _ in range(5) for number in range(8))
+    assert same
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_more_shards_than_may_be_open(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "OPEN_FILES", 2)
+    reader = ShardReader(shard_folder(count=5, shard_size=1))
+    before = len(os.listdir("/proc/self/fd"))
+    assert [reader.read(number).key for number in (0, 1, 2, 0, 4, 3)][-1] == "sample_0003"
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def wrong_label(value: int) -> np.ndarray:
+    label = GOOD_LABEL.copy()
+    label[:3, :5] = value
+    return label
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda _: {"jpg": JPEG, "label.png": encode_label_png(wrong_label(33))},
+            r"ids 33; allowed are 0 to 18 and 255",
+        ),
+        (lambda _: {"jpg": JPEG, "label.png": encode_label_png(GOOD_LABEL[:-8])}, "label is 24x48 .* image 32x48"),
+        (lambda _: {"jpg": JPEG, "label.png": encode_label_png(GOOD_LABEL.T)}, "label is 48x32 .* image 32x48"),
+        (lambda _: {"jpg": JPEG}, "it has no label"),
+        (lambda _: {"jpg": JPEG, "label.png": b""}, "its label is empty"),
+        (lambda _: {"jpg": JPEG, "label.png": b"no png"}, "its label is no readable png"),
+        (lambda tmp: {"jpg": JPEG, "label.png": png(raw_sample(0).image, tmp)}, "3 channels of torch.uint8"),
+        (lambda tmp: {"jpg": JPEG, "label.png": png(GOOD_LABEL.astype(np.uint16), tmp)}, "1 channels of torch.uint16"),
+        (lambda _: {"jpg": b"no jpeg", "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable jpg"),
+        (lambda _: {"jpg": JPEG[:200], "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable jpg"),
+        (lambda _: {"png": JPEG, "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable png"),
+    ],
+)
+def test_unusable_samples_are_named_with_the_reason(
+    shard_folder: ShardFolder, tmp_path: Path, make: object, reason: str
+) -> None:
+    assert callable(make)
+    reader = repack(shard_folder(count=1), make(tmp_path))
+    with pytest.raises(SampleError, match=rf"(?s)000000\.tar, sample 'odd': .*{reason}") as caught:
+        reader.read(0)
+    assert pickle.loads(pickle.dumps(caught.value)).bad == caught.value.bad

@@ -1,0 +1,61 @@
+"""Scores against slow references; JSON lines survive a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.metrics import JsonLines, RunningMean, confusion_matrix, iou_percent, mean_iou_percent, write_atomically
+
+
+def test_confusion_and_iou_against_pixel_sets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (3, 7, 9), generator=generator)
+    prediction = torch.randint(0, 5, (3, 7, 9), generator=generator)
+    label[label == 3] = 2  # class 3 is predicted but never labelled
+    prediction[prediction == 4] = 0
+    label[label == 4] = 0  # class 4 occurs nowhere
+    label[0, 0] = IGNORE_INDEX
+    scores = iou_percent(confusion_matrix(label, prediction, 5))
+    counts = label.flatten() != IGNORE_INDEX
+    for c in range(4):
+        labelled = {i for i, (v, k) in enumerate(zip(label.flatten(), counts, strict=True)) if k and v == c}
+        predicted = {i for i, (v, k) in enumerate(zip(prediction.flatten(), counts, strict=True)) if k and v == c}
+        assert scores[c] == pytest.approx(100 * len(labelled & predicted) / len(labelled | predicted))
+    assert scores[3] == 0.0
+    assert math.isnan(scores[4])
+    assert mean_iou_percent(confusion_matrix(label, prediction, 5)) == pytest.approx(sum(scores[:4]) / 4)
+
+
+def test_running_mean_starts_anew_after_pop() -> None:
+    means = RunningMean()
+    for value in (1.0, 2.0, 6.0):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(-value)})
+    names, values = means.pop()
+    assert dict(zip(names, values.tolist(), strict=True)) == {"a": 3.0, "b": -3.0}
+    means.add({"a": torch.tensor(5.0)})
+    assert means.pop()[1].tolist() == [5.0]
+
+
+def test_json_lines_forgets_later_steps_and_survives_a_torn_line(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    assert list(file) == []
+    for step in (10, 20, 30):
+        file.append({"step": step, "loss": math.nan if step == 20 else 0.5})
+    with file.path.open("a") as stream:
+        stream.write('{"step": 40, "lo')  # killed while writing
+    assert [record["step"] for record in file] == [10, 20, 30]
+    file.forget_after(20)
+    assert list(file) == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": None}]
+    assert all(json.loads(line) for line in file.path.read_text().splitlines())
+
+
+def test_write_atomically_leaves_nothing_beside(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_atomically(tmp_path / "file", text)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "two")]

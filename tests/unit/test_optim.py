@@ -1,0 +1,60 @@
+"""Learning rates, lambda's ramp and parameter groups against published numbers."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from mfm_dist.build import build_train_module
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import MFMSection, OptimSection
+from mfm_dist.optim import build_optimizer, learning_rate_factor, mfm_weight, parameter_groups
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(49, 1.9577e-6), (99, 3.9503e-6), (750, 2.9438e-5), (1500, 5.775e-5), (20_000, 3.0e-5)]
+)
+def test_learning_rate_has_the_published_values(step: int, rate: float) -> None:
+    """UDA_FACTS 3.3: as in the logs of the published runs."""
+    factor = learning_rate_factor(step, steps=40_000, warmup_steps=1500, warmup_ratio=1e-6)
+    assert 6e-5 * factor == pytest.approx(rate, rel=3e-5)  # as many digits as the logs show
+
+
+def test_learning_rate_without_warmup_decays_to_zero() -> None:
+    factors = [learning_rate_factor(step, steps=4, warmup_steps=0, warmup_ratio=1e-6) for step in range(5)]
+    assert factors == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_lambda_is_constant_by_default_and_ramps_on_request() -> None:
+    assert {mfm_weight(step, MFMSection()) for step in (0, 1, 39_999)} == {1.0}
+    ramped = MFMSection(loss_weight=2.0, ramp_from=10, ramp_to=20)
+    assert [mfm_weight(step, ramped) for step in (0, 10, 15, 20, 99)] == [0.0, 0.0, 1.0, 2.0, 2.0]
+    assert [mfm_weight(step, MFMSection(ramp_from=5, ramp_to=5)) for step in (4, 5)] == [0.0, 1.0]
+
+
+def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay() -> None:
+    config = load_config(None, ["model.backbone=mit_b0", "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2"])
+    module = build_train_module(config)
+    groups = {group["name"]: group for group in parameter_groups(module, OptimSection())}
+    rates = {name: group["base_lr"] for name, group in groups.items()}
+    assert rates["encoder"] == rates["encoder_norm"] == 6e-5
+    assert rates["decoder"] == pytest.approx(6e-4)
+    assert rates["rebuilder"] == rates["rebuilder_norm"] == 2e-4
+    grouped = [p for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {p for p in module.parameters() if p.requires_grad}
+    assert not set(grouped) & set(module.teacher.parameters())  # type: ignore[union-attr]
+    assert all(group["weight_decay"] == (0.0 if name.endswith("_norm") else 0.01) for name, group in groups.items())
+    # BatchNorm decays (as published), LayerNorm does not.
+    batch_norms = [p for m in module.student.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+    assert set(batch_norms) <= set(groups["decoder"]["params"])
+    layer_norms = [p for m in module.student.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
+    assert set(layer_norms) == set(groups["encoder_norm"]["params"])
+
+
+def test_optimisers() -> None:
+    module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]))
+    adamw = build_optimizer(module, OptimSection())
+    assert adamw.defaults["betas"] == (0.9, 0.999)
+    assert adamw.defaults["eps"] == 1e-8
+    assert build_optimizer(module, OptimSection(name="sgd")).defaults["momentum"] == 0.9

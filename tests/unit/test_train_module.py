@@ -1,0 +1,196 @@
+"""The training step: what gets gradients, what is keyed, what MFM may and may not touch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.build import build_student, build_train_module
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.evaluation import batch_norm_buffers
+from mfm_dist.methods.augment import normalise
+from mfm_dist.methods.base import StepInputs
+from mfm_dist.methods.mfm import keyed_masks, rebuild
+from mfm_dist.train_module import TrainModule, batch_norm_untracked
+
+SMALL = [
+    "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",
+    "model.decoder=daformer", "model.decoder_options={width: 16}",
+    "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2", "rebuilder.depth=1", "rebuilder.grid=4",
+]  # fmt: skip
+
+
+def config_with(*overrides: str) -> RunConfig:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def block(number: int = 3, size: int = 64) -> UDABatch:
+    generator = torch.Generator().manual_seed(number)
+
+    def image() -> Tensor:
+        return torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
+
+    return UDABatch(
+        source_image=image(),
+        source_label=torch.randint(0, 19, (2, size, size), generator=generator, dtype=torch.uint8),
+        target_image=image(),
+        target_valid=torch.ones(2, size, size, dtype=torch.bool),
+        block=number,
+    )
+
+
+def inputs_of(module: TrainModule, batch: UDABatch) -> StepInputs:
+    image = normalise(batch.target_image)
+    return StepInputs(
+        source_image=normalise(batch.source_image),
+        source_label=batch.source_label,
+        target_image=image,
+        pseudo=module.pseudo_target(image, batch.target_valid),
+        seed=0,
+        block=batch.block,
+        positions=batch.positions,
+    )
+
+
+def test_total_is_the_weighted_sum_of_the_terms() -> None:
+    module = build_train_module(config_with())
+    output = module(block(), 0.25)
+    losses = output.losses
+    assert set(losses) == {"source", "mixed", "mfm", "pseudo_weight"}
+    expected = losses["source"] + losses["mixed"] + 0.25 * losses["mfm"]
+    assert torch.allclose(output.total, expected)
+
+
+def test_every_trainable_parameter_gets_a_gradient_even_at_lambda_zero() -> None:
+    for weight in (0.0, 1.0):
+        module = build_train_module(config_with())
+        module(block(), weight).total.backward()
+        missing = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+        assert all(p.grad is None for p in module.teacher.parameters())  # type: ignore[union-attr]
+
+
+def test_the_mfm_term_trains_encoder_decoder_and_rebuilder() -> None:
+    # The pseudo-weight of a random teacher is 0 at the published threshold, and so would be every gradient.
+    module = build_train_module(config_with("method.name=source_only", "self_training.pseudo_threshold=0.01"))
+    with_term = module(block(), 1.0).total
+    without = module(block(), 0.0).total
+    (with_term - without).backward()
+    for part in (module.student.backbone, module.student.decoder, module.rebuilder):
+        norms = [p.grad.norm().item() for p in part.parameters() if p.grad is not None]  # type: ignore[union-attr]
+        assert max(norms) > 1e-6
+
+
+def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
+    module = build_train_module(config_with("mfm.mask_ratio=0"))
+    inputs = inputs_of(module, block())
+    assert module.rebuilder is not None
+    features = module.student.encode(inputs.target_image)
+    rebuilt = rebuild(module.student, module.rebuilder, features, keyed_masks(inputs, module.rebuilder.grid, 0.0))
+    for before, after in zip(features, rebuilt, strict=True):
+        assert torch.equal(before, after)
+    module.student.eval()
+    assert torch.equal(module.student.decode(features), module.student.decode(rebuilt))
+
+
+def test_the_same_block_gives_the_same_bits_whatever_ran_before() -> None:
+    """Dropout, drop-path, mixing, jitter and masks are keyed; BatchNorm's running statistics do not enter a loss."""
+    module = build_train_module(config_with())
+    first = module(block(5), 1.0)
+    module(block(6), 1.0)
+    torch.rand(1000)
+    again = module(block(5), 1.0)
+    other = module(block(6), 1.0)
+    assert {k: v.item() for k, v in first.losses.items()} == {k: v.item() for k, v in again.losses.items()}
+    assert first.total.item() != other.total.item()
+
+
+def test_masks_are_keyed_by_position() -> None:
+    module = build_train_module(config_with())
+    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4)
+    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4))
+    assert not torch.equal(masks[0], masks[1])
+    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), 0.4) for n in range(40)])
+    assert many.float().mean().item() == pytest.approx(0.4, abs=0.01)
+
+
+def test_hidden_loss_counts_hidden_pixels_alone_and_weighs_them_alike_at_any_ratio() -> None:
+    module = build_train_module(config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1"))
+    hidden = build_train_module(
+        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1", "mfm.loss_on=hidden")
+    )
+    # With everything hidden, "hidden" and "all" are the same loss.
+    assert module(block(), 1.0).losses["mfm"].item() == pytest.approx(hidden(block(), 1.0).losses["mfm"].item())
+    nothing = build_train_module(
+        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=0", "mfm.loss_on=hidden")
+    )
+    assert nothing(block(), 1.0).losses["mfm"].item() == 0.0
+
+
+@pytest.mark.parametrize(("weight", "update_bn"), [(0.0, "true"), (1.0, "false"), (1.0, "true")])
+def test_the_mfm_pass_touches_batch_norm_statistics_only_when_asked(weight: float, update_bn: str) -> None:
+    def statistics(*overrides: str, lam: float = weight) -> list[Tensor]:
+        module = build_train_module(config_with("method.name=source_only", *overrides))
+        module(block(), lam)
+        return batch_norm_buffers(module.student)
+
+    touched = statistics(f"mfm.update_bn={update_bn}")
+    plain = statistics("mfm.enabled=false")
+    same = all(torch.equal(a, b) for a, b in zip(touched, plain, strict=True))
+    assert same == (weight == 0.0 or update_bn == "false")
+
+
+def test_untracked_batch_norm_still_normalises_with_the_batch() -> None:
+    layer = nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5) * 3 + 1
+    with batch_norm_untracked(layer):
+        inside = layer(x)
+    assert layer.running_mean is not None
+    assert not layer.running_mean.any()
+    assert torch.equal(inside, layer(x))
+    assert layer.running_mean.any()
+
+
+def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
+    module = build_train_module(config_with())
+    teacher = module.teacher
+    assert teacher is not None
+    before = [b.clone() for b in batch_norm_buffers(teacher.segmentor)]
+    image = normalise(block().target_image)
+    for mode in (True, False, True):
+        module.train(mode)
+        first = teacher(image)
+        assert torch.equal(first, teacher(image))  # no dropout in any mode
+        # Batch statistics: the answer to an image depends on its neighbour in the batch.
+        assert not torch.allclose(first[:1], teacher(image[:1]), atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(before, batch_norm_buffers(teacher.segmentor), strict=True))
+
+
+def test_mfm_changes_neither_the_students_start_nor_its_inference() -> None:
+    """The Rebuilder costs nothing at inference: parameters and logits are those of the plain segmenter."""
+    plain = build_train_module(config_with("mfm.enabled=false")).student
+    with_mfm = build_train_module(config_with()).student
+    alone = build_student(config_with())
+    image = normalise(block().target_image)
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in with_mfm.named_parameters()]
+    assert sum(p.numel() for p in with_mfm.parameters()) == sum(p.numel() for p in alone.parameters())
+    assert torch.equal(plain.eval()(image), with_mfm.eval()(image))
+
+
+def test_inference_costs_the_flops_of_the_plain_segmenter() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(student: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            student.eval()(torch.zeros(1, 3, 64, 64))
+        return counter.get_total_flops()
+
+    assert flops(build_train_module(config_with()).student) == flops(build_student(config_with())) > 0
+
+
+def test_source_only_needs_no_teacher_unless_mfm_asks_for_one() -> None:
+    assert build_train_module(config_with("method.name=source_only", "mfm.enabled=false")).teacher is None
+    assert build_train_module(config_with("method.name=source_only")).teacher is not None
