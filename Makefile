@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 
-.PHONY: help install quickstart scenes lint test clean
+.PHONY: help install quickstart quickstart-source-only scenes lint test clean
 
 help:
 	@echo "make quickstart   environment, scenes, a distributed training run, evaluation (about 10 minutes on 2 cores)"
@@ -30,6 +30,9 @@ quickstart: $(STAMP)
 	$(BIN)/python -m mfm_dist.evaluate --run $(RUN)
 	@echo
 	@$(BIN)/python tools/quickstart_summary.py $(RUN)
+
+quickstart-source-only: $(STAMP)
+	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml method.name=source_only mfm.enabled=false run.folder=runs/source_only
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ from mfm_dist.data.scene_shards import write_scenes
 
 REPOSITORY = Path(__file__).parent.parent
 SCENE_SIZE = (64, 128)
+DEFAULTS = ["--config", str(REPOSITORY / "tests" / "defaults.yaml")]
+"""Without it, the command would start from the quickstart."""
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +66,7 @@ def run_train(
         file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
         command += ["--main_process_port", "0", "-m"]
-    command += ["mfm_dist.train", *arguments]
+    command += ["mfm_dist.train", *DEFAULTS, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

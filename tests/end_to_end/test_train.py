@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfm_dist import evaluate, train
-from tests.conftest import REPOSITORY, result_of, run_train, tiny_overrides
+from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 
 def final_tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_a_signal_saves_and_ends_with_75(number: signal.Signals, scenes: Path, t
     run = tmp_path / "run"
     arguments = [*tiny_overrides(scenes, run), "train.steps=100000", "checkpoint.every=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mfm_dist.train", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "mfm_dist.train", *DEFAULTS, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -125,7 +125,7 @@ def test_evaluate_agrees_with_the_run(finished: Path, capsys: pytest.CaptureFixt
 def test_check_finds_mistakes_without_training(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = ["--check", *tiny_overrides(scenes, tmp_path / "run")]
+    good = ["--check", *DEFAULTS, *tiny_overrides(scenes, tmp_path / "run")]
     assert train.main(good) == 0
     assert capsys.readouterr().out.startswith("ok: dacs + MFM")
     assert train.main([*good, "model.backbone=test_resnt", "method.name=dac"]) == 2

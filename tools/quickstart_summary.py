@@ -1,0 +1,28 @@
+#!/usr/bin/env python
+"""The last three lines of the quickstart: the result, where to look, what to try next."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(run: Path) -> int:
+    """Print the lines for a finished run."""
+    scores = [json.loads(path.read_text()) for path in sorted((run / "eval").glob("step_*.json"))]
+    first, last = scores[0], scores[-1]
+    print(
+        f"Adapted to the camera streets without one of their labels: target mIoU {first['miou']:.1f} % at step 0, "
+        f"{last['miou']:.1f} % at step {last['step']}."
+    )
+    print(f"Look at {run}/eval/step_{last['step']:08d}/ (image, label, prediction) and {run}/metrics.jsonl.")
+    print(
+        "Try next: make quickstart-source-only (the same without adaptation), or any setting: accelerate launch "
+        "-m mfm_dist.train run.folder=runs/mine mfm.mask_ratio=0.6 (all settings: python -m mfm_dist.train --help)."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
