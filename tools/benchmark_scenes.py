@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     runs = list(product(arguments.variants, range(arguments.seeds)))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        values = list(pool.map(lambda run: train(arguments.folder, *run, arguments.overrides), runs))
+        values = list(pool.map(lambda run: train(arguments.folder, run[0], run[1], arguments.overrides), runs))
     miou: dict[str, list[float]] = {name: [] for name in arguments.variants}
     for (variant, _), value in zip(runs, values, strict=True):
         miou[variant].append(value)

@@ -99,7 +99,8 @@ def test_a_signal_saves_and_ends_with_75(number: signal.Signals, scenes: Path, t
     run = tmp_path / "run"
     arguments = [*tiny_overrides(scenes, run), "train.steps=100000", "checkpoint.every=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mfm_dist.train", *DEFAULTS, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "mfm_dist.train", *DEFAULTS, *arguments],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
