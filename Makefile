@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
+# Two processes are for the CPU, also where there is a GPU.
+LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 
 .PHONY: help install quickstart quickstart-source-only scenes lint test clean
@@ -23,7 +24,7 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 scenes: $(STAMP)
-	$(BIN)/python tools/make_shards.py scenes --output data/scenes $(SCENES)
+	$(BIN)/python tools/make_shards.py scenes --output data/scenes --height 128 --width 256
 
 quickstart: $(STAMP)
 	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml

@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, module: TrainModule, engine: Engine, progress:
         try:
             _write(final, files, state)
             write_atomically(folder / "latest", final.name + "\n")
-            _remove_old(folder, config.checkpoint.keep)
+            _remove_old(final, config.checkpoint.keep)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(_temporary(final), ignore_errors=True)
             problem = (
@@ -227,10 +227,13 @@ def _write(final: Path, files: Mapping[str, Mapping[str, Tensor]], state: Mappin
     for path in temporary.iterdir():
         _fsync(path)
     _fsync(temporary)
-    if final.exists():  # the same step, written again after a rollback or by a run of other settings
-        shutil.rmtree(final)
+    replaced = final.with_name(f".{final.name}.old")
+    if final.exists():  # the same step again: a damaged one, or the run was resumed from an earlier step
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     temporary.rename(final)
     _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _temporary(final: Path) -> Path:
@@ -253,8 +256,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("step_*"))[:-keep]:
+def _remove_old(newest: Path, keep: int) -> None:
+    """Keep the last ``keep`` checkpoints up to ``newest``; later steps are damaged or of a time line given up."""
+    folder = newest.parent
+    complete = sorted(path for path in folder.glob("step_*") if path.name <= newest.name)
+    for path in set(folder.glob("step_*")) - set(complete[-keep:]):
         shutil.rmtree(path)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, StorageError
+from mfm_dist.errors import StorageError
 from mfm_dist.metrics import JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
@@ -30,8 +31,22 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._events = JsonLines(path / "events.jsonl")
 
-    def create(self, config: RunConfig, world: dict[str, Any]) -> None:
-        """Make the folder and write what the run is made of.
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "outcome.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
+
+    def begin(self, config: RunConfig, world: dict[str, Any], step: int) -> None:
+        """Write what the run is made of, and forget what an earlier start wrote beyond ``step``.
 
         Raises:
             StorageError: if the folder cannot be written.
@@ -39,10 +54,12 @@ class RunFolder:
         if not self.writes:
             return
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.metrics.forget_after(step)
+            for path in (self.path / "eval").glob("step_*.json"):
+                if path.name > self.evaluation(step).name:
+                    path.unlink()
             write_atomically(self.path / "config.yaml", dump_config(config))
             write_atomically(self.path / "environment.json", json.dumps(_environment() | world, indent=1) + "\n")
-            (self.path / "outcome.json").unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
 
@@ -58,17 +75,10 @@ class RunFolder:
     def outcome(self, code: int, reason: str, step: int) -> None:
         """Say how this start of the run ended, for scripts that cannot see a rank's exit code."""
         if self.writes and self.path.is_dir():
-            write_atomically(
-                self.path / "outcome.json", json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
-            )
-
-    def finished(self) -> bool:
-        """Whether the last start of this run reached its last step."""
-        try:
-            outcome = json.loads((self.path / "outcome.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(outcome.get("code") == EXIT_DONE)
+            text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
+            # A full disk must not hide why the run ended, which the console says too.
+            with suppress(OSError):
+                write_atomically(self.path / "outcome.json", text)
 
 
 def _environment() -> dict[str, Any]:

@@ -7,19 +7,20 @@ The same command again resumes the run in run.folder. Without arguments it runs 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mfm_dist.build import build_train_module, open_readers
-from mfm_dist.checkpoint import Progress, find_latest, load_modules, load_optimizer
+from mfm_dist.checkpoint import Checkpoint, Progress, find_latest, load_modules, load_optimizer
 from mfm_dist.config.loader import changed_keys, describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.scene_shards import write_scenes
-from mfm_dist.distributed.engine import start_engine
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from mfm_dist.distributed.start import start_engine
+from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StorageError, UserError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run_folder import RunFolder
 from mfm_dist.trainer import StopRequested, Trainer
@@ -43,9 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The same message on every rank: one copy is enough.
         if rank == 0:
             print(error, file=sys.stderr, flush=True)
-        if run is not None:
+        if run is not None and not arguments.check:
             run.outcome(error.exit_code, str(error), step=-1)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        full = StorageError(f"{error}. Checkpoints are intact; free some space and start the same command again")
+        print(full, file=sys.stderr, flush=True)
+        if run is not None:
+            run.outcome(full.exit_code, str(full), step=-1)
+        return full.exit_code
 
 
 def train(config: RunConfig, run: RunFolder) -> int:
@@ -53,26 +62,21 @@ def train(config: RunConfig, run: RunFolder) -> int:
     stop = StopRequested()
     engine = start_engine(config)
     module = build_train_module(config)
-    run.create(config, {"world_size": engine.world_size, "device": str(engine.device)})
-    if config.data.render_scenes and engine.is_main:
-        scenes = config.scenes
-        write_scenes(
-            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
-        )
-    engine.barrier()
-    readers = open_readers(config, module.method.supervised_on)
+    engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
+    readers = engine.agreed(lambda: open_readers(config, module.method.supervised_on))
 
     say = print if engine.is_main else lambda _: None
     checkpoint = find_latest(run.checkpoints, report=say)
     progress = Progress()
     if checkpoint is not None:
         progress = checkpoint.progress
-        load_modules(checkpoint, module, engine.rank)
         say(f"resuming {checkpoint.path}")
         for line in changed_keys(checkpoint.config, config):
             say(f"  changed since: {line}")
-        if engine.is_main:
-            run.metrics.forget_after(progress.step)
+        refuse_other_positions(checkpoint, config)
+        load_modules(checkpoint, module, engine.rank)
+    world = {"world_size": engine.world_size, "device": str(engine.device)}
+    engine.agreed(lambda: run.begin(config, world, progress.step))
     optimizer = build_optimizer(module, config.optim)
     engine.prepare(module, optimizer)
     if checkpoint is not None:
@@ -90,6 +94,30 @@ def train(config: RunConfig, run: RunFolder) -> int:
     run.outcome(code, reason, progress.step)
     engine.close()
     return code
+
+
+def prepare_folders(config: RunConfig, run: RunFolder, is_main: bool) -> None:
+    """Make the run folder and, where asked for, the scenes; rank 0 does it for all."""
+    run.create()
+    if config.data.render_scenes and is_main:
+        scenes = config.scenes
+        write_scenes(
+            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+        )
+
+
+def refuse_other_positions(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """A block is ``micro_batch`` samples, so another size would move the position in the data.
+
+    Raises:
+        ConfigError: if the micro-batch differs from the checkpoint's.
+    """
+    before = checkpoint.config["train"]["micro_batch"]
+    if before != config.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch={config.train.micro_batch}, but {checkpoint.path} counts its data in micro-batches of "
+            f"{before}: keep {before}, or choose another run.folder"
+        )
 
 
 def check(config: RunConfig) -> None:

@@ -76,6 +76,7 @@ class Trainer:
         self.data_wait = 0.0
         self.last_log = (time.perf_counter(), progress.step)
         self.scores: Scores | None = None
+        self.saved_step = -1
 
     def fit(self, stop: StopRequested) -> bool:
         """Train to the end or to a stop signal; both end with a checkpoint. True if the last step was reached."""
@@ -93,10 +94,11 @@ class Trainer:
             last = progress.step == config.train.steps
             if progress.step % config.log.every == 0 or last:
                 self.log()
-            if progress.step % config.eval.every == 0 or last:
-                self.evaluate()
+            # Saved first: a kill during a long evaluation then loses nothing.
             if progress.step % config.checkpoint.every == 0 or last:
                 self.save()
+            if progress.step % config.eval.every == 0 or last:
+                self.evaluate()
         self.console.close()
         return True
 
@@ -176,8 +178,11 @@ class Trainer:
         return scores
 
     def save(self) -> None:
-        """Write a checkpoint at the current step."""
+        """Write a checkpoint at the current step, unless this process has done so."""
+        if self.saved_step == self.progress.step:
+            return
         path = save_checkpoint(self.run.checkpoints, self.module, self.engine, self.progress, self.config)
+        self.saved_step = self.progress.step
         self.console.line(f"step {self.progress.step}: saved {path}")
 
     def _blocks(self) -> Iterator[UDABatch]:

@@ -67,7 +67,7 @@ def run_train(
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
         command += ["--main_process_port", "0", "-m"]
     command += ["mfm_dist.train", *DEFAULTS, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.metrics import write_atomically
 
 CONFIG = Path("configs/quickstart.yaml")
@@ -47,6 +48,11 @@ def train(folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> fl
     """
     run = folder / variant / f"seed_{seed}"
     run.mkdir(parents=True, exist_ok=True)
+    expected = load_config(CONFIG, [*VARIANTS[variant], *overrides, f"seed={seed}"])
+    if (run / "config.yaml").exists():
+        before = to_tree(load_config(run / "config.yaml"))
+        if different := changed_keys(before, expected):
+            raise RuntimeError(f"{run} was trained with other settings ({'; '.join(different)}): use another --folder")
     command = [sys.executable, "-m", "mfm_dist.train", "--config", str(CONFIG)]
     command += [f"run.folder={run}", f"seed={seed}", *VARIANTS[variant], *overrides]
     if not (run / "outcome.json").exists() or json.loads((run / "outcome.json").read_text())["code"] != 0:

@@ -32,7 +32,7 @@ class DataSection:
     workers: int = 2
     """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
     bad_sample_limit: float = 0.001
-    """Share of unreadable samples, of all read so far, above which the run stops with exit code 3."""
+    """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
     render_scenes: bool = False
     """Render the embedded scenes into `root` at the start if they are not there yet."""
 
@@ -150,7 +150,7 @@ class TrainSection:
     global_batch: int = 2
     """Source images a step over all ranks, and as many target images. UDA: 2."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast over fp32 parameters; losses and the teacher stay fp32."""
+    """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32."""
     clip_norm: float = 0.0
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
     deterministic: bool = False

@@ -62,11 +62,10 @@ class TrainPipeline:
             world_size: number of processes; must divide ``blocks_per_step``.
             blocks_per_step: blocks that all ranks together consume in a step.
             workers: processes that read and decode; 0 does it in this one.
-            first_block: where to start or go on; the first block of a step.
+            first_block: where to start or go on.
         """
         assert 0 <= rank < world_size
         assert blocks_per_step % world_size == 0
-        assert first_block % blocks_per_step == 0
         blocks = _Blocks(source=source, target=target, seed=seed, crop=crop, micro_batch=micro_batch)
         self._loader = DataLoader(
             blocks,

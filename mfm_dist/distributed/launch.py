@@ -18,6 +18,10 @@ class Launch:
     rank: int
     zero_stage: int | None
     """DeepSpeed's ZeRO stage, None without DeepSpeed."""
+    local_world_size: int = 1
+    """Processes on this machine."""
+    use_cpu: bool = False
+    """Whether the launch file asks for the CPU."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -25,7 +29,11 @@ class Launch:
         deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if deepspeed else None
         return cls(
-            world_size=int(environment.get("WORLD_SIZE", "1")), rank=int(environment.get("RANK", "0")), zero_stage=stage
+            world_size=int(environment.get("WORLD_SIZE", "1")),
+            rank=int(environment.get("RANK", "0")),
+            zero_stage=stage,
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+            use_cpu=environment.get("ACCELERATE_USE_CPU", "false").lower() == "true",
         )
 
 

@@ -71,7 +71,7 @@ def draw_class_masks(label: Tensor, ranks: Tensor, scope: Literal["batch", "imag
 
     Of n candidate classes ceil(n / 2) are drawn without replacement. Like the published code this treats 255 as a
     class and takes the candidates from the whole micro-batch (``scope="batch"``), so that a drawn class may be absent
-    from the image. Nothing here waits for the device or changes shape with the data.
+    from the image. Nothing here waits for a result or changes shape with the data.
 
     Args:
         label: uint8 [B, H, W].

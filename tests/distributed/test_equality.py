@@ -67,6 +67,16 @@ def test_two_processes_train_as_one(
     assert_same_training(run, alone, initial)
 
 
+def test_gradients_add_up_over_the_micro_batches_of_a_step(
+    scenes: Path, tmp_path: Path, initial: dict[str, torch.Tensor]
+) -> None:
+    """Four micro-batches a step: all in one process, or two in each of two."""
+    larger = [*SGD, "train.global_batch=8"]
+    reference = trained(scenes, tmp_path / "alone", *larger, launch=None)
+    assert_same_training(trained(scenes, tmp_path / "ddp", *larger, launch="cpu_ddp"), reference, initial)
+    assert_same_training(trained(scenes, tmp_path / "zero2", *larger, launch="cpu_zero2"), reference, initial)
+
+
 def test_another_sample_is_noticed(
     scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: dict[str, torch.Tensor]
 ) -> None:

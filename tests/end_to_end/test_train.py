@@ -186,6 +186,10 @@ def test_a_checkpoint_of_another_network_is_refused(finished: Path, scenes: Path
     assert other.returncode == 2
     assert "is of another network" in other.stderr
     assert_equal_bits(finished, run)
+    assert evaluate.main(["--run", str(run)]) == 0  # the refused start left the run as it was
+    smaller = run_train([*tiny_overrides(scenes, run), "train.micro_batch=1"])
+    assert smaller.returncode == 2
+    assert "counts its data in micro-batches of 2" in smaller.stderr
 
 
 def test_a_run_folder_that_cannot_be_written_is_told(scenes: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from mfm_dist import checkpoint as checkpoints
 from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint import Progress, find_latest, load_modules, load_optimizer, save_checkpoint, verify
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.engine import Engine, start_engine
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError, StorageError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
@@ -126,6 +127,19 @@ def test_old_checkpoints_go_when_the_new_one_is_whole(
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, module, engine, Progress(step=step), tiny_config)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+
+
+def test_a_damaged_later_checkpoint_never_costs_the_new_one(
+    trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    module, engine = trained
+    tiny_config.checkpoint.keep = 1
+    save_checkpoint(tmp_path, module, engine, Progress(step=4), tiny_config)
+    flip_a_bit(tmp_path / "step_00000004" / "teacher.safetensors")
+    save_checkpoint(tmp_path, module, engine, Progress(step=3), tiny_config)
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000003"]
+    save_checkpoint(tmp_path, module, engine, Progress(step=3), tiny_config)  # the same step again
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "run") == ["latest", "step_00000003"]
 
 
 def test_another_network_is_refused(

@@ -1,0 +1,73 @@
+"""From what the launcher asked for to an engine.
+
+Faults of accelerate and DeepSpeed that are avoided here, each measured:
+
+* ``accelerator.backward`` under DeepSpeed also steps, so DeepSpeed's own ``backward`` and ``step`` are called.
+* DeepSpeed clips at 1.0 when nothing is said, so the clip is always said.
+* A resident ZeRO-3 parameter would hide the teacher's update, so nothing is kept resident (threshold 0).
+* DeepSpeed compiles a shared-memory kernel for inference at the first start, 55 s and a stale lock after a kill;
+  it is switched off.
+* Several processes without a distributed type train apart in silence; that start is refused.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
+
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.errors import ConfigError
+
+
+def start_engine(config: RunConfig) -> Engine:
+    """Set up this process as the launcher asked.
+
+    Raises:
+        ConfigError: for a launch that is refused, or a world size that the global batch does not fit.
+    """
+    launch = Launch.from_environment()
+    problems = [*launch_problems(), *config.world_problems(launch.world_size)]
+    if problems:
+        raise ConfigError(problems)
+    # More processes than GPUs would share one, which NCCL refuses: such a launch means the CPU.
+    on_cpu = launch.use_cpu or launch.local_world_size > torch.cuda.device_count()
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if launch.zero_stage is None:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        engine = Engine(accelerator, config)
+    else:
+        # The launcher lists the fields of its file here, and the plugin refuses a configuration beside any of them.
+        # launch_problems has read what they say.
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launch))
+        _switch_off_inference_kernel()
+        backend = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=backend)
+        engine = DeepSpeedEngine(accelerator, config)
+    if engine.world_size != launch.world_size:
+        raise ConfigError(
+            f"the launcher started {launch.world_size} processes that do not know of each other (distributed_type NO "
+            "or MULTI_CPU): use distributed_type MULTI_GPU, which is DDP on CPUs too, or DEEPSPEED"
+        )
+    return engine
+
+
+def _switch_off_inference_kernel() -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
