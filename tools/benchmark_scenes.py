@@ -66,10 +66,10 @@ def train(folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> fl
     return miou
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half width of the 95 % interval of the mean; NaN for a single value."""
+def interval(values: Sequence[float]) -> float | None:
+    """Half width of the 95 % interval of the mean; None for a single value."""
     if len(values) < 2:
-        return float("nan")
+        return None
     return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -93,15 +93,21 @@ def summary(miou: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     }
 
 
+def shown(result: dict[str, Any], form: str) -> str:
+    """A mean with its interval, where there is one."""
+    half_width = result["interval_95"]
+    return format(result["mean"], form) + (f" ± {half_width:.2f}" if half_width is not None else " (one seed)")
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, one row a variant."""
     base = next(iter(results))
     lines = [f"| variant | target mIoU, % (mean ± 95 %) | minus {base}, paired | by seed |", "|---|---|---|---|"]
     for name, result in results.items():
         difference = result["minus"].get(base)
-        paired = f"{difference['mean']:+.2f} ± {difference['interval_95']:.2f}" if difference else ""
+        paired = shown(difference, "+.2f") if difference else ""
         seeds = ", ".join(f"{value:.2f}" for value in result["miou"])
-        lines.append(f"| {name} | {result['mean']:.2f} ± {result['interval_95']:.2f} | {paired} | {seeds} |")
+        lines.append(f"| {name} | {shown(result, '.2f')} | {paired} | {seeds} |")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine, StepResult
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.errors import ConfigError
 
 
 class DeepSpeedEngine(Engine):
@@ -52,8 +53,18 @@ class DeepSpeedEngine(Engine):
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
             return
+        if self._is_stage_3:
+            raise ConfigError(
+                "a run cannot be resumed under ZeRO-3 yet (one rank fails in the first steps); its checkpoints go on "
+                "under ZeRO 1 or 2, DDP or one process: choose another launch file"
+            )
+        states = list(states)
+        keys = {key for _, tensors in states for key in tensors}
         for shard in self._flat_shards():
-            self._base.state[shard] = {"step": torch.tensor(float(applied))} if self._counts_steps else {}
+            state = {key: torch.zeros_like(shard.data) for key in keys}
+            if self._counts_steps:
+                state["step"] = torch.tensor(float(applied))
+            self._base.state[shard] = state
         for parameter, tensors in states:
             for key, value in tensors.items():
                 self._set_state(parameter, key, value.to(self.device))
@@ -93,13 +104,6 @@ class DeepSpeedEngine(Engine):
         return self.sum(whole).view_as(parameter)
 
     def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        for shard in self._flat_shards():
-            self._base.state[shard].setdefault(key, torch.zeros_like(shard.data))
-        if self._is_stage_3:
-            from deepspeed.utils import safe_set_full_optimizer_state
-
-            safe_set_full_optimizer_state(parameter, whole, key)
-            return
         for place, piece in self._own_piece(parameter, key):
             piece.copy_(whole.flatten()[place])
 
