@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine, StepResult
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import ConfigError
 
 
 class DeepSpeedEngine(Engine):
@@ -53,11 +52,6 @@ class DeepSpeedEngine(Engine):
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
             return
-        if self._is_stage_3:
-            raise ConfigError(
-                "a run cannot be resumed under ZeRO-3 yet (one rank fails in the first steps); its checkpoints go on "
-                "under ZeRO 1 or 2, DDP or one process: choose another launch file"
-            )
         states = list(states)
         keys = {key for _, tensors in states for key in tensors}
         for shard in self._flat_shards():
@@ -93,33 +87,44 @@ class DeepSpeedEngine(Engine):
 
     def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """One optimiser tensor of one parameter, put together from the ranks' pieces. Collective."""
-        if self._is_stage_3:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            whole: Tensor = safe_get_full_optimizer_state(parameter, key)
-            return whole
-        whole = torch.zeros(parameter.numel(), device=self.device)
-        for place, piece in self._own_piece(parameter, key):
-            whole[place] = piece
-        return self.sum(whole).view_as(parameter)
+        whole = torch.zeros(parameter_numel(parameter), device=self.device)
+        for place, shard, start in self._own_piece(parameter):
+            whole[place] = self._base.state[shard][key].narrow(0, start, place.stop - place.start)
+        return self.sum(whole).view(parameter_shape(parameter))
 
     def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        for place, piece in self._own_piece(parameter, key):
-            piece.copy_(whole.flatten()[place])
+        for place, shard, start in self._own_piece(parameter):
+            self._base.state[shard][key].narrow(0, start, place.stop - place.start).copy_(whole.flatten()[place])
 
-    def _own_piece(self, parameter: nn.Parameter, key: str) -> Iterator[tuple[slice, Tensor]]:
-        """Where in the flat parameter this rank's piece of an optimiser tensor belongs, and the piece; or nothing.
+    def _own_piece(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor, int]]:
+        """Where this rank's piece of a parameter belongs in the flat whole, the shard it lies in, and where; or nothing.
 
-        Not by ``safe_get_full_optimizer_state``: at ZeRO 1 and 2 it links the state of all parameter groups after the
-        first group's first step, when the others have none yet, and then fails for them (DeepSpeed 0.19.8).
+        Not by DeepSpeed's ``safe_*_full_optimizer_state`` (0.19.8). At ZeRO 1 and 2 it links the state of all groups
+        after the first group's first step, when the others have none yet, and fails for them. At ZeRO-3 setting a
+        parameter that the world size does not divide reads past its end on the last rank, which dies there.
         """
-        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
-        if fragment is None:
-            return
-        shard = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]  # type: ignore[attr-defined]
-        inside, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
-        piece = self._base.state[shard][key].narrow(0, flat.start, flat.numel)
-        yield slice(inside.start, inside.start + inside.numel), piece
+        zero: Any = self.optimizer
+        if self._is_stage_3:
+            index, start, padded = zero.grad_position[zero.get_param_id(parameter)]
+            first = self.rank * padded
+            count = min(padded, parameter_numel(parameter) - first)
+            if count > 0:
+                yield slice(first, first + count), zero.fp32_partitioned_groups_flat[index], start
+        elif (fragment := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            inside, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+            shard = zero.single_partition_of_fp32_groups[fragment.param_group_index]
+            yield slice(inside.start, inside.start + inside.numel), shard, flat.start
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter; under ZeRO-3 the tensor itself is empty between uses."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def parameter_numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter."""
+    return parameter_shape(parameter).numel()
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
