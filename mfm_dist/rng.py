@@ -29,6 +29,7 @@ class Stream(IntEnum):
     """Dropout, Dropout2d and drop-path inside a forward."""
     INITIAL_WEIGHTS = 9
     SCENE = 10
+    OBJECT = 11
 
 
 def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> np.random.Generator:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train variants of the quickstart over several seeds and compare them: python tools/benchmark_scenes.py --seeds 3
+"""Train variants of a configuration over several seeds and compare them: python tools/benchmark_scenes.py --seeds 5
 
 Every run is one process of ``mfm_dist.train``; ``--jobs`` of them run side by side. Finished runs are kept, so the same
 command goes on after an interruption. Differences are paired by seed.
@@ -25,22 +25,32 @@ from typing import Any
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.metrics import write_atomically
 
-CONFIG = Path("configs/quickstart.yaml")
-VARIANTS: dict[str, list[str]] = {
-    "source_only": ["method.name=source_only", "mfm.enabled=false"],
-    "oracle": ["method.name=oracle", "mfm.enabled=false"],
-    "dacs": ["mfm.enabled=false"],
-    "dacs_mfm": [],
-    "dacs_mfm_paper": ["mfm.loss_on=all", "mfm.ramp_from=0", "mfm.ramp_to=0"],
-    "dacs_mfm_hidden": ["mfm.ramp_from=0", "mfm.ramp_to=0"],
-    "dacs_mfm_ramp": ["mfm.loss_on=all"],
+MFM = {
+    "mfm": ["mfm.enabled=true"],
+    "mfm_hidden": ["mfm.enabled=true", "mfm.loss_on=hidden"],
+    "mfm_ramp": ["mfm.enabled=true", "mfm.ramp_from=150", "mfm.ramp_to=300"],
+    "mfm_hidden_ramp": ["mfm.enabled=true", "mfm.loss_on=hidden", "mfm.ramp_from=150", "mfm.ramp_to=300"],
 }
-"""Overrides of the quickstart by name; ``dacs_mfm`` is the quickstart itself, ``dacs_mfm_paper`` the paper's form."""
+"""Forms of the MFM term on top of a configuration: the paper's, and the two changes of it, apart and together."""
+LARGER = {
+    "depth8": ["rebuilder.depth=8"],
+    "width192": ["rebuilder.width=192"],
+    "ratio80": ["mfm.mask_ratio=0.8"],
+}
+"""The paper's limit, by the paper's factors: 2 to 8 blocks, half as wide again (512 to 768), twice the mask ratio."""
+VARIANTS: dict[str, list[str]] = {
+    "source_only": ["method.name=source_only"],
+    "oracle": ["method.name=oracle"],
+    "base": [],
+    **MFM,
+    **{f"{form}_{size}": [*MFM[form], *more] for form in MFM for size, more in LARGER.items()},
+}
+"""Overrides of the configuration by name; ``base`` is the configuration itself."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for a two-sided 95 % interval of a mean, by number of seeds."""
 
 
-def train(folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> float:
+def train(config: Path, folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> float:
     """Run, or finish, one variant with one seed; its final mIoU in percent.
 
     Raises:
@@ -48,12 +58,12 @@ def train(folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> fl
     """
     run = folder / variant / f"seed_{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    expected = load_config(CONFIG, [*VARIANTS[variant], *overrides, f"seed={seed}"])
+    expected = load_config(config, [*VARIANTS[variant], *overrides, f"seed={seed}"])
     if (run / "config.yaml").exists():
         before = to_tree(load_config(run / "config.yaml"))
         if different := changed_keys(before, expected):
             raise RuntimeError(f"{run} was trained with other settings ({'; '.join(different)}): use another --folder")
-    command = [sys.executable, "-m", "mfm_dist.train", "--config", str(CONFIG)]
+    command = [sys.executable, "-m", "mfm_dist.train", "--config", str(config)]
     command += [f"run.folder={run}", f"seed={seed}", *VARIANTS[variant], *overrides]
     if not (run / "outcome.json").exists() or json.loads((run / "outcome.json").read_text())["code"] != 0:
         with (run / "train.log").open("a") as log:
@@ -114,8 +124,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 11), metavar="N", help="seeds 0 to N-1")
-    parser.add_argument("--variants", nargs="+", default=["source_only", "dacs_mfm"], choices=VARIANTS)
+    parser.add_argument("--config", type=Path, default=Path("configs/scenes/dacs.yaml"), help="what is varied")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11), metavar="N", help="seeds 0 to N-1")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["base", "mfm"],
+        choices=VARIANTS,
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_scenes"), help="where the runs go")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -123,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     runs = list(product(arguments.variants, range(arguments.seeds)))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        values = list(pool.map(lambda run: train(arguments.folder, run[0], run[1], arguments.overrides), runs))
+        values = list(pool.map(lambda run: train(arguments.config, arguments.folder, *run, arguments.overrides), runs))
     miou: dict[str, list[float]] = {name: [] for name in arguments.variants}
     for (variant, _), value in zip(runs, values, strict=True):
         miou[variant].append(value)

@@ -89,6 +89,18 @@ class Backbone(nn.Module):
         return maps
 
 
+def build_classifier(name: str, num_classes: int) -> nn.Module:
+    """The image classifier [B, 3, H, W] -> [B, num_classes] whose encoder ``Backbone(name)`` is; random weights.
+
+    Its state dict is what ``Backbone(weights=...)`` reads, so this is the net to pre-train.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    architecture, arguments = _resolve(name, {})
+    return timm.create_model(architecture, num_classes=num_classes, **arguments)
+
+
 def _resolve(name: str, options: dict[str, object]) -> tuple[str, dict[str, object]]:
     """The timm name and all arguments behind a name of ours."""
     reserved = sorted(OWN_ARGUMENTS & set(options))

@@ -6,30 +6,34 @@ the difference by itself.
 
     scene = render_scene(seed=0, domain="camera", split="train", index=7)
     scene.image, scene.label    # uint8 [256, 512, 3], uint8 [256, 512]
+
+``render_object`` draws pictures of single objects, on which an encoder is pre-trained before it sees a street.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mfm_dist.data.scenes.choices import SPLITS, check_choice
 from mfm_dist.data.scenes.dice import Dice
 from mfm_dist.data.scenes.ground import draw_backdrop, draw_ground, draw_hood, draw_sky
 from mfm_dist.data.scenes.layout import STYLES, draw_street, draw_view, things_of
 from mfm_dist.data.scenes.light import Scene, develop, draw_light
-from mfm_dist.data.scenes.looks import Looks
+from mfm_dist.data.scenes.looks import TEXTURES, Looks
+from mfm_dist.data.scenes.objects import OBJECT_KINDS, ObjectPicture, render_object
 from mfm_dist.data.scenes.pen import Pen
 from mfm_dist.data.scenes.view import Canvas
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import Stream, keyed_generator
 
-__all__ = ["DOMAINS", "GENERATOR_VERSION", "SPLITS", "Gap", "Scene", "render_scene"]
+__all__ = [
+    "DOMAINS", "GENERATOR_VERSION", "OBJECT_KINDS", "SPLITS", "Gap", "ObjectPicture", "Scene", "render_object",
+    "render_scene",
+]  # fmt: skip
 
 DOMAINS = ("game", "camera")
-SPLITS = ("train", "val")
 
 GENERATOR_VERSION = 1
 """Raised whenever any picture or label changes; shards record it."""
@@ -69,8 +73,8 @@ def render_scene(
     Raises:
         ConfigError: unknown domain or split, or a size below 32 pixels.
     """
-    _check("domain", domain, DOMAINS)
-    _check("split", split, SPLITS)
+    check_choice("domain", domain, DOMAINS)
+    check_choice("split", split, SPLITS)
     if height < 32 or width < 32:
         raise ConfigError(f"scenes are at least 32 pixels high and wide, not {height} x {width}")
     place = DOMAINS.index(domain) * len(SPLITS) + SPLITS.index(split)
@@ -82,7 +86,7 @@ def render_scene(
         return domain if is_on else "game"
 
     aspect = width / height
-    layout_dice, looks = Dice(generator(_LAYOUT)), Looks(Dice(generator(_LOOKS)), source(gap.texture))
+    layout_dice, looks = Dice(generator(_LAYOUT)), Looks.of_domain(Dice(generator(_LOOKS)), source(gap.texture))
     light = draw_light(Dice(generator(_LIGHT)), source(gap.photometric))
     style = STYLES[source(gap.layout)]
     view = draw_view(layout_dice, style, aspect)
@@ -100,14 +104,6 @@ def render_scene(
         draw_hood(pen, aspect, layout_dice.between((0.035, 0.07)))
 
     return develop(
-        canvas, view, light, air=air, cloud=cloud, texture_domain=source(gap.texture),
+        canvas, view, light, air=air, cloud=cloud, textures=TEXTURES[source(gap.texture)],
         texture_generator=generator(_TEXTURE), sensor_generator=generator(_SENSOR),
     )  # fmt: skip
-
-
-def _check(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value in allowed:
-        return
-    near = difflib.get_close_matches(value, allowed, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown {what} {value!r} of the scenes: there are {', '.join(allowed)}{hint}")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from mfm_dist.data.scenes.dice import Dice, Range
-from mfm_dist.data.scenes.looks import TEXTURES, Colour
+from mfm_dist.data.scenes.looks import Colour
 from mfm_dist.data.scenes.view import SUPERSAMPLING, Canvas, Facing, View
 
 SKY = 10
@@ -113,7 +113,11 @@ DAYS: Mapping[str, tuple[Weather, ...]] = {
 
 
 def draw_light(dice: Dice, domain: str) -> Light:
-    day = dice.pick(DAYS[domain])
+    return light_of(dice, dice.pick(DAYS[domain]))
+
+
+def light_of(dice: Dice, day: Weather) -> Light:
+    """One picture's light on a day of that kind."""
     sun = dice.between(day.sun)
     side = -1.0 if dice.chance(0.5) else 1.0
     contrast = dice.between(day.contrast)
@@ -184,10 +188,14 @@ def ground_noise(generator: np.random.Generator, view: View, height: int, width:
 
 
 def develop(
-    canvas: Canvas, view: View, light: Light, *, air: Colour, cloud: Colour, texture_domain: str,
+    canvas: Canvas, view: View, light: Light, *, air: Colour, cloud: Colour, textures: np.ndarray,
     texture_generator: np.random.Generator, sensor_generator: np.random.Generator,
 ) -> Scene:  # fmt: skip
-    """The finished picture and its label."""
+    """The finished picture and its label.
+
+    Args:
+        textures: strengths of the surface noise, one row for each ``Material``; columns as in ``TEXTURES``.
+    """
     height, width = canvas.height, canvas.width
     buffer = canvas.ink_map()
     packed = ink_colours(canvas, light, air).view(np.uint32)[:, 0].take(buffer)
@@ -205,7 +213,7 @@ def develop(
     # Shadows lie on what looks up, which among the inks means the ground.
     looks_up = (np.array(canvas.inks.facing) == Facing.UP).astype(np.float32) * np.float32(light.shadow_strength)
     gain = 1.0 - cover * looks_up.take(inks)
-    gain *= _texture(canvas, view, inks, texture_domain, texture_generator)
+    gain *= _texture(canvas, view, inks, textures, texture_generator)
     if light.vignette > 0.0:
         across = np.linspace(-1.0, 1.0, width, dtype=np.float32) ** 2
         down = np.linspace(-1.0, 1.0, height, dtype=np.float32) ** 2
@@ -215,10 +223,12 @@ def develop(
     return Scene(image=expose(picture, light, sensor_generator), label=label)
 
 
-def _texture(canvas: Canvas, view: View, inks: np.ndarray, domain: str, generator: np.random.Generator) -> np.ndarray:
+def _texture(
+    canvas: Canvas, view: View, inks: np.ndarray, textures: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
     """Brightness of the materials around 1, float32 [H, W]."""
     height, width = inks.shape
-    ground, broad, fine = TEXTURES[domain][canvas.inks.material].T.copy()
+    ground, broad, fine = textures[canvas.inks.material].T.copy()
     texture = ground.take(inks) * ground_noise(generator, view, height, width)
     texture += broad.take(inks) * picture_noise(generator, height, width, (4, 12, 32))
     texture += fine.take(inks) * picture_noise(generator, height, width, (64, 128))

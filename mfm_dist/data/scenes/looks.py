@@ -158,16 +158,24 @@ CAMERA_PALETTE: Palette = {
 PALETTES: Mapping[str, Palette] = {"game": GAME_PALETTE, "camera": CAMERA_PALETTE}
 
 JITTER: Mapping[str, float] = {"game": 0.05, "camera": 0.14}
-"""How far one thing's brightness strays from its palette entry, as a share; hue strays a third as far."""
+"""``Looks.jitter`` of each domain."""
 
 
 class Looks:
-    """Draws colours from one domain's palette."""
+    """Draws colours from a palette.
 
-    def __init__(self, dice: Dice, domain: str) -> None:
+    Args:
+        jitter: how far one thing's brightness strays from its palette entry, as a share; hue strays a third as far.
+    """
+
+    def __init__(self, dice: Dice, palette: Palette, jitter: float) -> None:
         self.dice = dice
-        self._palette = PALETTES[domain]
-        self._jitter = JITTER[domain]
+        self._palette = palette
+        self._jitter = jitter
+
+    @classmethod
+    def of_domain(cls, dice: Dice, domain: str) -> Looks:
+        return cls(dice, PALETTES[domain], JITTER[domain])
 
     def pick(self, name: str) -> Colour:
         """A colour for one thing, from the palette entry ``name``."""

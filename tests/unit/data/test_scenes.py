@@ -97,7 +97,7 @@ def test_road_below_and_sky_above(domain: str, validation: dict[str, list[Scene]
 def test_nearer_cars_are_larger_and_lower() -> None:
     def pixels_and_lowest_row(distance: float) -> tuple[int, int]:
         dice = Dice(np.random.default_rng(0))
-        looks = Looks(Dice(np.random.default_rng(1)), "game")
+        looks = Looks.of_domain(Dice(np.random.default_rng(1)), "game")
         light = draw_light(Dice(np.random.default_rng(2)), "game")
         canvas = Canvas(128, 256)
         pen = Pen(canvas, draw_view(dice, STYLES["game"], 2.0), light, dice, looks)
