@@ -28,8 +28,8 @@ from mfm_dist.metrics import write_atomically
 MFM = {
     "mfm": ["mfm.enabled=true"],
     "mfm_hidden": ["mfm.enabled=true", "mfm.loss_on=hidden"],
-    "mfm_ramp": ["mfm.enabled=true", "mfm.ramp_from=150", "mfm.ramp_to=300"],
-    "mfm_hidden_ramp": ["mfm.enabled=true", "mfm.loss_on=hidden", "mfm.ramp_from=150", "mfm.ramp_to=300"],
+    "mfm_ramp": ["mfm.enabled=true", "mfm.ramp_from=100", "mfm.ramp_to=200"],
+    "mfm_hidden_ramp": ["mfm.enabled=true", "mfm.loss_on=hidden", "mfm.ramp_from=100", "mfm.ramp_to=200"],
 }
 """Forms of the MFM term on top of a configuration: the paper's, and the two changes of it, apart and together."""
 LARGER = {
@@ -139,11 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every run")
     arguments = parser.parse_intermixed_args(argv)
-    runs = list(product(arguments.variants, range(arguments.seeds)))
+    # Seed by seed, so that what an interruption leaves is paired.
+    runs = list(product(range(arguments.seeds), arguments.variants))
+
+    def run_one(run: tuple[int, str]) -> float:
+        seed, variant = run
+        return train(arguments.config, arguments.folder, variant, seed, arguments.overrides)
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        values = list(pool.map(lambda run: train(arguments.config, arguments.folder, *run, arguments.overrides), runs))
+        values = list(pool.map(run_one, runs))
     miou: dict[str, list[float]] = {name: [] for name in arguments.variants}
-    for (variant, _), value in zip(runs, values, strict=True):
+    for (_, variant), value in zip(runs, values, strict=True):
         miou[variant].append(value)
     results = summary(miou)
     print(table(results))

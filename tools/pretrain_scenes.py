@@ -102,7 +102,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
 
 
 def random_view(image: Tensor) -> Tensor:
-    """[B, 3, H, W]: each image cropped at its own random scale and place and mirrored half the time, at its old size."""
+    """[B, 3, H, W]: each image cropped at a scale and place of its own and mirrored half the time, at its old size."""
     batch = len(image)
     side = torch.empty(batch, 1).uniform_(*SCALE)
     mirror = torch.randint(0, 2, (batch, 1)) * 2 - 1
