@@ -4,7 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two processes are for the CPU, also where there is a GPU.
-LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
+# torchrun passes these signals on to the ranks, which save and end, instead of dying of them; and gives them time to.
+SIGNALS := PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=300
+LAUNCH := CUDA_VISIBLE_DEVICES= $(SIGNALS) $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 
 .PHONY: help install quickstart quickstart-source-only scenes lint test clean

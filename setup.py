@@ -7,6 +7,7 @@ setup(
     version="0.1.0",
     description="Distributed training of Masked Feature Modeling for domain-adaptive semantic segmentation",
     packages=find_packages(include=["mfm_dist", "mfm_dist.*"]),
+    package_data={"mfm_dist.report": ["templates/*.html", "templates/*.css"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -17,11 +18,18 @@ setup(
         "webdataset>=1.0",
         "timm>=1.0.19",
         "fvcore>=0.1.5",
+        "tensorboard>=2.18",
         "safetensors>=0.5",
         "pyyaml>=6.0",
         "numpy>=1.26",
         "pillow>=10",
+        "jinja2>=3.1",
+        "markupsafe>=2.1",
+        "matplotlib>=3.9",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm"]},
+    extras_require={
+        "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
+        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
+    },
 )

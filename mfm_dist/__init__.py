@@ -1,3 +1,29 @@
 """Distributed training of Masked Feature Modeling (MFM) for domain-adaptive semantic segmentation."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import torch
+
+    from mfm_dist.exported import TrainedSegmentor
+
 __version__ = "0.1.0"
+
+
+def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
+    """The trained segmenter of an export folder, or of a run folder (its newest checkpoint), in eval mode.
+
+    It is an ``nn.Module`` from normalised images, float [B, 3, H, W], to logits [B, classes, H, W], without the
+    Rebuilder. ``model.predict(image)`` takes uint8 RGB [3, H, W] and gives train ids [H, W]; ``model.normalise`` is
+    the step before the forward; ``model.about`` says which classes, where from, how good.
+
+    Raises:
+        mfm_dist.errors.ConfigError: the folder is neither, or is damaged.
+    """
+    from mfm_dist.exported import load_segmentor
+
+    return load_segmentor(path, device)

@@ -11,6 +11,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
+from mfm_dist.models.checkpointing import checkpoint_blocks
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
@@ -62,6 +63,8 @@ def build_train_module(config: RunConfig) -> TrainModule:
     torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 0))
     try:
         student = build_student(config)
+        if config.memory.checkpoint_backbone:
+            checkpoint_blocks(student.backbone)
     except ConfigError as error:
         problems += error.problems
     if student is not None and config.mfm.enabled:

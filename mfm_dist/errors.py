@@ -5,6 +5,7 @@ EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_STORAGE = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
+EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
 
 
 class UserError(Exception):
@@ -40,6 +41,6 @@ class DataError(UserError):
 
 
 class StorageError(UserError):
-    """A folder that cannot be written: full, read-only, gone. What was written before is intact."""
+    """A folder that cannot be written (full, read-only, gone; what was written before is intact), or is damaged."""
 
     exit_code = EXIT_STORAGE

@@ -7,43 +7,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfm_dist.build import build_student
-from mfm_dist.checkpoint import find_latest, load_student
-from mfm_dist.config.loader import load_config
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.evaluation import OneProcess, evaluate
+from mfm_dist.trained_run import open_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parse_arguments(argv)
     try:
-        run: Path = arguments.run
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"--run {run}: no run folder (it has no config.yaml)")
-        config = load_config(run / "config.yaml")
-        checkpoint = find_latest(run / "checkpoints", report=lambda line: print(line, file=sys.stderr))
-        if checkpoint is None:
-            raise ConfigError(f"{run / 'checkpoints'} holds no complete checkpoint yet")
-        reader = ShardReader(config.data.root / (arguments.split or config.data.validation))
-        config.model.pretrained, config.model.weights = False, None  # the checkpoint brings all weights
-        student = build_student(config)
-        load_student(checkpoint, student)
+        run = open_run(arguments.run)
+        reader = ShardReader(run.config.data.root / (arguments.split or run.config.data.validation))
         ranks = OneProcess()
         scores, _ = evaluate(
-            student.to(ranks.device),
+            run.segmentor.to(ranks.device),
             EvaluationSet(reader, rank=0, world_size=1),
             ranks,
-            step=checkpoint.progress.step,
+            step=run.checkpoint.progress.step,
             overlays=len(reader) if arguments.overlays else 0,
             overlay_folder=arguments.overlays,
         )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(scores.to_json() if arguments.json else f"{checkpoint.path}, {scores.images} images\n{scores.table()}")
+    print(scores.to_json() if arguments.json else f"{run.checkpoint.path}, {scores.images} images\n{scores.table()}")
     for line in scores.bad_samples:
         print(f"not counted: {line}", file=sys.stderr)
     return EXIT_DONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,6 +77,11 @@ class Scores:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, self.to_json())
 
+    def numbers(self) -> dict[str, float]:
+        """``eval/miou`` and ``eval/iou/<class>`` in percent, of the classes that occur."""
+        scored = {f"eval/iou/{name}": value for name, value in self.iou.items() if value == value}
+        return {"eval/miou": self.miou, **scored}
+
     def table(self) -> str:
         """One line a class, for people."""
         lines = [f"  {name:<14} {value:6.2f}" for name, value in self.iou.items()]
@@ -92,6 +97,7 @@ def evaluate(
     step: int,
     overlays: int = 0,
     overlay_folder: Path | None = None,
+    before_turn: Callable[[int], object] = lambda _: None,
 ) -> tuple[Scores, list[BadSample]]:
     """Score the student on this rank's items and sum over ranks; every rank gets the same scores.
 
@@ -101,14 +107,15 @@ def evaluate(
         items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
             under ZeRO-3 it is collective.
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
+        before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
+            in the same turn.
     """
     confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
     scored = 0
     bad: list[BadSample] = []
-    was_training = student.training
-    student.eval()
-    with mean_batch_norm(student, ranks):
-        for item in items:
+    with evaluation_mode(student), mean_batch_norm(student, ranks):
+        for turn, item in enumerate(items):
+            before_turn(turn)
             if item.sample is None:
                 predict_labels(student, torch.zeros(3, 64, 64, dtype=torch.uint8), ranks.device)
                 bad.extend([item.bad] if item.bad is not None else [])
@@ -121,7 +128,6 @@ def evaluate(
             if overlay_folder is not None and item.number < overlays:
                 path = overlay_folder / f"{item.sample.key}.png"
                 save_overlay(path, item.sample.image, item.sample.label, prediction)
-    student.train(was_training)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
     scores = Scores(
@@ -132,6 +138,17 @@ def evaluate(
         bad_samples=[str(sample) for sample in bad],
     )
     return scores, bad
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """``module.eval()`` for a while."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.whole_folder import write_atomically as write_atomically
 
 
 def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
@@ -87,16 +87,6 @@ class JsonLines:
             return
         kept = [json.dumps(record) + "\n" for record in self if record.get("step", 0) <= step]
         write_atomically(self.path, "".join(kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old text or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,24 @@ def overlay(image: npt.NDArray[np.uint8], label: Tensor) -> npt.NDArray[np.uint8
     """Class colours laid over an RGB image [H, W, 3]."""
     blended = (1 - OPACITY) * image + OPACITY * colourise(label)
     return blended.round().astype(np.uint8)
+
+
+def save_ids(path: Path, ids: Tensor) -> None:
+    """Train ids [H, W] as a PNG whose pixel values are the ids and whose palette shows them in class colours."""
+    picture = Image.fromarray(ids.numpy().astype(np.uint8))
+    picture.putpalette(colourise(torch.arange(256)).flatten().tolist())
+    save_picture(path, picture)
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG, whole or not at all; a link of that name is replaced, not followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        picture.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -> None:

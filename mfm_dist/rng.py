@@ -26,7 +26,7 @@ class Stream(IntEnum):
     STRONG_AUGMENT = 6
     MFM_MASK = 7
     FORWARD = 8
-    """Dropout, Dropout2d and drop-path inside a forward."""
+    """Dropout, Dropout2d and drop-path inside the forward of one loss term."""
     INITIAL_WEIGHTS = 9
     SCENE = 10
     OBJECT = 11

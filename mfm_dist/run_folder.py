@@ -6,7 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import StorageError
 from mfm_dist.metrics import JsonLines, write_atomically
+from mfm_dist.outcome import OUTCOME, write_outcome
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 
@@ -41,12 +41,12 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / "outcome.json").unlink(missing_ok=True)
+            (self.path / OUTCOME).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
 
     def begin(self, config: RunConfig, world: dict[str, Any], step: int) -> None:
-        """Write what the run is made of, and forget what an earlier start wrote beyond ``step``.
+        """Write what the run is made of, and forget what an earlier start wrote beyond ``step``, or at all if it is 0.
 
         Raises:
             StorageError: if the folder cannot be written.
@@ -56,7 +56,7 @@ class RunFolder:
         try:
             self.metrics.forget_after(step)
             for path in (self.path / "eval").glob("step_*.json"):
-                if path.name > self.evaluation(step).name:
+                if step == 0 or path.name > self.evaluation(step).name:
                     path.unlink()
             write_atomically(self.path / "config.yaml", dump_config(config))
             write_atomically(self.path / "environment.json", json.dumps(_environment() | world, indent=1) + "\n")
@@ -73,12 +73,9 @@ class RunFolder:
             self._events.append({"step": step, "event": kind, **details})
 
     def outcome(self, code: int, reason: str, step: int) -> None:
-        """Say how this start of the run ended, for scripts that cannot see a rank's exit code."""
-        if self.writes and self.path.is_dir():
-            text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
-            # A full disk must not hide why the run ended, which the console says too.
-            with suppress(OSError):
-                write_atomically(self.path / "outcome.json", text)
+        """Say how this start of the run ended."""
+        if self.writes:
+            write_outcome(self.path, code=code, reason=reason, step=step)
 
 
 def _environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.augment import normalise
-from mfm_dist.methods.base import Method, StepInputs
+from mfm_dist.methods.base import Method, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target
 from mfm_dist.models.rebuilder import Rebuilder
@@ -27,9 +28,11 @@ class StepOutput:
     """What one micro-batch gives: the scalar to run backward from, and the numbers to log."""
 
     total: Tensor
-    """Sum of the weighted terms, with its graph."""
+    """Sum of the weighted terms that ran, with its graph."""
     losses: dict[str, Tensor]
-    """Each term by name, unweighted and detached; ``pseudo_weight`` stands among them where there is a teacher."""
+    """Each of them by name, unweighted and detached; ``pseudo_weight`` stands among them where there is a teacher."""
+    inputs: StepInputs
+    """What the terms looked at, teacher targets included; a later call for the same batch takes it."""
 
 
 class TrainModule(nn.Module):
@@ -43,18 +46,59 @@ class TrainModule(nn.Module):
         self.method = method
         self.config = config
 
-    def forward(self, batch: UDABatch, mfm_weight: float) -> StepOutput:
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The terms of the loss, in the order they run."""
+        return tuple(self.terms(mfm_weight=0.0))
+
+    def forward(
+        self, batch: UDABatch, mfm_weight: float, only: str | None = None, inputs: StepInputs | None = None
+    ) -> StepOutput:
         """One micro-batch: L = L_sup + L_uda + lambda * L_mfm (MFM, section 3).
+
+        The terms may also run one by one, in their order, each in a call of its own: the same numbers, draws and
+        BatchNorm statistics, but a graph that the engine can free before the next term.
 
         Args:
             batch: one block, on the device.
             mfm_weight: lambda at this step; at 0 the term still runs, because ZeRO-3 would update an unused
                 parameter with its previous gradient.
+            only: name of the one term to run, None for all.
+            inputs: of the previous term's output, so that the teacher is asked once for a batch.
         """
-        # Dropout and drop-path depend on the block alone, never on a rank or on what ran before.
-        torch.manual_seed(keyed_seed(self.config.seed, Stream.FORWARD, batch.block))
+        inputs = inputs or self.step_inputs(batch)
+        losses: dict[str, Tensor] = {}
+        weighted: list[Tensor] = []
+        for index, (name, (weight, term)) in enumerate(self.terms(mfm_weight).items()):
+            if only in (None, name):
+                # Dropout and drop-path depend on block and term alone, never on a rank or on what ran before.
+                torch.manual_seed(keyed_seed(self.config.seed, Stream.FORWARD, batch.block, index))
+                losses[name] = term(self.student, inputs)
+                weighted.append(weight * losses[name])
+
+        logged = {name: loss.detach() for name, loss in losses.items()}
+        if inputs.pseudo is not None:
+            logged["pseudo_weight"] = inputs.pseudo.weight.amax()
+        return StepOutput(total=torch.stack(weighted).sum(), losses=logged, inputs=inputs)
+
+    def terms(self, mfm_weight: float) -> dict[str, tuple[float, Term]]:
+        """Weight and function of each term: those of the method, L_sup + L_uda, then L_mfm."""
+        terms = {name: (1.0, term) for name, term in self.method.terms().items()}
+        if self.rebuilder is not None:
+            counts_in_bn = self.config.mfm.update_bn and mfm_weight > 0
+            terms["mfm"] = (mfm_weight, partial(self.masked_features_term, counts_in_bn=counts_in_bn))
+        return terms
+
+    def masked_features_term(self, student: Segmentor, inputs: StepInputs, *, counts_in_bn: bool) -> Tensor:
+        """L_mfm, which leaves the student's running statistics alone unless it ``counts_in_bn``."""
+        assert self.rebuilder is not None
+        with nullcontext() if counts_in_bn else batch_norm_untracked(student):
+            return mfm_term(student, self.rebuilder, inputs, self.config.mfm)
+
+    def step_inputs(self, batch: UDABatch) -> StepInputs:
+        """What the terms look at, the teacher's targets included."""
         target_image = normalise(batch.target_image)
-        inputs = StepInputs(
+        return StepInputs(
             source_image=normalise(batch.source_image),
             source_label=batch.source_label,
             target_image=target_image,
@@ -63,20 +107,6 @@ class TrainModule(nn.Module):
             block=batch.block,
             positions=batch.positions,
         )
-
-        losses = {name: term(self.student, inputs) for name, term in self.method.terms().items()}
-        total = torch.stack(list(losses.values())).sum()
-
-        if self.rebuilder is not None:
-            counts_in_bn = self.config.mfm.update_bn and mfm_weight > 0
-            with nullcontext() if counts_in_bn else batch_norm_untracked(self.student):
-                losses["mfm"] = mfm_term(self.student, self.rebuilder, inputs, self.config.mfm)
-            total = total + mfm_weight * losses["mfm"]
-
-        logged = {name: loss.detach() for name, loss in losses.items()}
-        if inputs.pseudo is not None:
-            logged["pseudo_weight"] = inputs.pseudo.weight.amax()
-        return StepOutput(total=total, losses=logged)
 
     def pseudo_target(self, image: Tensor, valid: Tensor) -> PseudoTarget | None:
         """The teacher's label and weight for a clean target image, without gradients."""

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import resource
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 
 from mfm_dist.batch import BadSample, UDABatch
-from mfm_dist.checkpoint import Progress, save_checkpoint
+from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.console import Console
 from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.teacher import update_teacher
+from mfm_dist.distributed.trackers import Trackers
+from mfm_dist.distributed.watchdog import Watchdog
 from mfm_dist.errors import DataError
 from mfm_dist.evaluation import Scores, evaluate
 from mfm_dist.methods.self_training import ema_decay_at
 from mfm_dist.metrics import RunningMean
 from mfm_dist.optim import learning_rate_factor, mfm_weight
 from mfm_dist.run_folder import RunFolder
+from mfm_dist.stopping import Stopped
 from mfm_dist.train_module import TrainModule
+
+TURNS_BETWEEN_LOOKS = 4
+"""Images of a rank in an evaluation between two looks at whether any rank was asked to stop; each is an exchange."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,13 @@ class Readers:
     target: ShardReader
     validation: ShardReader
 
-
-class StopRequested:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 arrived; the loop looks at it between steps."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the shards that the run trains on; what it is scored on may change."""
+        return {
+            "labelled": self.labelled.index.manifest.fingerprint,
+            "target": self.target.index.manifest.fingerprint,
+        }
 
 
 class Trainer:
@@ -62,35 +62,61 @@ class Trainer:
         module: TrainModule,
         readers: Readers,
         run: RunFolder,
+        trackers: Trackers,
         progress: Progress,
+        asked_to_stop: Callable[[], str | None],
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.engine = engine
         self.module = module
         self.readers = readers
         self.run = run
+        self.trackers = trackers
         self.progress = progress
+        self.asked_to_stop = asked_to_stop
+        """The signal that asked for it, if one did."""
+        self.watchdog = watchdog
         self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
         self.means = RunningMean()
         self.bad: set[BadSample] = set()
         self.data_wait = 0.0
         self.last_log = (time.perf_counter(), progress.step)
         self.scores: Scores | None = None
-        self.saved_step = -1
+        self.stopped_by = ""
+        self.saved_step = progress.step
+        """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
+        self.writer = CheckpointWriter(
+            run.checkpoints,
+            engine,
+            config,
+            data=readers.fingerprints,
+            written=self._note_saved,
+            moving=watchdog.moving,
+        )
 
-    def fit(self, stop: StopRequested) -> bool:
-        """Train to the end or to a stop signal; both end with a checkpoint. True if the last step was reached."""
+    def fit(self) -> bool:
+        """Train to the end or to a stop signal; both end with a checkpoint. True if the last step was scored."""
+        try:
+            self._fit()
+        except Stopped:
+            self.stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
+            self.run.event("signal", step=self.progress.step, signal=self.stopped_by)
+            self.save()
+            self.writer.wait()
+            return False
+        finally:
+            self.writer.close()
+            self.console.close()
+        return True
+
+    def _fit(self) -> None:
         config, progress = self.config, self.progress
         blocks = self._blocks()
-        if progress.step == 0:
+        if self._evaluation_is_missing():
             self.evaluate()
         while progress.step < config.train.steps:
-            batches = self._fetch(blocks, stop)
-            if batches is None:
-                self.run.event("signal", step=progress.step, signal=stop.name)
-                self.save()
-                return False
-            self.train_step(batches)
+            self.train_step(self._fetch(blocks))
             last = progress.step == config.train.steps
             if progress.step % config.log.every == 0 or last:
                 self.log()
@@ -99,8 +125,8 @@ class Trainer:
                 self.save()
             if progress.step % config.eval.every == 0 or last:
                 self.evaluate()
-        self.console.close()
-        return True
+        self.watchdog.beat("save", progress.step)
+        self.writer.wait()
 
     def train_step(self, batches: list[UDABatch]) -> None:
         """One global batch: this rank's micro-batches, the update, the teacher."""
@@ -115,10 +141,9 @@ class Trainer:
         )
         weight = mfm_weight(progress.step, config.mfm)
         for batch in batches:
-            output = self.engine.forward(batch.to(self.engine.device), weight)
-            self.engine.backward(output.total)
-            self.means.add({"total": output.total, **output.losses})
-
+            self.watchdog.beat("micro-batch", progress.step)
+            self.means.add(self.engine.micro_batch(batch.to(self.engine.device), weight))
+        self.watchdog.beat("update", progress.step)
         result = self.engine.step()
         if result.applied:
             progress.applied += 1
@@ -134,6 +159,7 @@ class Trainer:
 
     def log(self) -> None:
         """Average over the steps since the last line and over ranks, in one all-reduce."""
+        self.watchdog.beat("log", self.progress.step)
         names, means = self.means.pop()
         now, step = time.perf_counter(), self.progress.step
         seconds, steps = now - self.last_log[0], step - self.last_log[1]
@@ -151,6 +177,7 @@ class Trainer:
         record["memory_gib"] = self._memory_gib()
         if self.engine.is_main:
             self.run.metrics.append(record)
+            self._track({name: value for name, value in record.items() if name != "step"})
         self.console.show(record)
         self.last_log, self.data_wait = (now, step), 0.0
 
@@ -167,8 +194,11 @@ class Trainer:
             step=step,
             overlays=config.eval.overlays,
             overlay_folder=path.with_suffix(""),
+            before_turn=self._before_turn,
         )
         if self.engine.is_main:
+            if not path.exists():  # it does when a finished run is started again
+                self._track(scores.numbers())
             scores.save(path)
         self._note_bad_samples(bad)
         self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
@@ -177,13 +207,46 @@ class Trainer:
         self.scores = scores
         return scores
 
+    def _before_turn(self, turn: int) -> None:
+        """Evaluation goes on in step on all ranks, and ends in the same turn when any was asked to stop."""
+        self.watchdog.beat("evaluation", self.progress.step)
+        if turn % TURNS_BETWEEN_LOOKS == 0:
+            asked = torch.tensor([self.asked_to_stop() is not None], dtype=torch.int32, device=self.engine.device)
+            if self.engine.maximum(asked).item():
+                raise Stopped
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the step to start from is one to score and was not: at the first start, or after a stop."""
+        step, config = self.progress.step, self.config
+        if step == config.train.steps:  # a finished run started again says what it reached
+            return True
+        due = step % config.eval.every == 0
+        return due and not self.engine.gather_objects(self.run.evaluation(step).exists())[0]
+
     def save(self) -> None:
-        """Write a checkpoint at the current step, unless this process has done so."""
+        """Begin to write a checkpoint of the current step, unless there is one."""
         if self.saved_step == self.progress.step:
             return
-        path = save_checkpoint(self.run.checkpoints, self.module, self.engine, self.progress, self.config)
+        self.watchdog.beat("save", self.progress.step)
+        self.writer.save(self.module, self.progress)
         self.saved_step = self.progress.step
-        self.console.line(f"step {self.progress.step}: saved {path}")
+
+    def _note_saved(self, saved: Saved) -> None:
+        self.run.event(
+            "checkpoint",
+            step=saved.step,
+            checkpoint_stall_seconds=round(saved.stall_seconds, 4),
+            checkpoint_write_seconds=round(saved.write_seconds, 4),
+            gib=round(saved.gib, 4),
+        )
+        self.console.line(f"step {saved.step}: saved {saved.path}")
+
+    def _track(self, values: dict[str, float]) -> None:
+        """Hand numbers to the trackers. One that fails does not stop the run; a full disk does, in other places."""
+        step = self.progress.step
+        for problem in self.trackers.log(values, step):
+            self.run.event("tracker_failed", step=step, reason=problem)
+            self.console.line(problem)
 
     def _blocks(self) -> Iterator[UDABatch]:
         config = self.config
@@ -201,14 +264,17 @@ class Trainer:
         )
         return iter(pipeline)
 
-    def _fetch(self, blocks: Iterator[UDABatch], stop: StopRequested) -> list[UDABatch] | None:
-        """This rank's micro-batches of the next step, or None if any rank was asked to stop.
+    def _fetch(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
+        """This rank's micro-batches of the next step.
 
         One small all-reduce makes every rank take the same turn, also when data fail on one of them.
 
         Raises:
+            Stopped: on every rank, if any was asked to stop.
             DataError: on every rank, when samples are bad beyond the limit or a block cannot be filled.
+            StorageError: on every rank, when the last checkpoint could not be written.
         """
+        self.watchdog.beat("data", self.progress.step)
         started = time.perf_counter()
         batches: list[UDABatch] = []
         failure: DataError | None = None
@@ -218,13 +284,20 @@ class Trainer:
             failure = error
         self.data_wait += time.perf_counter() - started
         bad = [sample for batch in batches for sample in batch.bad_samples]
-        signs = torch.tensor([stop.name is not None, failure is not None, bool(set(bad) - self.bad)], dtype=torch.int32)
-        stopping, failing, news = self.engine.maximum(signs.to(self.engine.device)).tolist()
+        asked = self.asked_to_stop() is not None
+        unknown = bool(set(bad) - self.bad)
+        signs = torch.tensor([asked, failure is not None, unknown, self.writer.failed()], dtype=torch.int32)
+        self.watchdog.beat("agreement", self.progress.step)
+        stopping, failing, news, unwritten = self.engine.maximum(signs.to(self.engine.device)).tolist()
         if failing:
             raise DataError(next(text for text in self.engine.gather_objects(failure and str(failure)) if text))
+        if unwritten:
+            self.writer.wait()  # raises, everywhere: steps that cannot be saved are not worth their time
         if news:
             self._note_bad_samples(bad)
-        return None if stopping else batches
+        if stopping:
+            raise Stopped
+        return batches
 
     def _note_bad_samples(self, bad: list[BadSample]) -> None:
         """Name each bad sample once and stop the run when they are too many. Collective."""

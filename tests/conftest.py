@@ -73,6 +73,15 @@ def run_train(
     )
 
 
+@pytest.fixture(scope="session")
+def trained_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ``tiny_overrides``; not to be changed."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    completed = run_train(tiny_overrides(scenes, run))
+    assert completed.returncode == 0, completed.stderr
+    return run
+
+
 def result_of(output: str) -> dict[str, Any]:
     """The JSON of the RESULT line, which is the last line of a finished run."""
     last = output.strip().splitlines()[-1]

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from mfm_dist.config.problems import problems as problems_of
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
 
@@ -50,7 +51,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         origin[key] = "command line"
     config = from_tree(RunConfig, tree, problems, origin)
     if not problems:
-        problems.extend(config.problems())
+        problems.extend(problems_of(config))
     if problems:
         raise ConfigError(problems)
     return config
@@ -80,7 +81,8 @@ def from_tree(
             try:
                 values[name] = _convert(value, hints[name])
             except (TypeError, ValueError):
-                problems.append(f"{path}: expected {_type_name(hints[name])}, got {value!r}{where}")
+                near = _nearest_choice(value, hints[name])
+                problems.append(f"{path}: expected {_type_name(hints[name])}, got {value!r}{where}{near}")
     return kind(**values)
 
 
@@ -152,6 +154,18 @@ def _suggestion(name: str, names: Sequence[str], prefix: str) -> str:
     return f": allowed are {', '.join(prefix + n for n in names)}"
 
 
+def _nearest_choice(value: Any, hint: Any) -> str:
+    """For a misspelt word among a fixed few, the one that was probably meant."""
+    if get_origin(hint) is tuple:
+        parts = value if isinstance(value, list) else [value]
+        return next((near for part in parts if (near := _nearest_choice(part, get_args(hint)[0]))), "")
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if value in choices:
+        return ""
+    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f": did you mean {found[0]!r}?" if found else ""
+
+
 def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
@@ -175,6 +189,9 @@ def _convert(value: Any, hint: Any) -> Any:
         if value not in get_args(hint):
             raise ValueError
         return value
+    if origin is tuple and get_args(hint)[-1] is Ellipsis:
+        parts = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(part, get_args(hint)[0]) for part in parts)
     if origin is tuple:
         return _convert_tuple(value, get_args(hint))
     if origin is dict:
@@ -214,6 +231,8 @@ def _type_name(hint: Any) -> str:
         return " or ".join("null" if o is type(None) else _type_name(o) for o in get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"a list, each {_type_name(get_args(hint)[0])}"
     if origin is tuple:
         return f"{len(get_args(hint))} x {_type_name(get_args(hint)[0])}"
     if origin is dict:
@@ -243,16 +262,17 @@ def _field_documents(kind: type) -> dict[str, str]:
 
 def changed_keys(before: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Lines ``key: old -> new`` for what differs between a stored configuration and this one, but for the folder."""
-    old, new = _flat(before), _flat(to_tree(config))
+    old, new = flatten(before), flatten(to_tree(config))
     keys = [key for key in dict.fromkeys((*old, *new)) if key != "run.folder" and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+"""Those of Accelerate."""
+
 
 @dataclass(kw_only=True)
 class RunSection:
@@ -160,11 +163,48 @@ class TrainSection:
 
 
 @dataclass(kw_only=True)
+class StabilitySection:
+    rollback_after: int = 3
+    """Skipped steps in a row after which the run goes back to a checkpoint and passes over the data; 0: never."""
+    rollbacks: int = 3
+    """Times one start of a run may go back; then it ends with a diagnosis."""
+    spike_factor: float = 0.0
+    """Skip a step with a micro-batch whose loss is this many times the median of the last steps; 0 turns it off."""
+    spike_window: int = 200
+    """Applied steps that the median looks back on."""
+
+
+@dataclass(kw_only=True)
+class DebugSection:
+    check_gradients: bool = False
+    """Stop at a trainable parameter that a backward did not reach, by name."""
+    audit_every: int = 1000
+    """Steps between comparisons of what several ranks hold, bit by bit; 0: never."""
+
+
+@dataclass(kw_only=True)
+class WatchdogSection:
+    seconds: float = 300.0
+    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Less than NCCL's own
+    limit of 600 s, which would abort without a name."""
+
+
+@dataclass(kw_only=True)
+class MemorySection:
+    lean: bool = False
+    """Run backward after each loss term instead of once for their sum: one term's activations are held at a time."""
+    checkpoint_backbone: bool = False
+    """Hold only the inputs of the encoder's blocks and compute the rest again in the backward pass. Costs time."""
+
+
+@dataclass(kw_only=True)
 class CheckpointSection:
     every: int = 2000
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    background: bool = True
+    """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
 
 
 @dataclass(kw_only=True)
@@ -178,12 +218,14 @@ class EvalSection:
 @dataclass(kw_only=True)
 class LogSection:
     every: int = 50
-    """Steps between lines of metrics.jsonl and of the console."""
+    """Steps between lines of metrics.jsonl, of the console and of the trackers."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Where else to log, by Accelerate's trackers; [] for nowhere. All but tensorboard have to be installed."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run. `problems` lists every contradiction; a run never starts with one."""
+    """A whole run. `config.problems` lists every contradiction; a run never starts with one."""
 
     seed: int = 0
     """Seed of every random draw of the run."""
@@ -197,6 +239,10 @@ class RunConfig:
     rebuilder: RebuilderSection = field(default_factory=RebuilderSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+    memory: MemorySection = field(default_factory=MemorySection)
+    stability: StabilitySection = field(default_factory=StabilitySection)
+    debug: DebugSection = field(default_factory=DebugSection)
+    watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     log: LogSection = field(default_factory=LogSection)
@@ -205,10 +251,6 @@ class RunConfig:
     def blocks_per_step(self) -> int:
         """Micro-batches in one global batch, over all ranks."""
         return self.train.global_batch // self.train.micro_batch
-
-    def problems(self) -> list[str]:
-        """Every value out of range and every contradiction between fields, each with the fix."""
-        return [*_range_problems(self), *_cross_field_problems(self)]
 
     def world_problems(self, world_size: int) -> list[str]:
         """What does not fit this many ranks. The micro-batch is never changed to make it fit."""
@@ -222,73 +264,3 @@ class RunConfig:
             f"{train.micro_batch}, which {world_size} processes cannot share evenly: use {ranks} processes, or a "
             f"global batch of {fits}, ..."
         ]
-
-
-def _range_problems(config: RunConfig) -> list[str]:
-    """Values outside what their field allows."""
-    at_least_one = {
-        "data.crop": min(config.data.crop),
-        "scenes.train": config.scenes.train,
-        "scenes.val": config.scenes.val,
-        "scenes.size": min(config.scenes.size),
-        "rebuilder.depth": config.rebuilder.depth,
-        "rebuilder.width": config.rebuilder.width,
-        "rebuilder.heads": config.rebuilder.heads,
-        "rebuilder.grid": min(config.rebuilder.grid),
-        "train.steps": config.train.steps,
-        "train.micro_batch": config.train.micro_batch,
-        "train.global_batch": config.train.global_batch,
-        "train.threads": config.train.threads,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "eval.every": config.eval.every,
-        "log.every": config.log.every,
-    }
-    not_negative = {
-        "seed": config.seed,
-        "scenes.seed": config.scenes.seed,
-        "data.workers": config.data.workers,
-        "mfm.loss_weight": config.mfm.loss_weight,
-        "mfm.ramp_from": config.mfm.ramp_from,
-        "self_training.jitter_strength": config.self_training.jitter_strength,
-        "optim.lr": config.optim.lr,
-        "optim.decoder_lr_factor": config.optim.decoder_lr_factor,
-        "optim.rebuilder_lr": config.optim.rebuilder_lr,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "train.clip_norm": config.train.clip_norm,
-        "eval.overlays": config.eval.overlays,
-    }
-    shares = {
-        "data.bad_sample_limit": config.data.bad_sample_limit,
-        "self_training.ema_decay": config.self_training.ema_decay,
-        "self_training.pseudo_threshold": config.self_training.pseudo_threshold,
-        "self_training.jitter_prob": config.self_training.jitter_prob,
-        "self_training.blur_prob": config.self_training.blur_prob,
-        "mfm.mask_ratio": config.mfm.mask_ratio,
-        "optim.warmup_ratio": config.optim.warmup_ratio,
-    }
-    return [
-        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if value < 1),
-        *(f"{key}={value}: must not be negative" for key, value in not_negative.items() if not value >= 0),
-        *(f"{key}={value}: must lie between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1),
-    ]
-
-
-def _cross_field_problems(config: RunConfig) -> list[str]:
-    """Values that are allowed one by one but not together."""
-    problems = []
-    train, mfm, rebuilder, model = config.train, config.mfm, config.rebuilder, config.model
-    if train.micro_batch >= 1 and train.global_batch % train.micro_batch:
-        problems.append(
-            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch}"
-        )
-    if mfm.ramp_to < mfm.ramp_from:
-        problems.append(f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them")
-    if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:
-        problems.append(f"rebuilder.width={rebuilder.width} is not a multiple of rebuilder.heads={rebuilder.heads}")
-    if rebuilder.width % 4:
-        problems.append(f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its projectors need")
-    if model.pretrained and model.weights is not None:
-        problems.append("model.pretrained and model.weights are both set: keep one, they both start the encoder")
-    return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -66,6 +67,11 @@ class Manifest:
     @property
     def samples(self) -> int:
         return sum(record.samples for record in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over those of the shards in their order: two folders share it if every number is the same sample."""
+        return hashlib.sha256("".join(record.sha256 for record in self.shards).encode()).hexdigest()
 
     @property
     def pixel_counts(self) -> dict[str, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine, StepResult
 from mfm_dist.distributed.launch import Launch
@@ -21,20 +22,36 @@ class DeepSpeedEngine(Engine):
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
         base_rates = [group["base_lr"] for group in optimizer.param_groups]
         self.module = module
+        self._exchange = ExitStack()
         self._wrapped, prepared = self.accelerator.prepare(module, optimizer)
         self.optimizer = prepared.optimizer  # DeepSpeed's own, below accelerate's wrapper
         for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
             assert group["base_lr"] == rate, "DeepSpeed reordered the parameter groups"
 
+    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+        if self.config.memory.lean and self._pending == 0:
+            # One exchange of gradients for all backwards of the step. Without it every backward would exchange, and
+            # ZeRO-3 would silently keep the last gradient alone of a parameter that some of them do not touch.
+            self._exchange.enter_context(self._wrapped.coalesce_grad_reduction())  # type: ignore[operator]
+        try:
+            losses = super().micro_batch(batch, mfm_weight)
+        except BaseException:
+            # Python leaves the block above on the way out, and with gradients to exchange it would wait there for the
+            # other ranks, which do not come: the process could not end.
+            self.module.zero_grad(set_to_none=True)
+            raise
+        if not self.config.memory.lean and self._pending < self.accumulation:
+            self._wrapped.step()  # type: ignore[operator] # counts micro-batches, and so finds the last one
+        return losses
+
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed divides by the accumulation itself and notices the last micro-batch by counting steps.
-        self._wrapped.backward(loss)  # type: ignore[operator]
-        if self._pending < self.accumulation:
-            self._wrapped.step()  # type: ignore[operator]
+        # DeepSpeed divides by the accumulation that it was told.
+        self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
 
     def step(self) -> StepResult:
         assert self._pending == self.accumulation, "step() belongs after the last micro-batch of a step"
         self._pending = 0
+        self._exchange.close()
         self._wrapped.step()  # type: ignore[operator]
         norm = self._wrapped.get_global_grad_norm()  # type: ignore[operator]
         return StepResult(applied=self._wrapped.was_step_applied(), grad_norm=float(norm))  # type: ignore[operator]
@@ -44,6 +61,38 @@ class DeepSpeedEngine(Engine):
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().clone()
+
+    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        whole = whole.to(self.device, torch.float32)
+        for place, shard, start in self._own_piece(parameter):
+            shard.data.narrow(0, start, place.stop - place.start).copy_(whole.flatten()[place])
+        if self.replicates_parameters:
+            parameter.data.copy_(whole)
+        else:
+            piece, place = self._local_piece(parameter)
+            piece.copy_(whole.flatten()[place])
+
+    @property
+    def replicates_parameters(self) -> bool:
+        return not self._is_stage_3
+
+    def unlike_master(self) -> list[str]:
+        unlike = []
+        for name, parameter in self.module.named_parameters():
+            for place, shard, start in self._own_piece(parameter):
+                master = shard.data.narrow(0, start, place.stop - place.start)
+                whole = self.replicates_parameters
+                own = parameter.data.flatten()[place] if whole else self._local_piece(parameter)[0]
+                if not torch.equal(own.float(), master):
+                    unlike.append(name)
+        return unlike
+
+    def _local_piece(self, parameter: nn.Parameter) -> tuple[Tensor, slice]:
+        """ZeRO-3: this rank's piece of a parameter without its padding, and where in the flat whole it belongs."""
+        shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        first = self.rank * shard.numel()
+        count = max(0, min(shard.numel(), parameter_numel(parameter) - first))
+        return shard.narrow(0, 0, count), slice(first, first + count)
 
     def optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
@@ -66,7 +115,7 @@ class DeepSpeedEngine(Engine):
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def _sync_context(self) -> AbstractContextManager[Any]:
+    def _sync_context(self, *, exchange: bool) -> AbstractContextManager[Any]:  # noqa: ARG002 - DeepSpeed decides
         return nullcontext()
 
     @property
@@ -97,19 +146,20 @@ class DeepSpeedEngine(Engine):
             self._base.state[shard][key].narrow(0, start, place.stop - place.start).copy_(whole.flatten()[place])
 
     def _own_piece(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor, int]]:
-        """Where this rank's piece of a parameter belongs in the flat whole, the shard it lies in, and where; or nothing.
+        """Where in the flat whole this rank's piece of a parameter belongs, its fp32 shard and place in it; or nothing.
 
         Not by DeepSpeed's ``safe_*_full_optimizer_state`` (0.19.8). At ZeRO 1 and 2 it links the state of all groups
         after the first group's first step, when the others have none yet, and fails for them. At ZeRO-3 setting a
         parameter that the world size does not divide reads past its end on the last rank, which dies there.
         """
         zero: Any = self.optimizer
+        if not parameter.requires_grad:
+            return
         if self._is_stage_3:
-            index, start, padded = zero.grad_position[zero.get_param_id(parameter)]
-            first = self.rank * padded
-            count = min(padded, parameter_numel(parameter) - first)
-            if count > 0:
-                yield slice(first, first + count), zero.fp32_partitioned_groups_flat[index], start
+            index, start, _ = zero.grad_position[zero.get_param_id(parameter)]
+            _, place = self._local_piece(parameter)
+            if place.stop > place.start:
+                yield place, zero.fp32_partitioned_groups_flat[index], start
         elif (fragment := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
             inside, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
             shard = zero.single_partition_of_fp32_groups[fragment.param_group_index]
@@ -131,7 +181,8 @@ def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
     """The whole of DeepSpeed's configuration; the stage is the launcher's, the rest follows from the run's."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.blocks_per_step // launch.world_size,
+        # memory.lean: the engine adds up all backwards of a step by itself, for DeepSpeed they are one micro-batch.
+        "gradient_accumulation_steps": 1 if config.memory.lean else config.blocks_per_step // launch.world_size,
         "gradient_clipping": config.train.clip_norm,
         "zero_optimization": {
             "stage": launch.zero_stage,

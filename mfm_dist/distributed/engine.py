@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import UserError
 
@@ -56,16 +57,31 @@ class Engine:
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
 
-    def forward(self, *inputs: Any) -> Any:
-        """The wrapped module's forward, under the precision of the run."""
+    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; its gradients are added to those of the step.
+
+        With ``memory.lean`` the terms of the loss follow one another, each with a backward of its own, which frees
+        its activations before the next one starts.
+
+        Returns:
+            the module's losses by name, ``total`` among them, detached.
+        """
         self._pending += 1
-        with self._autocast(), self._sync_context():  # DDP decides in the forward whether this backward will exchange
-            return self._wrapped(*inputs)
+        terms = cast(Sequence[str], self.module.term_names) if self.config.memory.lean else [None]
+        losses: dict[str, Tensor] = {"total": torch.zeros((), device=self.device)}
+        inputs = None
+        for term in terms:
+            with self._sync_context(exchange=self._pending == self.accumulation and term == terms[-1]):
+                with self._autocast():
+                    output = self._wrapped(batch, mfm_weight, term, inputs)
+                self.backward(output.total)
+            losses |= {**output.losses, "total": losses["total"] + output.total.detach()}
+            inputs = output.inputs
+        return losses
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch; ranks exchange them after the last one of the step."""
-        with self._sync_context():
-            (loss / self.accumulation).backward()
+        """Add the gradient of a loss to those of the step, which is the mean over its micro-batches."""
+        (loss / self.accumulation).backward()
 
     def step(self) -> StepResult:
         """Clip, update, clear. A gradient that is not finite on any rank leaves the weights alone on all."""
@@ -95,6 +111,14 @@ class Engine:
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, the same on all."""
         return self._reduced(values, dist.ReduceOp.SUM)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of every rank, on every rank: [world size, *shape], in order of rank."""
+        if self.world_size == 1:
+            return values[None]
+        everyone = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(everyone, values.contiguous())
+        return torch.stack(everyone)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small Python object of every rank, on every rank, in order of rank."""
@@ -129,6 +153,19 @@ class Engine:
         """A whole parameter, wherever its pieces are. Collective."""
         return parameter.detach()
 
+    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Give a parameter new values, wherever its pieces are; every rank calls it with the whole."""
+        parameter.data.copy_(whole)
+
+    @property
+    def replicates_parameters(self) -> bool:
+        """Whether every rank holds every parameter whole."""
+        return True
+
+    def unlike_master(self) -> list[str]:
+        """Names of the parameters that differ from the copy of them that the optimiser steps, on this rank."""
+        return []
+
     def optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         """The optimiser's whole tensors for one parameter (not its step count); empty before step 1. Collective."""
         state = self.optimizer.state.get(parameter, {})
@@ -157,9 +194,8 @@ class Engine:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def _sync_context(self) -> AbstractContextManager[Any]:
-        """Keep DDP from exchanging gradients before the last micro-batch of a step; spans forward and backward."""
-        last = self._pending == self.accumulation
-        if last or self.world_size == 1:
+    def _sync_context(self, *, exchange: bool) -> AbstractContextManager[Any]:
+        """DDP decides in the forward whether the backward that follows will exchange gradients: this spans both."""
+        if exchange or self.world_size == 1:
             return nullcontext()
         return self._wrapped.no_sync()  # type: ignore[operator]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,26 @@ class Launch:
     """Processes on this machine."""
     use_cpu: bool = False
     """Whether the launch file asks for the CPU."""
+    launcher: Literal["torchrun", "accelerate"] | None = None
+    """Who started this process: torchrun (which ``accelerate launch`` calls for several), or accelerate, for one."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
         """Read the variables that torchrun and ``accelerate launch`` set."""
         deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if deepspeed else None
+        launcher: Literal["torchrun", "accelerate"] | None = None
+        if "TORCHELASTIC_RUN_ID" in environment:
+            launcher = "torchrun"
+        elif "ACCELERATE_USE_CPU" in environment:
+            launcher = "accelerate"
         return cls(
             world_size=int(environment.get("WORLD_SIZE", "1")),
             rank=int(environment.get("RANK", "0")),
             zero_stage=stage,
             local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
             use_cpu=environment.get("ACCELERATE_USE_CPU", "false").lower() == "true",
+            launcher=launcher,
         )
 
 
@@ -62,7 +71,8 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
             problems.append(f"{name} is not supported: use DDP (distributed_type: MULTI_GPU) or DeepSpeed ZeRO 1 to 3")
     if Launch.from_environment(environment).zero_stage == 0:
         problems.append(
-            "zero_stage: 0 lets a non-finite gradient into the weights and reports no gradient norm; it shards "
-            "nothing, so use DDP (configs/accelerate/cpu_ddp.yaml) or ZeRO 1 to 3"
+            "zero_stage: 0 lets a non-finite gradient into the weights, reports no gradient norm and cannot put off "
+            "its exchange of gradients, which memory.lean needs; it shards nothing, so use DDP "
+            "(configs/accelerate/cpu_ddp.yaml) or ZeRO 1 to 3"
         )
     return problems

@@ -22,6 +22,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, deepspeed_config
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.distributed.trackers import tracker_problems
 from mfm_dist.errors import ConfigError
 
 
@@ -29,10 +30,11 @@ def start_engine(config: RunConfig) -> Engine:
     """Set up this process as the launcher asked.
 
     Raises:
-        ConfigError: for a launch that is refused, or a world size that the global batch does not fit.
+        ConfigError: for a launch that is refused, a world size that the global batch does not fit, or a tracker that
+            is not installed.
     """
     launch = Launch.from_environment()
-    problems = [*launch_problems(), *config.world_problems(launch.world_size)]
+    problems = [*launch_problems(), *config.world_problems(launch.world_size), *tracker_problems(config)]
     if problems:
         raise ConfigError(problems)
     # More processes than GPUs would share one, which NCCL refuses: such a launch means the CPU.

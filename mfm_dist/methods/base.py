@@ -48,7 +48,11 @@ class Method(ABC):
 
     @abstractmethod
     def terms(self) -> Mapping[str, Term]:
-        """Loss terms by name, in the order they run. The total loss is their sum."""
+        """Loss terms by name, in the order they run. The total loss is their sum.
+
+        The last one must reach every parameter of the student: under DDP with ``memory.lean`` it is in its backward
+        that the ranks exchange gradients.
+        """
 
 
 def source_term(student: Segmentor, inputs: StepInputs) -> Tensor:

@@ -30,6 +30,7 @@ def test_a_plain_start_has_no_problem() -> None:
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "train.clip_norm"),
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "zero_stage"),
         ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0", "use DDP"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0", "which memory.lean needs"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
     ],
 )

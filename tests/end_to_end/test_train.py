@@ -28,8 +28,8 @@ def final_tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_equal_bits(first: Path, second: Path) -> None:
-    a, b = final_tensors(first), final_tensors(second)
+def assert_equal_bits(first: Path, second: Path, step: int = 4) -> None:
+    a, b = final_tensors(first, step), final_tensors(second, step)
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mfm_dist import checkpoint as checkpoints
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint import Progress, find_latest, load_modules, load_optimizer, save_checkpoint, verify
+from mfm_dist.checkpoint import (
+    CheckpointWriter,
+    DamagedError,
+    Progress,
+    Saved,
+    collect,
+    find_latest,
+    load_modules,
+    load_optimizer,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import ConfigError, StorageError
+from mfm_dist.errors import ConfigError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
 
@@ -38,13 +49,23 @@ def step_on_random_gradients(module: TrainModule, engine: Engine) -> None:
     assert engine.step().applied
 
 
+def save_checkpoint(folder: Path, module: TrainModule, engine: Engine, progress: Progress, config: RunConfig) -> Path:
+    """One checkpoint, on disk when this returns."""
+    saved: list[Saved] = []
+    writes = CheckpointWriter(folder, engine, config, data={}, written=saved.append)
+    writes.save(module, progress)
+    writes.wait()
+    writes.close()
+    return saved[0].path
+
+
 def test_round_trip_restores_every_tensor(
     trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
 ) -> None:
     module, engine = trained
     progress = Progress(step=7, applied=6, block=14)
     path = save_checkpoint(tmp_path, module, engine, progress, tiny_config)
-    assert verify(path) is None
+    assert read_checkpoint(path).progress == progress
     assert (tmp_path / "latest").read_text().strip() == path.name
 
     found = find_latest(tmp_path, report=pytest.fail)
@@ -93,33 +114,6 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(payload)
 
 
-@pytest.mark.parametrize("file", ["student", "optimizer", "buffers"])
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half(
-    file: str,
-    trained: tuple[TrainModule, Engine],
-    tiny_config: RunConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module, engine = trained
-    save_checkpoint(tmp_path, module, engine, Progress(step=1), tiny_config)
-    write = checkpoints.save_file
-
-    def disk_full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        write(tensors, path)
-        if path.stem == file:
-            path.write_bytes(path.read_bytes()[:100])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints, "save_file", disk_full)
-    with pytest.raises(StorageError, match=r"No space left.*start the same command again"):
-        save_checkpoint(tmp_path, module, engine, Progress(step=2), tiny_config)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "run") == ["latest", "step_00000001"]
-    found = find_latest(tmp_path, report=pytest.fail)
-    assert found is not None
-    assert found.progress.step == 1
-
-
 def test_old_checkpoints_go_when_the_new_one_is_whole(
     trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
 ) -> None:
@@ -162,7 +156,8 @@ def test_a_manifest_cannot_point_outside_its_folder(
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../latest"] = {"bytes": 1, "sha256": ""}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert "outside the folder" in (verify(path) or "")
+    with pytest.raises(DamagedError, match=r"'\.\./latest', which is no file of a checkpoint"):
+        read_checkpoint(path)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained: tuple[TrainModule, Engine]) -> None:
@@ -179,3 +174,77 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained: tuple[T
     assert not result.applied
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert first.grad is None
+
+
+def test_what_is_collected_is_a_copy(trained: tuple[TrainModule, Engine]) -> None:
+    """On a CPU ``.cpu()`` copies nothing, and training goes on in place while the thread writes."""
+    module, engine = trained
+    files = collect(module, engine)
+    before = {(file, name): value.clone() for file, tensors in files.items() for name, value in tensors.items()}
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.add_(1)
+    for state in engine.optimizer.state.values():
+        for value in state.values():
+            value.add_(1)
+    changed = [key for key, value in before.items() if not torch.equal(files[key[0]][key[1]], value)]
+    assert changed == []
+    assert {file for file, _ in before} == {"student", "teacher", "rebuilder", "optimizer", "buffers"}
+
+
+def test_training_goes_on_while_a_slow_disk_writes(
+    trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, engine = trained
+
+    def slow(*arguments: Any, **settings: Any) -> None:
+        time.sleep(0.5)
+        write_checkpoint(*arguments, **settings)
+
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.write_checkpoint", slow)
+    saved: list[Saved] = []
+    writes = CheckpointWriter(tmp_path, engine, tiny_config, data={}, written=saved.append)
+    expected = module.student.state_dict()
+    expected = {name: value.clone() for name, value in expected.items()}
+    progress = Progress(step=1)
+    writes.save(module, progress)
+    assert not saved
+    progress.step = 9  # the trainer counts on in the same object
+    step_on_random_gradients(module, engine)
+    assert not writes.failed()
+    writes.save(module, Progress(step=2))  # waits for the first
+    assert [one.step for one in saved] == [1]
+    writes.wait()
+    writes.close()
+    first, second = saved
+    assert first.stall_seconds < 0.4 < first.write_seconds
+    assert second.stall_seconds > 0.3  # it had to wait for the one before
+    written = read_checkpoint(tmp_path / "step_00000001").tensors("student")
+    assert [name for name in written if not torch.equal(written[name], expected[name])] == []
+    tiny_config.checkpoint.background = False
+    at_once = CheckpointWriter(tmp_path, engine, tiny_config, data={}, written=saved.append)
+    at_once.save(module, Progress(step=3))
+    assert saved[2].step == 3
+    assert saved[2].stall_seconds > saved[2].write_seconds > 0.4
+    at_once.close()
+
+
+def test_what_is_written_may_be_read_as_widely_as_other_files(
+    trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    module, engine = trained
+    path = save_checkpoint(tmp_path, module, engine, Progress(step=1), tiny_config)
+    (tmp_path / "other").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
+def test_the_state_of_an_optimiser_of_other_parameters_is_refused(
+    trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    module, engine = trained
+    save_checkpoint(tmp_path, module, engine, Progress(step=1, applied=1), tiny_config)
+    found = find_latest(tmp_path, report=pytest.fail)
+    assert found is not None
+    module.rebuilder = None
+    with pytest.raises(ConfigError, match=r"optimiser's state .* e\.g\. rebuilder"):
+        load_optimizer(found, module, engine)

@@ -15,6 +15,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm
 from mfm_dist.inference import predict_labels
 from mfm_dist.metrics import confusion_matrix, mean_iou_percent
+from mfm_dist.stopping import Stopped
 
 
 class Collected(OneProcess):
@@ -86,3 +87,25 @@ def test_training_mode_and_statistics_survive(tiny_config: RunConfig, scenes: Pa
     evaluate(student, EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1), Collected(), step=0)
     assert student.training
     assert all(torch.equal(a, b) for a, b in zip(before, batch_norm_buffers(student), strict=True))
+
+
+def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_config: RunConfig, scenes: Path) -> None:
+    class Halving(Collected):
+        def mean(self, values: Tensor) -> Tensor:
+            return values / 2
+
+    student = build_student(tiny_config).train()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    turns: list[int] = []
+
+    def stop_at_two(turn: int) -> None:
+        turns.append(turn)
+        if turn == 2:
+            raise Stopped
+
+    items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1)
+    with pytest.raises(Stopped):
+        evaluate(student, items, Halving(), step=0, before_turn=stop_at_two)
+    assert turns == [0, 1, 2]
+    assert student.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())

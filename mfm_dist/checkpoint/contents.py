@@ -1,0 +1,137 @@
+"""What a run puts into a checkpoint, and how it comes back out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mfm_dist.checkpoint.files import Checkpoint
+from mfm_dist.distributed.deepspeed_engine import parameter_shape
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.errors import ConfigError
+from mfm_dist.train_module import TrainModule
+
+
+def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """Everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
+
+    Training may go on as soon as this returns: no tensor of it is shared with the module or the optimiser.
+    """
+
+    def keep(tensor: Tensor) -> Tensor:
+        """A copy where it is written, even of what lies on the CPU already; elsewhere nothing, as soon as possible."""
+        if not engine.is_main:
+            return torch.empty(0)
+        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    files: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "rebuilder": {}, "optimizer": {}}
+    for part, prefix in parts(module).items():
+        for name, parameter in part.named_parameters():
+            file, _, _ = prefix.partition(".")
+            files[file][name] = keep(engine.full_parameter(parameter))
+            if parameter.requires_grad:
+                for key, value in engine.optimizer_state(parameter).items():
+                    files["optimizer"][f"{prefix}.{name}/{key}"] = keep(value)
+    for name, buffer in module.student.named_buffers():
+        mean = engine.mean(buffer.double()).to(buffer.dtype)
+        files["student"][name] = keep(mean)
+    own = {name: buffer.to("cpu", copy=True) for name, buffer in module.student.named_buffers()}
+    files["buffers"] = {
+        f"{rank}/{name}": value
+        for rank, buffers in enumerate(engine.gather_objects(own))
+        for name, value in buffers.items()
+    }
+    return {file: tensors for file, tensors in files.items() if tensors} if engine.is_main else {}
+
+
+def parts(module: TrainModule) -> dict[nn.Module, str]:
+    """The modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
+    named: dict[nn.Module, str] = {module.student: "student"}
+    if module.teacher is not None:
+        named[module.teacher.segmentor] = "teacher.segmentor"
+    if module.rebuilder is not None:
+        named[module.rebuilder] = "rebuilder"
+    return named
+
+
+def load_modules(checkpoint: Checkpoint, module: TrainModule, rank: int) -> None:
+    """Put parameters and buffers back, before the engine wraps the module.
+
+    A rank that the writer did not have starts from the all-rank mean of the BatchNorm statistics.
+
+    Raises:
+        ConfigError: if the checkpoint is of another network.
+    """
+    buffers = checkpoint.tensors("buffers")
+    for part, prefix in parts(module).items():
+        tensors = checkpoint.tensors(prefix.partition(".")[0])
+        if part is module.student:
+            own = {
+                name: buffers.get(f"{rank}/{name}", tensors[name])
+                for name, _ in part.named_buffers()
+                if name in tensors
+            }
+            tensors = {**tensors, **own}
+        _load_part(checkpoint.path, part, tensors)
+
+
+def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
+    """Put the trained segmenter's weights into a plain one: parameters, and BatchNorm statistics averaged over ranks.
+
+    Raises:
+        ConfigError: if the checkpoint is of another network.
+    """
+    _load_part(checkpoint.path, student, checkpoint.tensors("student"))
+
+
+def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
+    """Put the EMA teacher's weights into a plain segmenter instead.
+
+    The teacher normalises with batch statistics and has no running ones, so BatchNorm gets the student's.
+
+    Raises:
+        ConfigError: if the run had no teacher, or the checkpoint is of another network.
+    """
+    teacher = checkpoint.tensors("teacher")
+    if not teacher:
+        raise ConfigError(f"{checkpoint.path} has no teacher, the method trains without one: take the student")
+    _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher})
+
+
+def load_optimizer(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
+    """Put the optimiser's state back, after the engine wrapped the module. Collective.
+
+    Raises:
+        ConfigError: if it is of other parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in checkpoint.tensors("optimizer").items():
+        parameter, _, key = name.rpartition("/")
+        states.setdefault(parameter, {})[key] = value
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: parameter_shape(parameter) for name, parameter in parameters.items()}
+    # A parameter without state is one that no gradient has reached yet; it gets its state when one does.
+    wrong = {name for name in states if any(value.shape != shapes.get(name) for value in states[name].values())}
+    if wrong or (checkpoint.progress.applied and not states):
+        example = f"{len(wrong)} parameters differ, e.g. {min(wrong)}" if wrong else "it is not there"
+        raise ConfigError(
+            f"the optimiser's state in {checkpoint.path} is of another network ({example}): restore the settings it "
+            "was trained with, or choose another run.folder"
+        )
+    engine.load_optimizer_state(((parameters[name], states[name]) for name in states), checkpoint.progress.applied)
+
+
+def _load_part(path: Path, part: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: tensor.shape for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+    parameters = {name for name, _ in part.named_parameters()}
+    wrong = [name for name in parameters if name not in tensors or tensors[name].shape != expected[name]]
+    wrong += [name for name in tensors if name not in expected]
+    if wrong:
+        raise ConfigError(
+            f"{path} is of another network ({len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}): restore the "
+            "model and rebuilder settings it was trained with, or choose another run.folder"
+        )
+    part.load_state_dict(dict(tensors), strict=False)

@@ -1,0 +1,220 @@
+"""One checkpoint as a folder on disk: written whole, verified, found again, and in time removed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mfm_dist.whole_folder import whole_folder, write_atomically
+
+FORMAT = 1
+JSON_LIMIT = 4 << 20
+"""Bytes read of a JSON file at most; ours are some kilobytes."""
+
+_STEP = re.compile(r"step_(\d{8,})")
+_REPLACED = re.compile(r"\.step_(\d{8,})\.old")
+"""What ``whole_folder`` moves aside before a new folder of the same name takes its place."""
+_FILE = re.compile(r"state\.json|[a-z]+\.safetensors")
+_NEEDED = frozenset({"state.json", "student.safetensors"})
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Global batches consumed, whether their update was applied or skipped."""
+    applied: int = 0
+    """Updates applied; also the number of teacher updates."""
+    block: int = 0
+    """Next block of the data streams: their whole state."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete, verified checkpoint on disk."""
+
+    path: Path
+    progress: Progress
+    config: dict[str, Any]
+    """The configuration it was written under, as nested plain values."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the shard sets it was trained on, by what they served as."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of one file, e.g. ``student``; empty if the run had no such part."""
+        path = self.path / f"{name}.safetensors"
+        return load_file(path) if path.exists() else {}
+
+
+class DamagedError(Exception):
+    """Why a folder is not a checkpoint as it was written."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The final name of a checkpoint in ``folder``."""
+    return folder / f"step_{step:08d}"
+
+
+def write_checkpoint(
+    final: Path,
+    files: Mapping[str, Mapping[str, Tensor]],
+    *,
+    progress: Progress,
+    config: Mapping[str, Any],
+    data: Mapping[str, str],
+    keep: int,
+    moving: Callable[[], object] = lambda: None,
+) -> None:
+    """Write the folder ``final``, point ``latest`` beside it at it, then remove all but the last ``keep``.
+
+    Args:
+        moving: called again and again meanwhile, for whoever wonders whether this hangs.
+
+    Raises:
+        OSError, SafetensorError: if the disk is full or not writable. Earlier checkpoints are then as they were.
+    """
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "config": config,
+        "data": data,
+        "torch": torch.__version__,
+    }
+    # There is one already if it is damaged, or if the run was resumed from an earlier step.
+    with whole_folder(final) as temporary:
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for name, tensors in files.items():
+            path = temporary / f"{name}.safetensors"
+            save_file(dict(tensors), path)
+            moving()
+            shutil.copymode(temporary / "state.json", path)  # safetensors lets the owner alone read, whatever the umask
+        manifest = {
+            p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p, moving)} for p in sorted(temporary.iterdir())
+        }
+        (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+    write_atomically(final.with_name("latest"), final.name + "\n")
+    _remove_old(final, keep)
+
+
+def find_latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest complete checkpoint of ``folder``, or None. A damaged one is reported and the one before it tried."""
+    for path in reversed(_folders(folder)):
+        try:
+            return read_checkpoint(path)
+        except DamagedError as error:
+            reason = " ".join(str(error).split())[:300]  # what a damaged file says may be anything
+            report(f"{path} is damaged ({reason}); looking for an earlier one")
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint, every byte of it, and read its state.
+
+    Raises:
+        DamagedError: if a file is not as it was written, or says what no run of ours writes.
+    """
+    try:
+        manifest = _read_json(path / "manifest.json")["files"]
+        if foreign := [name for name in manifest if not _FILE.fullmatch(name)]:
+            raise DamagedError(f"manifest.json names {foreign[0]!r}, which is no file of a checkpoint")
+        present = {entry.name for entry in path.glob("*.safetensors")}
+        if unnamed := sorted((present | _NEEDED) - set(manifest)):
+            raise DamagedError(f"manifest.json does not name {' and '.join(unnamed)}")
+        for name, written in manifest.items():
+            _verify_file(path / name, written["bytes"], written["sha256"])
+        return _from_state(path, _read_json(path / "state.json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise DamagedError(f"{type(error).__name__}: {error}") from error
+
+
+def _verify_file(path: Path, size: int, sha256: str) -> None:
+    if (actual := path.stat().st_size) != size:
+        raise DamagedError(f"{path.name} has {actual} bytes instead of {size}")
+    if _sha256(path) != sha256:
+        raise DamagedError(f"{path.name} differs from what was written")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
+            file.keys()
+
+
+def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
+    """The parts of ``state.json``, checked by value: a checksum in the same folder does not vouch for them."""
+    if state.get("format") != FORMAT:
+        raise DamagedError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
+    counts, config, data = state["progress"], state["config"], state.get("data", {})
+    names = {entry.name for entry in fields(Progress)}
+    if set(counts) != names or not all(type(value) is int and value >= 0 for value in counts.values()):
+        raise DamagedError(f"state.json: progress is not {', '.join(sorted(names))} as counts")
+    if counts["step"] != _step_of(path):
+        raise DamagedError("state.json is of another step than the folder's name")
+    if not isinstance(config, dict) or not all(isinstance(value, dict | int) for value in config.values()):
+        raise DamagedError("state.json: config is not a configuration by section")
+    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        raise DamagedError("state.json: data is not a fingerprint by name")
+    return Checkpoint(path, Progress(**counts), config, data)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise DamagedError(f"{path.name} is larger than {JSON_LIMIT >> 20} MiB")
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path.name} is not a mapping")
+    return value
+
+
+def _sha256(path: Path, moving: Callable[[], object] = lambda: None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            moving()
+    return digest.hexdigest()
+
+
+def _step_of(path: Path) -> int | None:
+    found = _STEP.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """What may be a checkpoint, from the oldest to the newest.
+
+    One moved aside counts too, before the one of its name: a kill may have come before that one was in place.
+    """
+    found = [path for path in folder.glob("*step_*") if _step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: (_step_of(path), not path.name.startswith(".")))
+
+
+def _remove_old(newest: Path, keep: int) -> None:
+    """Keep the last ``keep`` checkpoints up to ``newest``; later steps are damaged or of a time line given up."""
+    folder = newest.parent
+    # What kills left behind: the new checkpoint is complete, so none of it is needed any more.
+    for path in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+        _remove(path)
+    folders = [path for path in _folders(folder) if _STEP.fullmatch(path.name)]
+    kept = folders[: folders.index(newest) + 1][-keep:]
+    for path in set(folders) - set(kept):
+        # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+        hidden = path.with_name(f".{path.name}.tmp")
+        path.rename(hidden)
+        _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    # A file that a reader on another machine has open cannot go yet on some file systems; the next save tries again.
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""Whether a run may go on from what is in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.checkpoint.files import Checkpoint, find_latest
+from mfm_dist.config.loader import to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import StorageError
+
+_NETWORK = "{path} is of another network, one with {before}"
+
+MUST_STAY = {
+    "seed": "the order of the data and every draw of {path} follow from {before}",
+    "method.name": "{path} holds the networks that {before} trains",
+    "mfm.enabled": "the Rebuilder is part of the networks in {path} or not (mfm.loss_weight=0 switches the term off)",
+    "optim.name": "the optimiser's state in {path} is of {before}",
+    "train.micro_batch": "{path} counts its data in micro-batches of {before}",
+    "model.backbone": _NETWORK,
+    "model.backbone_options": _NETWORK,
+    "model.decoder": _NETWORK,
+    "model.decoder_options": _NETWORK,
+    "rebuilder.depth": _NETWORK,
+    "rebuilder.width": _NETWORK,
+    "rebuilder.heads": _NETWORK,
+    "rebuilder.mlp_ratio": _NETWORK,
+    "rebuilder.grid": _NETWORK,
+}
+"""Settings that a run keeps for good, and why. With another value the state of a checkpoint would not fit, or fit and
+mean something else. Everything else may change between two starts, and is listed when it does: world size, ZeRO stage
+and workers change nothing but speed; rates, weights, crops, the global batch and the number of steps hold from then on.
+Of the data sets not the name counts but the content."""
+
+
+def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
+
+    Raises:
+        StorageError: if there are checkpoints and none is whole. A new run in their place would lose what may still
+            be mended, and nobody would notice.
+    """
+    damaged: list[str] = []
+
+    def note(line: str) -> None:
+        damaged.append(line)
+        report(line)
+
+    checkpoint = find_latest(folder, note)
+    if checkpoint is None and damaged:
+        raise StorageError(
+            f"no checkpoint in {folder} is whole ({len(damaged)} damaged, see above), and nothing was started: put a "
+            f"copy of one back, or choose another run.folder, or remove {folder} to start over from step 0"
+        )
+    return checkpoint
+
+
+def resume_problems(checkpoint: Checkpoint, config: RunConfig, data: Mapping[str, str]) -> list[str]:
+    """Why the run cannot go on from ``checkpoint``, each with the way out.
+
+    Args:
+        data: fingerprints of the shard sets it would go on with, by what they serve as.
+    """
+    path, problems = checkpoint.path, []
+    for key, reason in MUST_STAY.items():
+        before, now = _value(checkpoint.config, key), _value(to_tree(config), key)
+        unused = key.startswith("rebuilder.") and not config.mfm.enabled
+        if before != now and not unused:
+            why = reason.format(path=path, before=before)
+            problems.append(f"{key}={now}, but {why}: keep {before}, or choose another run.folder")
+    problems += [
+        f"the {role} shards are not those that {path} was trained on, so its place in them means nothing: put the "
+        "former shards back, or choose another run.folder"
+        for role, fingerprint in data.items()
+        if checkpoint.data.get(role, fingerprint) != fingerprint
+    ]
+    if config.train.steps < checkpoint.progress.step:
+        problems.append(
+            f"train.steps={config.train.steps}, but {path} is at step {checkpoint.progress.step} already: ask for as "
+            "many at least, or choose another run.folder"
+        )
+    return problems
+
+
+def _value(tree: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key; None where there is no such section or field."""
+    section, _, name = key.rpartition(".")
+    values = tree.get(section, {}) if section else tree
+    return values.get(name) if isinstance(values, Mapping) else None

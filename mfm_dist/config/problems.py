@@ -1,0 +1,86 @@
+"""What is wrong with a configuration: values out of range, and values that do not go together."""
+
+from __future__ import annotations
+
+from mfm_dist.config.schema import RunConfig
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Every value out of range and every contradiction between fields, each with the fix."""
+    return [*_range_problems(config), *_cross_field_problems(config)]
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    """Values outside what their field allows."""
+    at_least_one = {
+        "data.crop": min(config.data.crop),
+        "scenes.train": config.scenes.train,
+        "scenes.val": config.scenes.val,
+        "scenes.size": min(config.scenes.size),
+        "rebuilder.depth": config.rebuilder.depth,
+        "rebuilder.width": config.rebuilder.width,
+        "rebuilder.heads": config.rebuilder.heads,
+        "rebuilder.grid": min(config.rebuilder.grid),
+        "train.steps": config.train.steps,
+        "train.micro_batch": config.train.micro_batch,
+        "train.global_batch": config.train.global_batch,
+        "train.threads": config.train.threads,
+        "stability.spike_window": config.stability.spike_window,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.every": config.eval.every,
+        "log.every": config.log.every,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "scenes.seed": config.scenes.seed,
+        "data.workers": config.data.workers,
+        "mfm.loss_weight": config.mfm.loss_weight,
+        "mfm.ramp_from": config.mfm.ramp_from,
+        "self_training.jitter_strength": config.self_training.jitter_strength,
+        "optim.lr": config.optim.lr,
+        "optim.decoder_lr_factor": config.optim.decoder_lr_factor,
+        "optim.rebuilder_lr": config.optim.rebuilder_lr,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "train.clip_norm": config.train.clip_norm,
+        "stability.rollback_after": config.stability.rollback_after,
+        "stability.rollbacks": config.stability.rollbacks,
+        "stability.spike_factor": config.stability.spike_factor,
+        "debug.audit_every": config.debug.audit_every,
+        "eval.overlays": config.eval.overlays,
+        "watchdog.seconds": config.watchdog.seconds,
+    }
+    shares = {
+        "data.bad_sample_limit": config.data.bad_sample_limit,
+        "self_training.ema_decay": config.self_training.ema_decay,
+        "self_training.pseudo_threshold": config.self_training.pseudo_threshold,
+        "self_training.jitter_prob": config.self_training.jitter_prob,
+        "self_training.blur_prob": config.self_training.blur_prob,
+        "mfm.mask_ratio": config.mfm.mask_ratio,
+        "optim.warmup_ratio": config.optim.warmup_ratio,
+    }
+    return [
+        *(f"{key}={value}: must be at least 1" for key, value in at_least_one.items() if value < 1),
+        *(f"{key}={value}: must not be negative" for key, value in not_negative.items() if not value >= 0),
+        *(f"{key}={value}: must lie between 0 and 1" for key, value in shares.items() if not 0 <= value <= 1),
+    ]
+
+
+def _cross_field_problems(config: RunConfig) -> list[str]:
+    """Values that are allowed one by one but not together."""
+    problems = []
+    train, mfm, rebuilder, model = config.train, config.mfm, config.rebuilder, config.model
+    if train.micro_batch >= 1 and train.global_batch % train.micro_batch:
+        problems.append(
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch}"
+        )
+    if mfm.ramp_to < mfm.ramp_from:
+        problems.append(f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them")
+    if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:
+        problems.append(f"rebuilder.width={rebuilder.width} is not a multiple of rebuilder.heads={rebuilder.heads}")
+    if rebuilder.width % 4:
+        problems.append(f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its projectors need")
+    if model.pretrained and model.weights is not None:
+        problems.append("model.pretrained and model.weights are both set: keep one, they both start the encoder")
+    return problems

@@ -1,0 +1,57 @@
+"""Finding a weight that changed on one rank alone: what several places hold must be the same bits everywhere.
+
+DDP and ZeRO 1 and 2 hold every parameter on every rank, so the ranks' fingerprints are compared; ZeRO-3 holds no
+parameter twice across ranks. What a rank does hold twice are the trainable parameters themselves and DeepSpeed's fp32
+master of them, at ZeRO 1 to 3; these are compared on the spot. Not covered: at ZeRO-3 the teacher, which exists once;
+anywhere the optimiser's moments, which exist once under ZeRO.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mfm_dist.distributed.engine import Engine
+
+
+def audit(module: nn.Module, engine: Engine) -> list[str]:
+    """Compare all that is held twice. Collective; reads every weight once.
+
+    Returns:
+        one line for each parameter that differs, the same on every rank; empty if all is well.
+    """
+    own = [f"{name} differs from its fp32 master on rank {engine.rank}" for name in engine.unlike_master()]
+    findings = [line for lines in engine.gather_objects(own) for line in lines]
+    if engine.replicates_parameters and engine.world_size > 1:
+        named = dict(module.named_parameters())
+        everyone = engine.gather(torch.stack([fingerprint(p) for p in named.values()]))  # [world, parameters, 2]
+        differs = (everyone != everyone[:1]).any(-1).any(0).tolist()
+        findings += [
+            f"{name} differs: {_dissenters(everyone[:, index])}" for index, name in enumerate(named) if differs[index]
+        ]
+    return findings
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """int64 [2] from the bits of a tensor: their sum, and their sum weighted by place, so that a swap shows too.
+
+    One flipped bit always changes the first. Both wrap around at 64 bits, which is as good as any modulus.
+    """
+    bits = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).to(torch.int64)
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return torch.stack([bits.sum(), (bits * places).sum()])
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type of the same size in bytes."""
+
+
+def _dissenters(prints: Tensor) -> str:
+    """Who is in the minority, from fingerprints [world, 2]."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, print_ in enumerate(prints.tolist()):
+        groups.setdefault(tuple(print_), []).append(rank)
+    if len(groups) == 2 and len(set(map(len, groups.values()))) == 2:
+        few, many = sorted(groups.values(), key=len)
+        return f"rank {', '.join(map(str, few))} against the other {len(many)}"
+    return " against ".join(f"rank {', '.join(map(str, ranks))}" for ranks in groups.values())

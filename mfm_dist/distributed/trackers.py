@@ -1,0 +1,97 @@
+"""Accelerate's trackers: the numbers of a run for TensorBoard, Weights & Biases and the like to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from mfm_dist.config.loader import flatten, to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import ConfigError, StorageError
+
+PROJECT = "mfm_dist"
+"""What a tracking service files the runs under; the run itself is called as its folder."""
+PACKAGES = {"comet_ml": "comet-ml"}
+"""Package of a tracker where it is not called as the tracker."""
+
+
+def tracker_problems(config: RunConfig) -> list[str]:
+    """Trackers that are asked for and not installed, each with the fix."""
+    available = {str(tracker) for tracker in get_available_trackers()}
+    return [
+        f"log.trackers: {name} is not installed: pip install {PACKAGES.get(name, name)}, or leave it out"
+        for name in config.log.trackers
+        if name not in available
+    ]
+
+
+class Trackers:
+    """The trackers of a run on rank 0; on the other ranks every call does nothing.
+
+    Started here and not by ``Accelerator.init_trackers``, which knows one project name for all of them (TensorBoard
+    takes it for a folder), and where one that fails ends the run.
+    """
+
+    def __init__(self, config: RunConfig, *, enabled: bool, step: int) -> None:
+        """Start them.
+
+        Args:
+            step: last step whose numbers stand. TensorBoard hides what an earlier start wrote beyond it.
+
+        Raises:
+            StorageError: if a tracker cannot write its files.
+            ConfigError: if it cannot be started otherwise, e.g. for want of a login.
+        """
+        self._trackers: list[GeneralTracker] = []
+        for name in dict.fromkeys(config.log.trackers) if enabled else ():
+            try:
+                self._trackers.append(_start(name, config, step))
+            except OSError as error:
+                raise StorageError(f"log.trackers: {name} cannot write its files: {error}") from error
+            except Exception as error:  # each service has errors of its own
+                reason = f"{type(error).__name__}: {error}"
+                problem = f"log.trackers: {name} could not be started ({reason}); mend it or leave it out"
+                raise ConfigError(problem) from error
+
+    def log(self, values: Mapping[str, float], step: int) -> list[str]:
+        """Hand on numbers by name. A tracker that fails is dropped, for no run should end by it.
+
+        Returns:
+            a line for each tracker that failed.
+        """
+        problems = []
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(dict(values), step=step)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                problems.append(f"{tracker.name} failed and is left out from here: {type(error).__name__}: {error}")
+        return problems
+
+    def close(self) -> None:
+        """Let them write what they still hold."""
+        for tracker in self._trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
+        self._trackers = []
+
+
+def _start(name: str, config: RunConfig, step: int) -> GeneralTracker:
+    kind, folder = LOGGER_TYPE_TO_CLASS[name], config.run.folder
+    if name == "tensorboard":
+        tracker = kind("tensorboard", folder, purge_step=step + 1 if step else 0)
+        tracker.start()
+        return tracker  # its page for settings wants a folder a start; they stand in config.yaml
+    if name == "wandb":
+        tracker = kind(PROJECT, name=folder.name, dir=str(folder))
+    elif kind.requires_logging_directory:
+        tracker = kind(PROJECT, folder)
+    else:
+        tracker = kind(PROJECT)
+    tracker.start()
+    settings = flatten(to_tree(config)).items()
+    tracker.store_init_configuration({key: str(value) if isinstance(value, list) else value for key, value in settings})
+    return tracker

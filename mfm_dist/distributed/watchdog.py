@@ -1,0 +1,248 @@
+"""A run in which nothing moves any more ends, says which rank it waited for, and can be started again.
+
+One rank that stops (a dead GPU, a mount that hangs, a stopped process) leaves all others waiting inside an exchange,
+for ever or until a library aborts them without a name. Here a thread of every rank compares notes through files of
+the run folder, which works across machines when the network between the ranks does not:
+
+    heartbeats/rank_XXXXX.json   where a rank was when it last moved; the file's time says when
+    hang/rank_XXXXX.txt          one line of JSON and the stacks of all its threads, for every hang of the run
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from mfm_dist.errors import EXIT_HUNG
+
+Phase = Literal["start", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
+"""What a rank is about. ``agreement``: it has its data and waits until all do; ``micro-batch``: forward, backward."""
+TICKS = 20
+"""Looks within the time limit; also how exact that is."""
+NAMED = 8
+"""Ranks that a message names at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Where a rank is."""
+
+    start: str
+    """Names the start of the run that all ranks belong to; files of earlier starts do not count."""
+    rank: int
+    beats: int
+    """Calls of ``beat``. All ranks make the same ones, so the smallest count is the furthest behind."""
+    phase: Phase
+    step: int
+    host: str
+    process: int
+
+    def place(self) -> str:
+        """E.g. 'data' of step 12."""
+        return f"'{self.phase}' of step {self.step}"
+
+
+class Watchdog:
+    """Ends this process when neither it nor any other rank moved for ``seconds``; 0 turns it off."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        rank: int,
+        world_size: int,
+        seconds: float,
+        start: str,
+        on_hang: Callable[[str, int], object],
+    ) -> None:
+        """
+        Args:
+            run: the run folder, which all ranks share.
+            seconds: of silence that mean a hang. What may take longer has to call ``moving`` meanwhile.
+            start: the same on all ranks and another at every start.
+            on_hang: told who is behind, and in which step; on one rank only.
+        """
+        self.rank = rank
+        self.world_size = world_size
+        self.seconds = seconds
+        self._heartbeats = run / "heartbeats"
+        self._reports = run / "hang"
+        self._start = start
+        self._on_hang = on_hang
+        self._beats = 0
+        self._moves = 0
+        self._place: tuple[Phase, int] = ("start", 0)
+        self._ended = threading.Event()
+        self._tick = seconds / TICKS
+        self._grace = min(max(2.0, 2 * self._tick), 60.0)
+        """Seconds for the other ranks to notice too, and for their files to be seen on other machines."""
+        if seconds > 0:
+            self._heartbeats.mkdir(parents=True, exist_ok=True)
+            self._write_heartbeat()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, phase: Phase, step: int) -> None:
+        """This rank begins ``phase`` of ``step`` (global batches consumed so far). Costs nothing, waits for nothing."""
+        self._place = (phase, step)
+        self._beats += 1
+        self._moves += 1
+
+    def moving(self) -> None:
+        """One rank does something long that the others wait for, and is not stuck in it."""
+        self._moves += 1
+
+    def close(self) -> None:
+        """The run has ended."""
+        self._ended.set()
+
+    def report(self) -> Report:
+        """Where this rank is."""
+        phase, step = self._place
+        return Report(
+            start=self._start,
+            rank=self.rank,
+            beats=self._beats,
+            phase=phase,
+            step=step,
+            host=socket.gethostname(),
+            process=os.getpid(),
+        )
+
+    def _watch(self) -> None:
+        seen, idle, before = 0, 0.0, time.monotonic()
+        while not self._ended.wait(self._tick):
+            now = time.monotonic()
+            idle += min(now - before, 2 * self._tick)  # a job that was suspended as a whole did not hang meanwhile
+            before = now
+            if self._moves != seen:
+                seen, idle = self._moves, 0.0
+                self._write_heartbeat()
+            elif idle >= self.seconds and self._others_idle() >= self.seconds - self._tick:
+                self._end()
+
+    def _write_heartbeat(self) -> None:
+        with suppress(OSError):  # a full disk is told by whoever needs it
+            text = json.dumps(asdict(self.report()))
+            (self._heartbeats / _file(self.rank, "json")).write_text(text, encoding="utf-8")
+
+    def _others_idle(self) -> float:
+        """Seconds since any other rank moved. By the clock of the file system: those of machines may differ."""
+        clock = self._heartbeats / _file(self.rank, "now")
+        moved = [0.0]
+        try:
+            clock.touch()
+            now = clock.stat().st_mtime
+        except OSError:  # then the others cannot say that they move either
+            return self.seconds
+        for rank in set(range(self.world_size)) - {self.rank}:
+            with suppress(OSError):  # a rank that never wrote one does not move
+                moved.append((self._heartbeats / _file(rank, "json")).stat().st_mtime)
+        return now - max(moved)
+
+    def _end(self) -> None:
+        """Write this rank's report, wait for those of the others; the first that wrote one speaks for all."""
+        last_resort = threading.Timer(4 * self._grace, os._exit, [EXIT_HUNG])  # the disk may be what hangs
+        last_resort.daemon = True
+        last_resort.start()
+        with suppress(OSError):
+            self._write_report()
+        reports = self._wait(lambda found: len(found) == self.world_size)
+        verdict = self._reports / f"verdict_{self._start}.txt"
+        if self.rank == min(reports, default=self.rank):
+            reports.setdefault(self.rank, self.report())
+            reason = name_the_hang(reports, self._last_seen(), self.world_size)
+            with suppress(OSError):
+                self._on_hang(f"{reason}. Nothing moved for {self.seconds:g} s; stacks of all threads: {self._reports}",
+                              min(report.step for report in reports.values()))  # fmt: skip
+            with suppress(OSError):
+                verdict.write_text(reason + "\n", encoding="utf-8")
+        else:  # the launcher ends everything as soon as one rank has ended
+            self._wait(lambda _: verdict.exists())
+        os._exit(EXIT_HUNG)
+
+    def _write_report(self) -> None:
+        self._reports.mkdir(parents=True, exist_ok=True)
+        with (self._reports / _file(self.rank, "txt")).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self.report())) + "\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _wait(self, enough: Callable[[Mapping[int, Report]], bool]) -> dict[int, Report]:
+        """The ranks' reports, after the grace or as soon as they are ``enough``."""
+        deadline = time.monotonic() + self._grace
+        while True:
+            found = read_reports(self._reports, "txt", self._start, self.world_size)
+            if enough(found) or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    def _last_seen(self) -> dict[int, Report]:
+        return read_reports(self._heartbeats, "json", self._start, self.world_size)
+
+
+def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict[int, Report]:
+    """The newest report of each rank that wrote one since ``start``."""
+    found: dict[int, Report] = {}
+    for rank in range(world_size):
+        with suppress(OSError):
+            for line in (folder / _file(rank, suffix)).read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError):
+                    report = Report(**json.loads(line)) if line.startswith("{") else None
+                    if report is not None and report.start == start:
+                        found[rank] = report
+    return found
+
+
+def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report], world_size: int) -> str:
+    """Who keeps the others waiting, in one sentence.
+
+    Args:
+        reports: of the ranks whose watchdog noticed the hang, at least one.
+        last_seen: the heartbeats, also of ranks that cannot report any more.
+    """
+    front = max(reports.values(), key=lambda report: report.beats)
+    silent = [rank for rank in range(world_size) if rank not in reports]
+    behind = [report for report in reports.values() if report.beats < front.beats]
+    if silent:
+        named = [_name(rank, last_seen.get(rank)) for rank in silent]
+        return (
+            f"hung: {_listed(named)} gave no sign of life (stopped, dead or cut off) while the others wait "
+            f"in {front.place()}"
+        )
+    if behind:
+        least = min(report.beats for report in behind)
+        named = [_name(report.rank, report) for report in behind if report.beats == least]
+        return f"hung: {_listed(named)} kept the others waiting, who are in {front.place()}"
+    if world_size == 1:
+        return f"hung: {_name(front.rank, front)}"
+    return f"hung: all {world_size} ranks are in {front.place()}, in an exchange that does not end"
+
+
+def _name(rank: int, report: Report | None) -> str:
+    if report is None:
+        return f"rank {rank} (never seen)"
+    return f"rank {rank} ({report.host}, process {report.process}, in {report.place()})"
+
+
+def _listed(named: list[str]) -> str:
+    more = len(named) - NAMED
+    return ", ".join(named[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _file(rank: int, suffix: str) -> str:
+    return f"rank_{rank:05d}.{suffix}"
+
+
+def to_stderr(text: str) -> None:
+    """One line past Python's own buffers, which a thread that hangs may hold."""
+    os.write(sys.stderr.fileno(), f"{text}\n".encode())

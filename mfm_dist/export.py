@@ -1,0 +1,127 @@
+"""Take the trained segmenter out of a run: python -m mfm_dist.export --run RUN --output FOLDER
+
+The folder holds model.safetensors and config.json, without the Rebuilder; `mfm_dist.load(FOLDER)` gives the network.
+It appears whole or not at all, and takes the place of an earlier export only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.exported import CONFIG, ONNX, WEIGHTS, TrainedSegmentor, is_export
+from mfm_dist.trained_run import open_run
+from mfm_dist.whole_folder import whole_folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = parse_arguments(argv)
+    output: Path = arguments.output
+    try:
+        refuse_what_is_no_export(output)
+        if arguments.onnx:
+            refuse_without_onnx()
+        model = open_run(arguments.run, arguments.weights).trained_segmentor().eval()
+        write_export(model, output, onnx=arguments.onnx)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    about, parameters = model.about, sum(p.numel() for p in model.parameters())
+    miou = "" if about.miou is None else f", target mIoU {about.miou:.2f} %"
+    print(f"{output}: {about.weights} of {about.run} at step {about.step}{miou}, {parameters / 1e6:.2f} M parameters")
+    print(f"load it with: mfm_dist.load({str(output)!r})")
+    return EXIT_DONE
+
+
+def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -> None:
+    """Write an export folder, in place of an earlier one if there is one.
+
+    Raises:
+        StorageError: if the folder cannot be written. An earlier export is then intact.
+        ConfigError: if ``onnx`` is asked for and torch cannot trace this network.
+    """
+    try:
+        with whole_folder(output) as folder:
+            # Copies, because safetensors refuses tensors that share memory.
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            (folder / WEIGHTS).write_bytes(save(tensors))  # save_file would keep it from other users
+            (folder / CONFIG).write_text(model.about.to_json(), encoding="utf-8")
+            if onnx:
+                _write_onnx(model, folder / ONNX)
+    except OSError as error:
+        raise StorageError(f"--output {output} cannot be written: {error}") from error
+
+
+def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
+    """Normalised images to logits, at any batch size, height and width from 64; config.json stands in its metadata."""
+    side = torch.export.Dim
+    try:
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, 3, *model.about.crop),),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes={"image": {0: side("batch"), 2: side("height", min=64), 3: side("width", min=64)}},
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # torch's exporter raises many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--onnx: torch cannot export {model.about.backbone} ({reason}); leave --onnx out") from error
+    assert program is not None
+    program.model.metadata_props["mfm_dist"] = model.about.to_json()
+    program.save(path)
+
+
+def refuse_what_is_no_export(output: Path) -> None:
+    """Keep other people's files.
+
+    Raises:
+        ConfigError: if ``output`` is there and is neither empty nor an export and nothing else.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConfigError(f"--output {output}: there is a file of that name; choose another")
+    if any(output.iterdir()) and not is_export(output):
+        raise ConfigError(f"--output {output}: holds other files than an export's; choose another folder")
+
+
+def refuse_without_onnx() -> None:
+    """Find out before anything is done.
+
+    Raises:
+        ConfigError: if a package that torch's exporter needs is not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--onnx needs {' and '.join(missing)}: pip install onnx onnxscript")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mfm_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="run folder; its newest checkpoint is taken")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or an earlier export")
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="student, which evaluation scores (default), or its moving average, the EMA teacher",
+    )
+    parser.add_argument("--onnx", action="store_true", help="also model.onnx (needs the packages onnx and onnxscript)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""A trained segmenter on its own: what an export folder holds, and how it is loaded.
+
+An export folder holds ``model.safetensors`` (weights and BatchNorm statistics of the plain segmenter) and
+``config.json`` (``About``: what builds the network again and what its numbers mean), and nothing to unpickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mfm_dist.config.loader import from_tree, to_tree
+from mfm_dist.errors import ConfigError
+from mfm_dist.models.segmentor import Segmentor, build_segmentor
+
+CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
+FORMAT = "mfm_dist segmenter 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Everything about a trained segmenter but its weights."""
+
+    backbone: str
+    backbone_options: dict[str, Any]
+    decoder: str
+    decoder_options: dict[str, Any]
+    class_names: tuple[str, ...]
+    """Index = channel of the logits = train id."""
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB colour of each class."""
+    mean: tuple[float, float, float]
+    """RGB in 0..255; an image is normalised as (value - mean) / std."""
+    std: tuple[float, float, float]
+    """RGB in 0..255."""
+    weights: Literal["student", "teacher"]
+    """The teacher is the student's moving average, with the student's BatchNorm statistics."""
+    run: str
+    """Name of the run folder."""
+    method: str
+    crop: tuple[int, int]
+    """Training crop (height, width) in pixels. Prediction takes images whole, of any size."""
+    step: int
+    """Global batches the weights were trained on."""
+    miou: float | None
+    """Mean IoU in percent on the run's validation set at this step; None where it was not measured."""
+    revision: str | None
+    """Git revision of the code that trained it; None if that was not a clone."""
+    format: str = FORMAT
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(to_tree(self), indent=1) + "\n"
+
+
+class TrainedSegmentor(Segmentor):
+    """A ``Segmentor`` with its meaning beside it; parameters and forward are the plain segmenter's."""
+
+    def __init__(self, segmentor: Segmentor, about: About) -> None:
+        super().__init__(segmentor.backbone, segmentor.decoder)
+        self.about = about
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, in the memory layout of training."""
+        mean, std = (
+            torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in (self.about.mean, self.about.std)
+        )
+        return (image.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> Tensor:
+        """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
+
+        The image is taken whole, in one forward.
+        """
+        device = next(self.parameters()).device
+        logits: Tensor = self(self.normalise(image.unsqueeze(0).to(device)))
+        return logits.float().argmax(dim=1).squeeze(0)
+
+
+def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
+    """See ``mfm_dist.load``."""
+    folder = Path(path)
+    if (folder / "config.yaml").is_file():
+        from mfm_dist.trained_run import open_run  # reading a run needs the libraries that trained it
+
+        return open_run(folder).trained_segmentor().to(device).eval()
+    about = read_about(folder)
+    segmentor = build_segmentor(
+        backbone=about.backbone,
+        decoder=about.decoder,
+        num_classes=len(about.class_names),
+        backbone_options=about.backbone_options,
+        decoder_options=about.decoder_options,
+    )
+    try:
+        segmentor.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
+    return TrainedSegmentor(segmentor, about).to(device).eval()
+
+
+def read_about(folder: Path) -> About:
+    """``config.json`` of an export folder.
+
+    Raises:
+        ConfigError: if there is none, or not one that this code can read.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{folder} is neither an export ({CONFIG} is missing) nor a run folder (so is config.yaml)")
+    problems: list[str] = []
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        found = tree.get("format")
+        if found != FORMAT:
+            raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
+        about = from_tree(About, tree, problems, {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError([*problems, f"{file} cannot be read ({error}): export the run again"]) from error
+    if problems:
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    return about
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export and nothing else, so that another may take its place."""
+    if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
+        return False
+    try:
+        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and str(tree.get("format")).startswith("mfm_dist segmenter")

@@ -1,0 +1,92 @@
+"""Activation checkpointing of an encoder's blocks: exact, BatchNorm statistics and random draws included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mfm_dist.errors import ConfigError
+from mfm_dist.models.backbone import Backbone
+
+
+def checkpoint_blocks(backbone: Backbone) -> None:
+    """From now on a block holds its input alone and computes the rest again when its backward needs it.
+
+    Forwards without gradients are not touched. Names of parameters stay, so checkpoints fit with and without.
+
+    Raises:
+        ConfigError: the encoder has no blocks that can be told apart.
+    """
+    blocks = find_blocks(backbone.net)
+    if not blocks:
+        raise ConfigError(
+            "memory.checkpoint_backbone: no block was found in this encoder (a block is a part with layers of its own "
+            "inside an nn.Sequential or nn.ModuleList). Set memory.checkpoint_backbone=false, or choose another "
+            "model.backbone, e.g. of the families MiT, ResNet, ConvNeXt, Swin or ViT; memory.lean works with every one"
+        )
+    for block in blocks:
+        # A method bound to the block: unlike a closure, a copy of the block (the teacher) gets one of its own.
+        block.forward = MethodType(_forward, block)
+
+
+def find_blocks(module: nn.Module) -> list[nn.Module]:
+    """The innermost parts with layers of their own that are listed in a container: a stage's residual blocks.
+
+    timm has no common name for them, but writes them all as entries of a Sequential or a ModuleList.
+    """
+    found = []
+    for child in module.children():
+        inside = find_blocks(child)
+        composite = any(child.children()) and not isinstance(child, (*_CONTAINERS, _BatchNorm))
+        if not inside and composite and isinstance(module, _CONTAINERS):
+            inside = [child]
+        found += inside
+    return found
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """The block's forward, checkpointed where there will be a backward."""
+    compute = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return compute(*inputs, **options)
+    # Non-reentrant, which alone is exact under DDP and ZeRO with several forwards a step. It restores the random
+    # generators and autocast; BatchNorm is left to us.
+    return checkpoint(compute, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **options)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What to do around the block's forward, nothing, and around its recomputation."""
+    tracked = {m: m.track_running_stats for m in block.modules() if isinstance(m, _BatchNorm)}
+    return nullcontext(), _statistics_kept(tracked)
+
+
+@contextmanager
+def _statistics_kept(tracked: dict[_BatchNorm, bool]) -> Iterator[None]:
+    """BatchNorm layers work as in the forward, but on copies of their running statistics, which are then dropped.
+
+    Copies, because without the buffers other tensors would be saved than in the forward, which torch refuses.
+
+    Args:
+        tracked: each layer's ``track_running_stats`` in the forward; it may have changed since.
+    """
+    found = {layer: (layer.track_running_stats, dict(layer._buffers)) for layer in tracked}
+    for layer, tracks in tracked.items():
+        layer.track_running_stats = tracks
+        layer._buffers.update({name: b if b is None else b.clone() for name, b in layer._buffers.items()})
+    try:
+        yield
+    finally:  # also when torch ends the recomputation early, by an exception
+        for layer, (tracks, buffers) in found.items():
+            layer.track_running_stats = tracks
+            layer._buffers.update(buffers)

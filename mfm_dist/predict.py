@@ -1,0 +1,183 @@
+"""Segment photographs: python -m mfm_dist.predict (--run RUN | --model EXPORT) --input FILE_OR_FOLDER --output FOLDER
+
+Writes FOLDER/ids/NAME.png, whose pixel values are train ids (0 road ... 18 bicycle) and whose palette shows them in
+class colours, FOLDER/overlays/NAME.png, and FOLDER/predictions.json. Subfolders of the input are kept. Images are
+taken whole, upright as EXIF says. Exit codes: 0 done, 2 command line, 3 some images could not be read (they are named,
+the others are done), 4 storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.exported import TrainedSegmentor, load_segmentor
+from mfm_dist.images import SUFFIXES, UnreadableImageError, read_image
+from mfm_dist.metrics import write_atomically
+from mfm_dist.pictures import overlay, save_ids, save_picture
+
+SUMMARY = "predictions.json"
+"""Marks a folder of predictions, which a later start may write into."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of each input, by its name below --input."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+    """Id picture of each image, below --output."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """Why an image could not be used."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = parse_arguments(argv)
+    output: Path = arguments.output
+    try:
+        refuse_unsafe_folders(arguments.input, output)
+        names = find_images(arguments.input, output)
+        model = load_segmentor(arguments.run or arguments.model, checked_device(arguments.device))
+        root = arguments.input if arguments.input.is_dir() else arguments.input.parent
+        try:
+            done = predict_all(model, root, names, output, overlays=arguments.overlays)
+            summary = {"model": model.about.run, "step": model.about.step, "ids": done.ids, "bad": done.bad}
+            write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"--output {output} cannot be written: {error}") from error
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for name, reason in done.bad.items():
+        print(f"not done: {root / name}: {reason}", file=sys.stderr)
+    print(f"{len(done.ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
+    print(f", overlays in {output / 'overlays'}" if arguments.overlays else "")
+    return EXIT_DATA if done.bad else EXIT_DONE
+
+
+def predict_all(
+    model: TrainedSegmentor, root: Path, names: Sequence[Path], output: Path, *, overlays: bool = True
+) -> Done:
+    """Segment ``root / name`` for each name and write the pictures.
+
+    Raises:
+        OSError: if ``output`` cannot be written.
+    """
+    done = Done()
+    pictures = picture_names(names)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / SUMMARY, "{}\n")  # so that an interrupted start may be repeated
+    # Every half minute is enough for a log file.
+    for name in tqdm(names, unit="image", mininterval=0.1 if sys.stderr.isatty() else 30.0, dynamic_ncols=True):
+        try:
+            image = read_image(root / name)
+            ids = model.predict(image).cpu()
+        except UnreadableImageError as error:
+            done.bad[str(name)] = str(error)
+            continue
+        except torch.OutOfMemoryError:
+            done.bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
+            continue
+        picture = pictures[name]
+        save_ids(output / "ids" / picture, ids)
+        if overlays:
+            blended = overlay(image.permute(1, 2, 0).numpy(), ids)
+            save_picture(output / "overlays" / picture, Image.fromarray(blended))
+        done.ids[str(name)] = str(Path("ids") / picture)
+    return done
+
+
+def refuse_unsafe_folders(source: Path, output: Path) -> None:
+    """Keep inputs and other people's files from being written over.
+
+    Raises:
+        ConfigError: the input is missing or lies in the output, or the output holds something else already.
+    """
+    if not source.exists():
+        raise ConfigError(f"--input {source}: no such file or folder")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"--output {output}: --input {source} lies in it; choose a folder apart")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: there is a file of that name; choose another")
+    if output.is_dir() and any(output.iterdir()) and not (output / SUMMARY).is_file():
+        raise ConfigError(f"--output {output}: holds other files and no {SUMMARY}; choose a new folder")
+
+
+def find_images(source: Path, output: Path) -> list[Path]:
+    """The image at ``source``, or all below it but those in ``output``: names below it, sorted.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if source.is_file():
+        if source.suffix.lower() not in SUFFIXES:
+            raise ConfigError(f"--input {source}: not an image by its name ({', '.join(SUFFIXES)})")
+        return [Path(source.name)]
+    found = []
+    for folder, subfolders, files in os.walk(source):
+        here = Path(folder)
+        subfolders[:] = [name for name in subfolders if (here / name).resolve() != output.resolve()]
+        found += [(here / name).relative_to(source) for name in files if Path(name).suffix.lower() in SUFFIXES]
+    if not found:
+        raise ConfigError(f"--input {source}: no images in it ({', '.join(SUFFIXES)})")
+    return sorted(found)
+
+
+def picture_names(names: Sequence[Path]) -> dict[Path, Path]:
+    """A PNG's name for each image: a.jpg becomes a.png, but a.jpg.png where another image would become a.png too."""
+    chosen = {name: name.with_suffix(".png") for name in names}
+    while True:
+        # Letters of either case, because some file systems tell no difference.
+        count = Counter(str(picture).lower() for picture in chosen.values())
+        full = {name: name.with_name(f"{name.name}.png") for name in names if count[str(chosen[name]).lower()] > 1}
+        if all(chosen[name] == picture for name, picture in full.items()):
+            return chosen
+        chosen |= full
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name, tried.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"--device {name}: cannot be used here ({reason})") from error
+    return device
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mfm_dist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=Path, help="run folder; the student of its newest checkpoint predicts")
+    model.add_argument("--model", type=Path, metavar="EXPORT", help="folder written by mfm_dist.export")
+    parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of jpg, png and webp images")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or earlier output")
+    parser.add_argument(
+        "--overlays", action=argparse.BooleanOptionalAction, default=True, help="save overlays too (default: yes)"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"cpu, cuda, cuda:1 ... (default here: {device})")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""One HTML page about a run, or about several side by side: python -m mfm_dist.report RUN [RUN ...] [--output FILE]
+
+The page is one file that opens offline. Everything that a run folder lacks is named on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mfm_dist.errors import EXIT_DONE, StorageError, UserError
+from mfm_dist.metrics import write_atomically
+from mfm_dist.report.page import render
+from mfm_dist.report.run import read_runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = parse_arguments(argv)
+    folders: list[Path] = arguments.runs
+    output: Path = arguments.output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
+    try:
+        page = render(read_runs(folders), images=arguments.images)
+        _write(output, page)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    return EXIT_DONE
+
+
+def _write(output: Path, page: str) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, page)
+    except OSError as error:
+        raise StorageError(f"{output} cannot be written ({error}); choose another place with --output") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mfm_dist.report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first gives the order")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html, or comparison.html, in the first run folder"
+    )
+    parser.add_argument(
+        "--images", type=_count, default=4, metavar="N", help="validation images to show, 0 for none (default: 4)"
+    )
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of images, 0 or more, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Photographs and label maps as ``data:`` addresses, at the size a page needs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
+from mfm_dist.pictures import GAP, OPACITY
+
+MAX_WIDTH = 640
+"""Pixels a picture is shrunk to."""
+MIN_WIDTH = 480
+"""Pixels a label map is enlarged to, by whole factors, so that its hatching is finer than its pixels."""
+HATCH_PERIOD, HATCH_WIDTH = 8, 3
+"""Diagonal stripes of the class colour, in pixels of the finished picture; pale between them."""
+PALE = 0.25
+"""Share of the class colour between the stripes; the rest is white."""
+GREY = 128
+
+Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+# Palette of a label map: class colours, the same paled, and four more.
+_NOT_LABELLED = 2 * len(CLASS_NAMES)
+_OUTSIDE, _RIGHT, _WRONG = range(_NOT_LABELLED + 1, _NOT_LABELLED + 4)
+RIGHT_COLOUR, WRONG_COLOUR = (222, 226, 230), (213, 94, 0)
+_COLOURS = [
+    *PALETTE,
+    *(tuple(round(255 - PALE * (255 - part)) for part in colour) for colour in PALETTE),
+    (0, 0, 0), (208, 208, 208), RIGHT_COLOUR, WRONG_COLOUR,
+]  # fmt: skip
+
+
+def photograph(image: Pixels) -> str:
+    """RGB [H, W, 3] as a JPEG."""
+    picture = Image.fromarray(image)
+    width, height = _size(picture.width, picture.height, enlarge=False)
+    return _address(picture.resize((width, height), Image.Resampling.LANCZOS), "jpeg", quality=86)
+
+
+def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None = None) -> str:
+    """Train ids [H, W] as a PNG in the class colours, pixel for pixel.
+
+    Args:
+        label: ``IGNORE_INDEX`` where there is none: black.
+        unsure: pixels to hatch.
+        outside: pixels that the picture says nothing about: light grey.
+    """
+    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, label).astype(np.uint8)
+    size = _size(label.shape[1], label.shape[0], enlarge=True)
+    index = _nearest(index, size)
+    if unsure is not None:
+        hatched = _nearest(unsure.astype(np.uint8), size).astype(bool)
+        rows, columns = np.indices(index.shape)
+        stripes = (rows + columns) % HATCH_PERIOD < HATCH_WIDTH
+        index = np.where(hatched & ~stripes & (index < len(CLASS_NAMES)), index + len(CLASS_NAMES), index)
+    if outside is not None:
+        index = np.where(_nearest(outside.astype(np.uint8), size).astype(bool), _OUTSIDE, index)
+    return _palette_png(index)
+
+
+def mistakes(label: Pixels, prediction: Pixels) -> str:
+    """Where a prediction [H, W] differs from the label: a PNG of right, wrong and not labelled."""
+    index = np.where(label == prediction, _RIGHT, _WRONG)
+    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, index).astype(np.uint8)
+    return _palette_png(_nearest(index, _size(label.shape[1], label.shape[0], enlarge=True)))
+
+
+def greyed(image: Pixels, hidden: Mask, outside: Mask) -> Pixels:
+    """An image [H, W, 3] with the hidden pixels grey, and those outside of the crop pale."""
+    covered = np.where(hidden[..., None], np.uint8(GREY), image)
+    pale = (0.25 * image.astype(np.float32) + 0.75 * 208).round().astype(np.uint8)
+    return np.where(outside[..., None], pale, covered)
+
+
+def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
+    """The prediction [H, W] that ``pictures.save_overlay`` laid over ``image``, or None if it is of another image.
+
+    Args:
+        panels: RGB [H, 3 W + 2 gaps, 3], as saved: image, label, prediction.
+    """
+    height, width = image.shape[:2]
+    if panels.shape != (height, 3 * width + 2 * GAP, 3) or not np.array_equal(panels[:, :width], image):
+        return None
+    blended = panels[:, 2 * (width + GAP) :].astype(np.float32)
+    colour = (blended - (1 - OPACITY) * image) / OPACITY
+    distance = [((colour - np.array(one, dtype=np.float32)) ** 2).sum(axis=-1) for one in PALETTE]
+    nearest: Pixels = np.argmin(np.stack(distance), axis=0).astype(np.uint8)
+    return nearest
+
+
+def hexadecimal(colour: tuple[int, int, int]) -> str:
+    """A colour as the page writes it."""
+    return "#" + "".join(f"{part:02x}" for part in colour)
+
+
+def _palette_png(index: npt.NDArray[Any]) -> str:
+    picture = Image.fromarray(index.astype(np.uint8))
+    picture.putpalette([part for colour in _COLOURS for part in colour])
+    return _address(picture, "png", optimize=True)
+
+
+def _size(width: int, height: int, *, enlarge: bool) -> tuple[int, int]:
+    if width > MAX_WIDTH:
+        return MAX_WIDTH, max(1, round(height * MAX_WIDTH / width))
+    factor = -(-MIN_WIDTH // width) if enlarge else 1
+    return width * factor, height * factor
+
+
+def _nearest(plane: Pixels, size: tuple[int, int]) -> Pixels:
+    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.NEAREST))
+
+
+def _address(picture: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

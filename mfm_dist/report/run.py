@@ -1,0 +1,206 @@
+"""What a run folder says, as plain values. Nothing in it is trusted to be whole, or to be of the expected kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import ConfigError
+from mfm_dist.metrics import JsonLines
+
+Floats = npt.NDArray[np.float64]
+
+
+class Evaluation(NamedTuple):
+    """One file of eval/."""
+
+    step: int
+    miou: float
+    """Percent; NaN if unknown."""
+    iou: dict[str, float]
+    """Percent by class name; NaN for a class that does not occur."""
+    images: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder, read."""
+
+    path: Path
+    name: str
+    config: RunConfig | None
+    metrics: list[dict[str, Any]]
+    """Lines of metrics.jsonl with a step, by step."""
+    evaluations: list[Evaluation]
+    """By step."""
+    events: list[dict[str, Any]]
+    environment: dict[str, Any]
+    outcome: dict[str, Any]
+    written: datetime
+    """When the newest of the small files was last changed, UTC."""
+    problems: list[str] = field(default_factory=list)
+    """What is missing or could not be read, a sentence each."""
+
+    @property
+    def first(self) -> Evaluation | None:
+        """The evaluation at the lowest step, if there are two at least to tell apart."""
+        return self.evaluations[0] if len(self.evaluations) > 1 else None
+
+    @property
+    def last(self) -> Evaluation | None:
+        """The evaluation at the highest step."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def gain(self) -> float:
+        """Change of the mIoU from the first to the last evaluation, in points; NaN if there are not two."""
+        return self.last.miou - self.first.miou if self.first and self.last else math.nan
+
+    @property
+    def step(self) -> int | None:
+        """The last step that left a trace."""
+        steps = [*(line["step"] for line in self.metrics[-1:]), *(one.step for one in self.evaluations[-1:])]
+        return max(steps, default=None)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Names of the logged values that begin with ``prefix``, in the order they first occur."""
+        return [key for key in dict.fromkeys(key for line in self.metrics for key in line) if key.startswith(prefix)]
+
+    def series(self, key: str) -> tuple[Floats, Floats]:
+        """Steps and values of the lines that have ``key``; NaN where the value was not finite."""
+        lines = [line for line in self.metrics if key in line]
+        return np.array([float(line["step"]) for line in lines]), np.array([_number(line[key]) for line in lines])
+
+    def median(self, key: str) -> float:
+        """Median of the finite values logged under ``key``; NaN if there are none."""
+        values = self.series(key)[1]
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else math.nan
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs, each named by as much of the end of its path as tells it from the others.
+
+    Raises:
+        ConfigError: naming every folder that is none of a run, or that is given twice.
+    """
+    problems = [f"{folder}: no run folder (it has no config.yaml)" for folder in folders if not _is_run(folder)]
+    resolved = [folder.resolve() for folder in folders]
+    problems += [f"{folder}: given twice" for folder in dict.fromkeys(folders) if resolved.count(folder.resolve()) > 1]
+    if problems:
+        raise ConfigError(problems)
+    return [_read(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _names(resolved: list[Path]) -> list[str]:
+    deepest = max(len(path.parts) for path in resolved)
+    # A folder that is called by its seed alone says little without the one it lies in.
+    first = 2 if any(re.fullmatch(r"(seed[_-]?)?\d+", path.name) for path in resolved) else 1
+    for depth in range(first, deepest):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in resolved]
+
+
+def _read(folder: Path, name: str) -> Run:
+    problems: list[str] = []
+    config = None
+    try:
+        config = load_config(folder / "config.yaml")
+    except (ConfigError, OSError, ValueError, RecursionError) as error:
+        problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
+    metrics = {line["step"]: line for line in _lines(folder / "metrics.jsonl", problems) if _is_step(line.get("step"))}
+    small_files = [path for path in (*folder.glob("*.json*"), *folder.glob("eval/*.json")) if path.is_file()]
+    return Run(
+        path=folder,
+        name=name,
+        config=config,
+        metrics=[metrics[step] for step in sorted(metrics)],
+        evaluations=_evaluations(folder / "eval", problems),
+        events=_lines(folder / "events.jsonl", problems) if (folder / "events.jsonl").exists() else [],
+        environment=_object(folder / "environment.json", problems),
+        outcome=_object(folder / "outcome.json", problems),
+        written=datetime.fromtimestamp(
+            max(path.stat().st_mtime for path in (folder / "config.yaml", *small_files)), tz=timezone.utc
+        ),
+        problems=problems,
+    )
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        problems.append(f"{path.name} is not there yet: nothing has been logged.")
+        return []
+    try:
+        return [line for line in JsonLines(path) if isinstance(line, dict)]
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return []
+
+
+def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append(f"{path.name} is not there: {_ABSENT[path.name]}.")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+_ABSENT = {
+    "environment.json": "machine, versions and revision are unknown",
+    "outcome.json": "the run goes on, or was killed",
+}
+
+
+def _evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
+    found = []
+    for path in sorted(folder.glob("step_*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            step, miou, iou, images = (content[key] for key in ("step", "miou", "iou", "images"))
+            if not _is_step(step) or not isinstance(iou, dict):
+                raise ValueError("step or iou is of the wrong kind")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
+            continue
+        by_class = {name: _number(iou.get(name)) for name in CLASS_NAMES}
+        found.append(Evaluation(step, _number(miou), by_class, images if isinstance(images, int) else None))
+    if not found:
+        problems.append("There is no evaluation yet, so there is no mIoU.")
+    return sorted(found, key=lambda one: one.step)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
+
+
+def _number(value: object) -> float:
+    """A finite float, or NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan

@@ -1,0 +1,251 @@
+"""Line charts as inline SVG that follows the page's colours, light or dark, and loads nothing."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from mfm_dist.report.run import Floats
+
+BUCKETS = 240
+"""Points of a drawn curve at most; a longer one is cut into this many buckets."""
+WIDTH = 400
+"""Width in SVG units, about the pixels a chart is shown at, so that its text is as large as the page's."""
+SERIES_COLOURS = 8
+"""Colours of style.css (--series-0 ...); further lines repeat them with other dashes."""
+LABEL_LENGTH = 22
+LABEL_GAP = 13.0
+"""Smallest distance of two labels, in SVG units."""
+INK, GRID = "#010101", "#020202"
+"""Stand-ins that become the page's variables; matplotlib wants real colours. A series' is "#0300" and its number."""
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One curve: finite values or NaN by step."""
+
+    label: str
+    steps: Floats
+    values: Floats
+    colour: int
+    """Number of its colour and dashes: the same run keeps them in every chart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What to draw, and the words around it."""
+
+    title: str
+    caption: str
+    lines: Sequence[Line]
+    scale: str = "linear"
+    """linear, from_zero, or log."""
+    markers: bool = False
+    height: int = 236
+    """In SVG units; the width is ``WIDTH``."""
+
+
+class Envelope(NamedTuple):
+    """A curve in at most ``BUCKETS`` points, none of whose extremes are lost."""
+
+    steps: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+def envelope(steps: Floats, values: Floats, buckets: int = BUCKETS) -> Envelope:
+    """Mean, minimum and maximum of the finite values of each bucket of consecutive points.
+
+    A bucket without any finite value is NaN, which leaves a gap in the curve.
+    """
+    if len(steps) <= buckets:
+        return Envelope(steps, values, values, values)
+    edges = np.linspace(0, len(steps), buckets + 1).astype(int)
+    parts = [(steps[a:b], values[a:b]) for a, b in pairwise(edges)]
+    rows = []
+    for at, part in parts:
+        finite = part[np.isfinite(part)]
+        middle = float(at[len(at) // 2])
+        rows.append((middle, finite.mean(), finite.min(), finite.max()) if len(finite) else (middle, *[math.nan] * 3))
+    rows[0] = (float(steps[0]), *rows[0][1:])
+    rows[-1] = (float(steps[-1]), *rows[-1][1:])
+    return Envelope(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def draw(chart: Chart, identity: str) -> str:
+    """The chart as an ``<svg>`` element. ``identity`` is a word that no other chart of the page has."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rc("svg", fonttype="none", hashsalt=identity)
+        matplotlib.rc("text", parse_math=False)
+        matplotlib.rc("font", size=11)
+        warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks; the reader's browser has them
+        figure = Figure(figsize=(WIDTH / 72, chart.height / 72))
+        labels = [_shortened(line.label) for line in chart.lines]
+        right = 16 + 6.4 * max(map(len, labels), default=0)
+        axes = figure.add_axes((46 / WIDTH, 30 / chart.height, 1 - (46 + right) / WIDTH, 1 - 40 / chart.height))
+        for line in chart.lines:
+            _draw_line(axes, line, chart)
+        _dress(axes, chart)
+        _label_ends(axes, chart, labels)
+        buffer = io.BytesIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+    return _inline(buffer.getvalue(), identity, describe(chart))
+
+
+def describe(chart: Chart) -> str:
+    """The chart in words, for those who do not see it."""
+    parts = [f"{chart.title}."]
+    for line in chart.lines:
+        finite = line.values[np.isfinite(line.values)]
+        if len(finite):
+            steps = line.steps[np.isfinite(line.values)]
+            parts.append(
+                f"{line.label}: {short_number(finite[0])} at step {steps[0]:,.0f}, {short_number(finite[-1])} at step "
+                f"{steps[-1]:,.0f}, lowest {short_number(finite.min())}, highest {short_number(finite.max())}."
+            )
+    return " ".join(parts)
+
+
+def short_number(value: float) -> str:
+    """About three digits: 1,234 and 0.25, but 2.5e-4."""
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _draw_line(axes: Axes, line: Line, chart: Chart) -> None:
+    colour = _colour(line)
+    points = envelope(line.steps, line.values)
+    mean = points.mean
+    if chart.scale == "log":  # what is not positive leaves a gap
+        mean = np.where(mean > 0, mean, math.nan)
+    if points.low is not points.high:
+        axes.fill_between(points.steps, points.low, points.high, color=colour, alpha=0.22, linewidth=0)
+    dashes = DASHES[line.colour // SERIES_COLOURS % len(DASHES)]
+    # A value between two gaps would not show as a line.
+    marker = "o" if chart.markers or np.isfinite(mean).sum() < 3 else ""
+    axes.plot(
+        points.steps, mean, color=colour, linewidth=1.9, linestyle=dashes, marker=marker, markersize=4.5,
+        clip_on=chart.scale == "log",
+    )  # fmt: skip
+
+
+def _dress(axes: Axes, chart: Chart) -> None:
+    """Axes without a box: a faint grid, few numbers, no ticks."""
+    finite = np.concatenate([line.values[np.isfinite(line.values)] for line in chart.lines])
+    positive = finite[finite > 0]
+    if chart.scale == "log" and len(positive):
+        axes.set_yscale("log")
+        # A term that starts at nothing must not squeeze the others into a strip.
+        usual = min(float(np.median(line.values[line.values > 0])) for line in chart.lines if (line.values > 0).any())
+        bottom = max(positive.min(), usual / 10)
+        axes.set_ylim(bottom / 1.25, positive.max() * 1.25)
+        wide = positive.max() / bottom > 50
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if chart.scale == "from_zero":
+            axes.set_ylim(0, max(finite.max(initial=0.0) * 1.08, 1e-9))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    last = max(float(line.steps[-1]) for line in chart.lines)
+    axes.set_xlim(0, max(last, 1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value else "step 0"))
+    axes.tick_params(length=0, labelcolor=INK, pad=6)
+    axes.tick_params(axis="x", pad=8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    axes.patch.set_visible(False)
+    axes.figure.patch.set_visible(False)
+
+
+def _label_ends(axes: Axes, chart: Chart, labels: Sequence[str]) -> None:
+    """Write each line's name where it ends, moved up or down where two would overlap."""
+    ends = []
+    for number, line in enumerate(chart.lines):
+        visible = line.values[np.isfinite(line.values) & ((line.values > 0) | (chart.scale != "log"))]
+        if len(visible):
+            y = axes.transAxes.inverted().transform(axes.transData.transform((0, visible[-1])))[1]
+            ends.append((float(np.clip(y, 0, 1)), number))
+    ends.sort()
+    height = axes.get_position().height * chart.height
+    gap = LABEL_GAP / height
+    places = [y for y, _ in ends]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + gap)
+    if places and places[-1] > 1.02:
+        places[-1] = 1.02
+        for index in range(len(places) - 2, -1, -1):
+            places[index] = min(places[index], places[index + 1] - gap)
+    for place, (_, number) in zip(places, ends, strict=True):
+        axes.annotate(
+            labels[number], (1, place), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+            color=_colour(chart.lines[number]), fontweight="bold",
+        )  # fmt: skip
+
+
+def _colour(line: Line) -> str:
+    return f"#0300{line.colour % SERIES_COLOURS:02x}"
+
+
+def _shortened(label: str) -> str:
+    """At most ``LABEL_LENGTH`` letters, without the control characters that XML forbids."""
+    printable = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in label)
+    return printable if len(printable) <= LABEL_LENGTH else printable[: LABEL_LENGTH - 1] + "…"
+
+
+def _inline(document: bytes, identity: str, description: str) -> str:
+    """matplotlib's file as an element: no prolog, no name spaces, ids of its own, the page's colours."""
+    root = ElementTree.fromstring(document)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name, value in list(element.attrib.items()):
+            del element.attrib[name]
+            value = re.sub(r"url\(#", f"url(#{identity}-", value)
+            if name == "id":
+                value = f"{identity}-{value}"
+            if name.endswith("href"):
+                name, value = "href", f"#{identity}-{value.removeprefix('#')}"
+            if name == "style":
+                value = _page_colours(value)
+            element.set(name, value)
+    for element in list(root):
+        if element.tag == "metadata":
+            root.remove(element)
+    root.attrib.pop("width", None)
+    root.attrib.pop("height", None)
+    root.attrib.pop("version", None)
+    root.set("role", "img")
+    root.set("aria-label", description)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _page_colours(style: str) -> str:
+    style = style.replace(INK, "var(--quiet)").replace(GRID, "var(--rule)")
+    style = re.sub(r"#0300([0-9a-f]{2})", lambda found: f"var(--series-{int(found[1], 16)})", style)
+    # The size stays matplotlib's; the face is the page's.
+    return re.sub(r"font: ((?:bold |\d+ )?)([\d.]+px)[^;]*", lambda m: f"font: {m[1]}{m[2]} var(--face)", style)

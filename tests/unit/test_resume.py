@@ -1,0 +1,141 @@
+"""What may differ between a checkpoint and the run that goes on from it, and what may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_dist.checkpoint import Checkpoint, Progress, resume_problems
+from mfm_dist.checkpoint.resume import MUST_STAY
+from mfm_dist.config.loader import changed_keys, to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
+
+OTHER = {
+    "seed": 1,
+    "method.name": "daformer",
+    "mfm.enabled": False,
+    "optim.name": "sgd",
+    "train.micro_batch": 1,
+    "model.backbone": "resnet50c",
+    "model.backbone_options": {"output_stride": 8},
+    "model.decoder": "deeplabv2",
+    "model.decoder_options": {"width": 64},
+    "rebuilder.depth": 3,
+    "rebuilder.width": 256,
+    "rebuilder.heads": 8,
+    "rebuilder.mlp_ratio": 2.0,
+    "rebuilder.grid": (8, 8),
+}
+"""Another value of each setting that must stay."""
+FREE = {
+    "run.folder": Path("elsewhere"),
+    "data.root": Path("/moved"),
+    "data.target": "renamed",
+    "data.crop": (256, 256),
+    "data.workers": 7,
+    "model.weights": Path("gone.safetensors"),
+    "mfm.loss_weight": 0.0,
+    "optim.lr": 1e-3,
+    "train.global_batch": 8,
+    "train.steps": 80_000,
+    "train.precision": "bf16",
+    "checkpoint.background": False,
+}
+"""Settings of which some would like to change one in the middle of a run."""
+
+
+def set_key(config: RunConfig, key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    owner = getattr(config, section) if section else config
+    assert hasattr(owner, name), key
+    setattr(owner, name, value)
+
+
+def trained(config: RunConfig, **data: str) -> Checkpoint:
+    return Checkpoint(Path("run/checkpoints/step_00000200"), Progress(step=200), to_tree(config), data)
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    config = RunConfig()
+    config.mfm.enabled = True
+    return config
+
+
+def test_the_rule_names_settings_that_exist_and_the_table_here_has_all() -> None:
+    assert OTHER.keys() == MUST_STAY.keys()
+    assert not OTHER.keys() & FREE.keys()
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_what_must_stay_is_refused_with_both_values_and_the_way_out(key: str, config: RunConfig) -> None:
+    checkpoint = trained(config)
+    set_key(config, key, OTHER[key])
+    (problem,) = resume_problems(checkpoint, config, {})
+    before: Any = checkpoint.config
+    for name in key.split("."):
+        before = before[name]
+    other: Any = OTHER[key]
+    now = list(other) if isinstance(other, tuple) else other
+    assert problem.startswith(f"{key}={now}, but ")
+    assert problem.endswith(f": keep {before}, or choose another run.folder")
+    assert str(checkpoint.path) in problem
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_everything_else_may_change_and_is_listed(key: str, config: RunConfig) -> None:
+    checkpoint = trained(config)
+    set_key(config, key, FREE[key])
+    assert resume_problems(checkpoint, config, {}) == []
+    assert [line.split(":")[0] for line in changed_keys(checkpoint.config, config)] == [key][key == "run.folder" :]
+
+
+def test_the_same_settings_are_no_problem_after_a_trip_through_json(config: RunConfig) -> None:
+    config.model.backbone_options = {"out_indices": [1, 2], "drop_path_rate": 0.1}
+    stored = json.loads(json.dumps(to_tree(config)))
+    checkpoint = Checkpoint(Path("step_00000200"), Progress(step=200), stored)
+    assert resume_problems(checkpoint, config, {}) == []
+
+
+def test_a_rebuilder_that_is_not_used_may_be_anything(config: RunConfig) -> None:
+    config.mfm.enabled = False
+    checkpoint = trained(config)
+    config.rebuilder.width = 64
+    assert resume_problems(checkpoint, config, {}) == []
+
+
+def test_all_problems_are_told_at_once(config: RunConfig) -> None:
+    checkpoint = trained(config, target="aaa")
+    config.seed, config.optim.name, config.train.steps = 5, "sgd", 199
+    problems = resume_problems(checkpoint, config, {"target": "bbb"})
+    assert [problem.split("=")[0] for problem in problems if "=" in problem] == ["seed", "optim.name", "train.steps"]
+    assert "the target shards are not those that run/checkpoints/step_00000200 was trained on" in problems[2]
+    assert len(problems) == 4
+
+
+def test_data_is_known_by_content_not_by_name(config: RunConfig) -> None:
+    checkpoint = trained(config, labelled="aaa", target="bbb")
+    assert resume_problems(checkpoint, config, {"labelled": "aaa", "target": "bbb"}) == []
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "ccc", "target": "bbb"})
+    assert problem.startswith("the labelled shards are not those")
+    assert "put the former shards back, or choose another run.folder" in problem
+    assert resume_problems(trained(config), config, {"labelled": "ccc"}) == []  # written before data was recorded
+
+
+def test_a_fingerprint_follows_the_shards_and_their_order_and_nothing_else() -> None:
+    def manifest(name: str, *sums: str) -> Manifest:
+        shards = [
+            ShardRecord(file=f"{s}.tar", samples=1, bytes=9, sha256=s, index_sha256=s, image_sizes={}, pixel_counts={})
+            for s in sums
+        ]
+        recipe = Recipe(generator="folder", version=1, arguments={"name": name})
+        return Manifest(name=name, class_names=(), recipe=recipe, command=name, shards=tuple(shards))
+
+    prints = [m.fingerprint for m in (manifest("a", "x", "y"), manifest("b", "x", "y"))]
+    assert prints[0] == prints[1]
+    others = [manifest("a", "y", "x"), manifest("a", "x"), manifest("a", "x", "z")]
+    assert len({prints[0], *(m.fingerprint for m in others)}) == 4

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Measures the training step on this machine: python tools/profile_throughput.py [step] [--steps N] [overrides]
+
+Four ways to take the same step run in turn, one step each a round: our engine and a bare PyTorch loop, each with and
+without the MFM term. The figures are medians over the rounds, so a disturbance hits all four alike. One process, the
+GPU where there is one. Real shards are read; data.render_scenes=true makes some at any scenes.size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.metrics import write_atomically
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.step_profile import PARTS, measure
+
+QUICKSTART = Path("configs/quickstart.yaml")
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown, one column with MFM and one without."""
+    both = (found["without"], found["with"])
+
+    def row(name: str, values: Sequence[float], form: str) -> str:
+        first, second = values
+        ratio = f"{second / first:.2f}" if first > 0 else ""
+        return f"| {name} | {first:{form}} | {second:{form}} | {ratio} |"
+
+    return "\n".join(
+        [
+            "| median of the rounds | without MFM | with MFM | with / without |",
+            "|---|---|---|---|",
+            row("images/s, source and target", [one["images_per_second"] for one in both], ".2f"),
+            row("step, ms", [1000 * one["step_seconds"]["median"] for one in both], ".1f"),
+            *(row(f"  {part}, ms", [1000 * one["part_seconds"][part] for one in both], ".1f") for part in PARTS),
+            row("bare PyTorch step, ms", [1000 * one["bare_step_seconds"]["median"] for one in both], ".1f"),
+            row("engine / bare, data wait apart", [one["engine_over_bare"]["median"] for one in both], ".3f"),
+            row("peak memory that torch allocates, GiB", [one["memory_gib"] for one in both], ".2f"),
+        ]
+    )
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number with a lower bound."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {minimum}")
+        return int(text)
+
+    return whole_number
+
+
+def profile_step(argv: Sequence[str]) -> int:
+    """The ``step`` command."""
+    parser = argparse.ArgumentParser(
+        prog="profile_throughput.py [step]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=3, metavar="N", help="rounds before them (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        found = measure(config, steps=arguments.steps, warmup=arguments.warmup)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{found['device']}, {found['threads']} torch threads, load {found['load_average'][0]:.1f}, ", end="")
+    print(f"{arguments.steps} rounds after {arguments.warmup}; {found['images_per_step']} images a step")
+    print(table(found))
+    if arguments.json:
+        record = {
+            "command": ["python", "tools/profile_throughput.py", "step", *argv],
+            "date": date.today().isoformat(),
+            "packages": {name: version(name) for name in ("torch", "timm", "numpy", "accelerate")},
+            "settings": changed_keys(to_tree(RunConfig()), config),
+            **found,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": profile_step}
+"""What there is to measure, by its first argument; ``step`` where none is named."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = given.pop(0) if given and given[0] in COMMANDS else "step"
+    return COMMANDS[command](given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

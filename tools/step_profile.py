@@ -1,0 +1,312 @@
+"""Times the training step part by part, and beside it the same passes in a bare PyTorch loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.build import build_train_module, open_readers
+from mfm_dist.checkpoint import Progress
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.console import Console
+from mfm_dist.data.pipeline import TrainPipeline
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.start import start_engine
+from mfm_dist.distributed.trackers import Trackers
+from mfm_dist.distributed.watchdog import Watchdog
+from mfm_dist.errors import ConfigError
+from mfm_dist.methods import build_method
+from mfm_dist.methods.self_training import ema_decay_at
+from mfm_dist.optim import build_optimizer, mfm_weight
+from mfm_dist.run_folder import RunFolder
+from mfm_dist.session import prepare_folders
+from mfm_dist.train_module import TrainModule
+from mfm_dist.trainer import Readers, Trainer
+
+PARTS = ("data wait", "teacher", "forward", "backward", "optimiser + EMA")
+MEMORY_STEPS = 2
+"""Steps before memory is read: the first makes the optimiser's state, the second has everything at once."""
+
+StepFunction = Callable[[list[UDABatch]], None]
+
+
+class PartClock:
+    """Time between marks: events in the GPU's stream, which wait for nothing, or the host's clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+        self.runs = False
+
+    def start(self) -> None:
+        """Begin a step; before this, marks do nothing."""
+        self.runs = True
+        self.mark("start")
+
+    def mark(self, part: str) -> None:
+        """What was done since the last mark belongs to ``part``."""
+        if not self.runs:
+            return
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by part since the start, and stop. The device must be idle; without a start there is nothing."""
+        seconds: dict[str, float] = {}
+        for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
+            passed = before.elapsed_time(after) / 1000 if self.on_gpu else after - before
+            seconds[part] = seconds.get(part, 0.0) + passed
+        self.marks, self.runs = [], False
+        return seconds
+
+
+def mark_backward(engine: Engine, clock: PartClock) -> None:
+    """From now on every backward of the engine marks the clock."""
+    backward = engine.backward
+
+    def marked(loss: Tensor) -> None:
+        clock.mark("forward")
+        backward(loss)
+        clock.mark("backward")
+
+    engine.backward = marked  # type: ignore[method-assign]
+
+
+@dataclass
+class Setting:
+    """The networks with or without MFM, and the two ways to step them. They share weights and optimiser."""
+
+    module: TrainModule
+    engine_step: StepFunction
+    bare_step: StepFunction
+    clock: PartClock
+    memory_gib: float = 0.0
+
+
+def build_setting(config: RunConfig, readers: Readers) -> Setting:
+    """Everything that a run of ``config`` trains with, but for the data."""
+    engine = start_engine(config)
+    module = build_train_module(config)
+    engine.prepare(module, build_optimizer(module, config.optim))
+    clock = PartClock(engine.device)
+    mark_backward(engine, clock)
+    trainer = Trainer(
+        config=config,
+        engine=engine,
+        module=module,
+        readers=readers,
+        run=RunFolder(config.run.folder, writes=False),
+        trackers=Trackers(config, enabled=False, step=0),
+        progress=Progress(),
+        asked_to_stop=lambda: None,
+        watchdog=Watchdog(config.run.folder, rank=0, world_size=1, seconds=0, start="", on_hang=print),
+    )
+    trainer.console = Console(enabled=False, steps=0, start=0)
+    if module.teacher is not None:
+        module.teacher.register_forward_pre_hook(lambda *_: clock.mark("forward"))
+        module.teacher.register_forward_hook(lambda *_: clock.mark("teacher"))
+
+    def engine_step(batches: list[UDABatch]) -> None:
+        trainer.progress.step = 0  # the schedule may be shorter than the measurement
+        clock.start()
+        trainer.train_step(batches)
+        clock.mark("optimiser + EMA")
+
+    return Setting(module, engine_step, bare_twin(config, module, engine), clock)
+
+
+def bare_twin(config: RunConfig, module: TrainModule, engine: Engine) -> StepFunction:
+    """The same passes in a plain loop: no engine, no Accelerate, no schedule, no running means, no console."""
+    device, optimizer = engine.device, engine.optimizer
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    limit = config.train.clip_norm or float("inf")
+    weight = mfm_weight(0, config.mfm)
+    updates = count(1)
+    averaged, current = [], []
+    if module.teacher is not None:
+        averaged = [p.data for p in module.teacher.segmentor.parameters()]
+        current = [p.data for p in module.student.parameters()]
+
+    def step(batches: list[UDABatch]) -> None:
+        for batch in batches:
+            on_device = batch.to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"):
+                output = module(on_device, weight)
+            (output.total / len(batches)).backward()
+        nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if averaged:
+            torch._foreach_lerp_(averaged, current, 1.0 - ema_decay_at(next(updates), config.self_training.ema_decay))
+
+    return step
+
+
+class Blocks:
+    """The stream of blocks that all four ways draw from, at the pace of training: new pictures for every step."""
+
+    def __init__(self, config: RunConfig, readers: Readers) -> None:
+        self._count = config.blocks_per_step
+        pipeline = TrainPipeline(
+            source=readers.labelled,
+            target=readers.target,
+            seed=config.seed,
+            crop=config.data.crop,
+            micro_batch=config.train.micro_batch,
+            rank=0,
+            world_size=1,
+            blocks_per_step=config.blocks_per_step,
+            workers=config.data.workers,
+        )
+        self._blocks: Iterator[UDABatch] = iter(pipeline)
+
+    def take(self, round_number: int) -> list[UDABatch]:
+        """The blocks of one step, numbered by the round: all four draw the same jitter, blur and masks in it."""
+        first = round_number * self._count
+        return [replace(next(self._blocks), block=first + number) for number in range(self._count)]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measured_step(step: StepFunction, take: Callable[[], list[UDABatch]], device: torch.device) -> dict[str, float]:
+    """Seconds of one step, data included, and of its wait for data."""
+    synchronise(device)
+    started = time.perf_counter()
+    batches = take()
+    waited = time.perf_counter() - started
+    step(batches)
+    synchronise(device)
+    return {"step": time.perf_counter() - started, "data wait": waited}
+
+
+def peak_gib(work: Callable[[], None], device: torch.device) -> float:
+    """The most memory that torch holds at once for what ``work`` makes: weights, optimiser, activations."""
+    if device.type == "cuda":
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        synchronise(device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    # A CPU has no such counter, and the resident size keeps what was freed before: torch's profiler lists every
+    # allocation and release of the allocator.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports each start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(accumulate(size for _, size in changes)) / 2**30
+
+
+def build_and_weigh(config: RunConfig, readers: Readers, blocks: Blocks, device: torch.device) -> Setting:
+    """A setting that has run its first steps, and the memory that this took."""
+    built: list[Setting] = []
+
+    def build_and_step() -> None:
+        built.append(build_setting(config, readers))
+        for _ in range(MEMORY_STEPS):
+            built[0].engine_step(blocks.take(0))
+
+    memory = peak_gib(build_and_step, device)
+    built[0].memory_gib = memory
+    built[0].clock.pop()
+    return built[0]
+
+
+def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
+    """All figures under the names that the JSON file has; times in seconds, ``rounds`` holds every single one.
+
+    Raises:
+        UserError: for shards that are missing or damaged, or networks that cannot be built.
+    """
+    if Launch.from_environment().world_size > 1:
+        raise ConfigError("profile_throughput measures one process: start it with python, not with accelerate launch")
+    prepare_folders(config, RunFolder(config.run.folder, writes=False), is_main=True)
+    configs = {name: with_mfm(config, enabled) for name, enabled in (("without", False), ("with", True))}
+    device = start_engine(config).device
+    readers = open_readers(config, build_method(config).supervised_on)
+    blocks = Blocks(config, readers)
+    settings = {name: build_and_weigh(configs[name], readers, blocks, device) for name in configs}
+    ways: list[tuple[str, str, StepFunction]] = [
+        *((name, "engine", setting.engine_step) for name, setting in settings.items()),
+        *((name, "bare", setting.bare_step) for name, setting in settings.items()),
+    ]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+    for number in range(warmup + steps):
+        order = ways if number % 2 == 0 else ways[::-1]  # there and back: a drift of the machine falls on all alike
+        seconds: dict[tuple[str, str], dict[str, float]] = {}
+        for name, kind, step in order:
+            found = measured_step(step, lambda: blocks.take(number), device)  # noqa: B023 - called at once
+            seconds[name, kind] = {**found, **settings[name].clock.pop()}
+        if number >= warmup:
+            for name in settings:
+                rounds[name].append({"engine": seconds[name, "engine"], "bare": seconds[name, "bare"]})
+    images = 2 * config.train.global_batch
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "images_per_step": images,
+        **{name: summary(rounds[name], images) | {"memory_gib": settings[name].memory_gib} for name in settings},
+        "rounds": rounds,
+    }
+
+
+def with_mfm(config: RunConfig, enabled: bool) -> RunConfig:
+    config = deepcopy(config)
+    config.mfm.enabled = enabled
+    return config
+
+
+def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
+    """Medians over the rounds of one setting."""
+
+    def median_and_quartiles(values: list[float]) -> dict[str, float]:
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return {"median": middle, "quartile_low": low, "quartile_high": high}
+
+    def net(way: Mapping[str, float]) -> float:
+        return way["step"] - way["data wait"]
+
+    step = median_and_quartiles([one["engine"]["step"] for one in rounds])
+    return {
+        "step_seconds": step,
+        "images_per_second": images / step["median"],
+        "part_seconds": {part: statistics.median(one["engine"].get(part, 0.0) for one in rounds) for part in PARTS},
+        "bare_step_seconds": median_and_quartiles([one["bare"]["step"] for one in rounds]),
+        "engine_over_bare": median_and_quartiles([net(one["engine"]) / net(one["bare"]) for one in rounds]),
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
