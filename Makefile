@@ -12,7 +12,7 @@ RUN := runs/quickstart
 .PHONY: help install quickstart quickstart-source-only scenes lint test clean
 
 help:
-	@echo "make quickstart   environment, scenes, a distributed training run, evaluation (about 10 minutes on 2 cores)"
+	@echo "make quickstart   environment, scenes, a distributed training run, evaluation, report (minutes on 2 cores)"
 	@echo "make test         environment, lint, all tests"
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
@@ -31,6 +31,7 @@ scenes: $(STAMP)
 quickstart: $(STAMP)
 	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml
 	$(BIN)/python -m mfm_dist.evaluate --run $(RUN)
+	$(BIN)/python -m mfm_dist.report $(RUN)
 	@echo
 	@$(BIN)/python tools/quickstart_summary.py $(RUN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,24 @@ from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.train_module import TrainModule
-from mfm_dist.trainer import Readers
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The three data sets of a run."""
+
+    labelled: ShardReader
+    """What the student is supervised on."""
+    target: ShardReader
+    validation: ShardReader
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the shards that the run trains on; what it is scored on may change."""
+        return {
+            "labelled": self.labelled.index.manifest.fingerprint,
+            "target": self.target.index.manifest.fingerprint,
+        }
 
 
 def build_student(config: RunConfig) -> Segmentor:

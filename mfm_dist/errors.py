@@ -7,6 +7,8 @@ EXIT_STORAGE = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
 
+EXIT_CORRUPT = 77  # ranks disagree about a weight; run me again from the last checkpoint
+
 
 class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do about it."""
@@ -44,3 +46,9 @@ class StorageError(UserError):
     """A folder that cannot be written (full, read-only, gone; what was written before is intact), or is damaged."""
 
     exit_code = EXIT_STORAGE
+
+
+class CorruptError(UserError):
+    """What several places hold is not the same any more; a memory or network fault. The last checkpoint is sound."""
+
+    exit_code = EXIT_CORRUPT

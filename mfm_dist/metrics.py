@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class RunningMean:
         means = torch.stack([self._sums[name] for name in names]) / max(self._count, 1)
         self._sums, self._count = {}, 0
         return names, means
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak GPU memory of this process, or its peak resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class JsonLines:

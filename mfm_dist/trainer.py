@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.build import Readers
 from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.console import Console
 from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
-from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.distributed.watchdog import Watchdog
-from mfm_dist.errors import DataError
+from mfm_dist.errors import CorruptError, DataError
 from mfm_dist.evaluation import Scores, evaluate
 from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.metrics import RunningMean
+from mfm_dist.metrics import RunningMean, peak_memory_gib
 from mfm_dist.optim import learning_rate_factor, mfm_weight
 from mfm_dist.run_folder import RunFolder
 from mfm_dist.stopping import Stopped
@@ -31,24 +30,6 @@ from mfm_dist.train_module import TrainModule
 
 TURNS_BETWEEN_LOOKS = 4
 """Images of a rank in an evaluation between two looks at whether any rank was asked to stop; each is an exchange."""
-
-
-@dataclass(frozen=True)
-class Readers:
-    """The three data sets of a run."""
-
-    labelled: ShardReader
-    """What the student is supervised on."""
-    target: ShardReader
-    validation: ShardReader
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Of the shards that the run trains on; what it is scored on may change."""
-        return {
-            "labelled": self.labelled.index.manifest.fingerprint,
-            "target": self.target.index.manifest.fingerprint,
-        }
 
 
 class Trainer:
@@ -120,6 +101,9 @@ class Trainer:
             last = progress.step == config.train.steps
             if progress.step % config.log.every == 0 or last:
                 self.log()
+            audited = config.debug.audit_every
+            if audited and progress.step % audited == 0:
+                self.audit()
             # Saved first: a kill during a long evaluation then loses nothing.
             if progress.step % config.checkpoint.every == 0 or last:
                 self.save()
@@ -174,7 +158,7 @@ class Trainer:
         record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
         record["images_per_second"] = 2 * self.config.train.global_batch * steps / seconds
         record["data_wait_fraction"] = data_wait_fraction
-        record["memory_gib"] = self._memory_gib()
+        record["memory_gib"] = peak_memory_gib(self.engine.device)
         if self.engine.is_main:
             self.run.metrics.append(record)
             self._track({name: value for name, value in record.items() if name != "step"})
@@ -227,9 +211,28 @@ class Trainer:
         """Begin to write a checkpoint of the current step, unless there is one."""
         if self.saved_step == self.progress.step:
             return
+        if self.config.debug.audit_every:
+            self.audit()
         self.watchdog.beat("save", self.progress.step)
         self.writer.save(self.module, self.progress)
         self.saved_step = self.progress.step
+
+    def audit(self) -> None:
+        """Compare what several places hold of the weights, before they are trained on or saved. Collective.
+
+        Raises:
+            CorruptError: on every rank, if anything differs.
+        """
+        self.watchdog.beat("save", self.progress.step)
+        findings = audit(self.module, self.engine)
+        for finding in findings:
+            self.run.event("audit", step=self.progress.step, reason=finding)
+        if findings:
+            raise CorruptError(
+                f"step {self.progress.step}: weights that must be equal are not (faulty memory or network?): "
+                f"{'; '.join(findings[:5])}. The same command goes on from the last checkpoint, which was compared "
+                "before it was written"
+            )
 
     def _note_saved(self, saved: Saved) -> None:
         self.run.event(
@@ -316,9 +319,3 @@ class Trainer:
                 f"{len(self.bad)} of {total} samples are bad, more than data.bad_sample_limit={limit} allows. Make "
                 f"their shards again (tools/check_shards.py names all), or raise the limit:\n{listed}"
             )
-
-    def _memory_gib(self) -> float:
-        """Peak GPU memory of this rank, or of the process's resident memory on a CPU."""
-        if self.engine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

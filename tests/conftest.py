@@ -40,7 +40,7 @@ def tiny_overrides(scenes: Path, run: Path) -> list[str]:
         "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2", "rebuilder.depth=1", "rebuilder.grid=4",
         "optim.lr=1e-3", "optim.decoder_lr_factor=1", "optim.eps=1e-4", "optim.warmup_steps=0",
         "train.steps=4", "train.global_batch=4", "log.every=1", "eval.every=1000", "checkpoint.every=2",
-        "eval.overlays=1",
+        "eval.overlays=1", "debug.check_gradients=true",
     ]  # fmt: skip
 
 
@@ -58,7 +58,12 @@ def _one_thread_and_no_leaking_seed() -> None:
 
 
 def run_train(
-    arguments: Sequence[str], *, launch: str | None = None, timeout: float = 240, cwd: Path = REPOSITORY
+    arguments: Sequence[str],
+    *,
+    launch: str | None = None,
+    timeout: float = 240,
+    cwd: Path = REPOSITORY,
+    module: str = "mfm_dist.train",
 ) -> subprocess.CompletedProcess[str]:
     """The real command, alone or below ``accelerate launch`` with a file of configs/accelerate."""
     command = [sys.executable, "-m"]
@@ -66,7 +71,7 @@ def run_train(
         file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
         command += ["--main_process_port", "0", "-m"]
-    command += ["mfm_dist.train", *DEFAULTS, *arguments]
+    command += [module, *DEFAULTS, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

@@ -29,6 +29,8 @@ DOORS = {
     "timm": ("mfm_dist/models/",),
     "yaml": ("mfm_dist/config/loader.py",),
     "fvcore": ("tools/",),
+    "jinja2": ("mfm_dist/report/",),
+    "matplotlib": ("mfm_dist/report/",),
     "torch.distributed": ("mfm_dist/distributed/",),
 }
 """Library -> the only places that may import it."""

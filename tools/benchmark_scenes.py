@@ -39,8 +39,8 @@ LARGER = {
 }
 """The paper's limit, by the paper's factors: 2 to 8 blocks, half as wide again (512 to 768), twice the mask ratio."""
 VARIANTS: dict[str, list[str]] = {
-    "source_only": ["method.name=source_only"],
-    "oracle": ["method.name=oracle"],
+    "source_only": ["method.name=source_only", "mfm.enabled=false"],
+    "oracle": ["method.name=oracle", "mfm.enabled=false"],
     "base": [],
     **MFM,
     **{f"{form}_{size}": [*MFM[form], *more] for form in MFM for size, more in LARGER.items()},

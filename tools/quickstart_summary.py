@@ -16,7 +16,7 @@ def main(run: Path) -> int:
         f"Adapted to the camera streets without one of their labels: target mIoU {first['miou']:.1f} % at step 0, "
         f"{last['miou']:.1f} % at step {last['step']}."
     )
-    print(f"Look at {run}/eval/step_{last['step']:08d}/ (image, label, prediction) and {run}/metrics.jsonl.")
+    print(f"Open {run}/report.html in a browser: curves, classes, and what student, teacher and Rebuilder see.")
     print(
         "Try next: make quickstart-source-only (the same without adaptation), or any setting: accelerate launch "
         "-m mfm_dist.train run.folder=runs/mine mfm.mask_ratio=0.6 (all settings: python -m mfm_dist.train --help)."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import build_train_module, open_readers
+from mfm_dist.build import Readers, build_train_module, open_readers
 from mfm_dist.checkpoint import Progress
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.console import Console
@@ -37,7 +37,7 @@ from mfm_dist.optim import build_optimizer, mfm_weight
 from mfm_dist.run_folder import RunFolder
 from mfm_dist.session import prepare_folders
 from mfm_dist.train_module import TrainModule
-from mfm_dist.trainer import Readers, Trainer
+from mfm_dist.trainer import Trainer
 
 PARTS = ("data wait", "teacher", "forward", "backward", "optimiser + EMA")
 MEMORY_STEPS = 2

@@ -163,18 +163,6 @@ class TrainSection:
 
 
 @dataclass(kw_only=True)
-class StabilitySection:
-    rollback_after: int = 3
-    """Skipped steps in a row after which the run goes back to a checkpoint and passes over the data; 0: never."""
-    rollbacks: int = 3
-    """Times one start of a run may go back; then it ends with a diagnosis."""
-    spike_factor: float = 0.0
-    """Skip a step with a micro-batch whose loss is this many times the median of the last steps; 0 turns it off."""
-    spike_window: int = 200
-    """Applied steps that the median looks back on."""
-
-
-@dataclass(kw_only=True)
 class DebugSection:
     check_gradients: bool = False
     """Stop at a trainable parameter that a backward did not reach, by name."""
@@ -240,7 +228,6 @@ class RunConfig:
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     memory: MemorySection = field(default_factory=MemorySection)
-    stability: StabilitySection = field(default_factory=StabilitySection)
     debug: DebugSection = field(default_factory=DebugSection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)

@@ -27,6 +27,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer = prepared.optimizer  # DeepSpeed's own, below accelerate's wrapper
         for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
             assert group["base_lr"] == rate, "DeepSpeed reordered the parameter groups"
+        self._check_gradients()
 
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         if self.config.memory.lean and self._pending == 0:
@@ -61,16 +62,6 @@ class DeepSpeedEngine(Engine):
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().clone()
-
-    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        whole = whole.to(self.device, torch.float32)
-        for place, shard, start in self._own_piece(parameter):
-            shard.data.narrow(0, start, place.stop - place.start).copy_(whole.flatten()[place])
-        if self.replicates_parameters:
-            parameter.data.copy_(whole)
-        else:
-            piece, place = self._local_piece(parameter)
-            piece.copy_(whole.flatten()[place])
 
     @property
     def replicates_parameters(self) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.gradient_check import GradientCheck
 from mfm_dist.errors import UserError
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class Engine:
         self.module: nn.Module
         self.optimizer: Optimizer
         self._pending = 0
+        self._gradient_check: GradientCheck | None = None
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +58,7 @@ class Engine:
         self.optimizer = optimizer
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._check_gradients()
 
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; its gradients are added to those of the step.
@@ -77,6 +80,8 @@ class Engine:
                 self.backward(output.total)
             losses |= {**output.losses, "total": losses["total"] + output.total.detach()}
             inputs = output.inputs
+        if self._gradient_check is not None:
+            self._gradient_check.after_micro_batch()
         return losses
 
     def backward(self, loss: Tensor) -> None:
@@ -153,10 +158,6 @@ class Engine:
         """A whole parameter, wherever its pieces are. Collective."""
         return parameter.detach()
 
-    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Give a parameter new values, wherever its pieces are; every rank calls it with the whole."""
-        parameter.data.copy_(whole)
-
     @property
     def replicates_parameters(self) -> bool:
         """Whether every rank holds every parameter whole."""
@@ -178,6 +179,10 @@ class Engine:
             if self._counts_steps:
                 state["step"] = torch.tensor(float(applied))
             self.optimizer.state[parameter] = state
+
+    def _check_gradients(self) -> None:
+        if self.config.debug.check_gradients:
+            self._gradient_check = GradientCheck(self.module)
 
     @property
     def _counts_steps(self) -> bool:

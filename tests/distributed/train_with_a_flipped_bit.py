@@ -1,0 +1,26 @@
+"""The training command with a planted fault: after the second step, one bit of one weight turns over on rank 1."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from mfm_dist import train
+from mfm_dist.batch import UDABatch
+from mfm_dist.trainer import Trainer
+
+honest_step = Trainer.train_step
+
+
+def step_and_flip(self: Trainer, batches: list[UDABatch]) -> None:
+    honest_step(self, batches)
+    if self.engine.rank == 1 and self.progress.step == 2:
+        parameter = dict(self.module.named_parameters())["student.backbone.net.conv1.0.weight"]
+        held = getattr(parameter, "ds_tensor", parameter).data  # ZeRO-3 keeps a shard
+        held.view(torch.int32).view(-1)[3] ^= 1
+
+
+if __name__ == "__main__":
+    Trainer.train_step = step_and_flip  # type: ignore[method-assign]
+    sys.exit(train.main(sys.argv[1:]))
