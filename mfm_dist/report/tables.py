@@ -21,7 +21,8 @@ EVENT_NAMES: Mapping[str, str] = {
     "bad_sample": "Sample left out",
     "signal": "Stopped by a signal",
     "hang": "A rank hung",
-    "rollback": "Rolled back",
+    "audit": "Weights differ",
+    "tracker_failed": "A tracker failed",
 }
 
 
@@ -87,10 +88,12 @@ def differing_settings(configs: Sequence[RunConfig | None]) -> list[tuple[str, l
 
 
 def group_events(events: Iterable[Mapping[str, Any]]) -> list[EventGroup]:
-    """Events by kind and cause, the most frequent first."""
+    """Events out of the ordinary (checkpoints are not) by kind and cause, the most frequent first."""
     groups: dict[tuple[str, str], EventGroup] = {}
     for event in events:
         kind = text(event.get("event", "unknown"))
+        if kind == "checkpoint":  # the ordinary course of a run
+            continue
         cause = text(event.get("signal", event.get("reason", "")))
         group = groups.setdefault((kind, cause), EventGroup(EVENT_NAMES.get(kind, kind.replace("_", " ")), cause))
         group.count += 1

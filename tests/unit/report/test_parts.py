@@ -100,7 +100,10 @@ def test_a_chart_is_one_safe_element_with_ids_of_its_own() -> None:
 def test_events_of_one_kind_and_cause_are_one_line() -> None:
     skipped = [{"step": step, "event": "skipped_step", "reason": "gradient not finite"} for step in range(100, 600)]
     bad = [{"step": 3, "event": "bad_sample", "reason": "empty", "shard": "a.tar", "key": f"k{n}"} for n in range(30)]
-    groups = group_events([*bad, *skipped, {"event": "signal", "step": 9, "signal": "SIGTERM"}, {"odd": [1, None]}])
+    ordinary = [{"event": "checkpoint", "step": 100, "gib": 0.1}]
+    groups = group_events(
+        [*ordinary, *bad, *skipped, {"event": "signal", "step": 9, "signal": "SIGTERM"}, {"odd": [1, None]}]
+    )
     assert [(g.name, g.cause, g.count, g.first, g.last) for g in groups] == [
         ("Step skipped", "gradient not finite", 500, 100, 599),
         ("Sample left out", "empty", 30, 3, 3),
