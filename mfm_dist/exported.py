@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
+from mfm_dist.inference import predict_labels
+from mfm_dist.methods.augment import normalise
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
@@ -69,21 +71,15 @@ class TrainedSegmentor(Segmentor):
         self.about = about
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, in the memory layout of training."""
-        mean, std = (
-            torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in (self.about.mean, self.about.std)
-        )
-        return (image.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
+        return normalise(image, self.about.mean, self.about.std)
 
-    @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
         """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
 
         The image is taken whole, in one forward.
         """
-        device = next(self.parameters()).device
-        logits: Tensor = self(self.normalise(image.unsqueeze(0).to(device)))
-        return logits.float().argmax(dim=1).squeeze(0)
+        return predict_labels(self, image, next(self.parameters()).device, self.normalise)
 
 
 def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:

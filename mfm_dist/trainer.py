@@ -67,6 +67,7 @@ class Trainer:
         self.stopped_by = ""
         self.saved_step = progress.step
         """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
+        self.audited_step = progress.step
         self.writer = CheckpointWriter(
             run.checkpoints,
             engine,
@@ -101,8 +102,7 @@ class Trainer:
             last = progress.step == config.train.steps
             if progress.step % config.log.every == 0 or last:
                 self.log()
-            audited = config.debug.audit_every
-            if audited and progress.step % audited == 0:
+            if config.debug.audit_every and progress.step % config.debug.audit_every == 0:
                 self.audit()
             # Saved first: a kill during a long evaluation then loses nothing.
             if progress.step % config.checkpoint.every == 0 or last:
@@ -211,7 +211,7 @@ class Trainer:
         """Begin to write a checkpoint of the current step, unless there is one."""
         if self.saved_step == self.progress.step:
             return
-        if self.config.debug.audit_every:
+        if self.config.debug.audit_every and self.audited_step != self.progress.step:
             self.audit()
         self.watchdog.beat("save", self.progress.step)
         self.writer.save(self.module, self.progress)
@@ -233,6 +233,7 @@ class Trainer:
                 f"{'; '.join(findings[:5])}. The same command goes on from the last checkpoint, which was compared "
                 "before it was written"
             )
+        self.audited_step = self.progress.step
 
     def _note_saved(self, saved: Saved) -> None:
         self.run.event(

@@ -22,12 +22,12 @@ def whole_folder(final: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            fsync(path)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         temporary.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
@@ -46,7 +46,8 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file on the disk itself; of a folder, its names, so that a rename in it lasts."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -38,6 +38,7 @@ from mfm_dist.data.manifest import (
     started_manifest,
 )
 from mfm_dist.errors import DataError, StorageError
+from mfm_dist.whole_folder import fsync
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header
@@ -244,7 +245,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        fsync(path.parent)
     except BaseException as error:
         written = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)
@@ -259,15 +260,6 @@ def _disk_full(where: Path, need: int, free: int, again: str) -> str:
         f"no space left for {where}: it needs at least {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. "
         f"Make room, then: {again}. Finished shards are kept"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -8,6 +8,7 @@ from torchvision's: brightness adds, contrast multiplies, saturation and hue act
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,21 +25,26 @@ BLUR_SIGMA = (0.15, 1.15)
 """Range of the blur's standard deviation in pixels (DACS)."""
 
 
-def _channel_constants(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [1, 3, 1, 1] beside ``like``."""
-    mean = torch.tensor(IMAGE_MEAN, device=like.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=like.device).view(1, 3, 1, 1)
-    return mean, std
+def _channel_constants(
+    like: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of RGB as [1, 3, 1, 1] beside ``like``."""
+    means, stds = (torch.tensor(values, device=like.device).view(1, 3, 1, 1) for values in (mean, std))
+    return means, stds
 
 
-def normalise(image: Tensor) -> Tensor:
+def normalise(image: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> Tensor:
     """uint8 RGB [B, 3, H, W] to the float32 scale the networks expect, channels innermost in memory.
 
     Convolutions follow the layout of their input, and this one is the fast one: a fifth less time for a step of the
     quickstart on a CPU.
+
+    Args:
+        image: uint8 RGB [B, 3, H, W].
+        mean, std: of R, G and B in 0..255.
     """
-    mean, std = _channel_constants(image)
-    return (image.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+    means, stds = _channel_constants(image, mean, std)
+    return (image.to(torch.float32, memory_format=torch.channels_last) - means) / stds
 
 
 def strong_augment(image: Tensor, settings: SelfTrainingSection, generator: np.random.Generator) -> Tensor:
