@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.bad_samples import BadSamples
+from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers
 from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved
 from mfm_dist.config.schema import RunConfig
@@ -60,7 +61,13 @@ class Trainer:
         self.watchdog = watchdog
         self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
         self.means = RunningMean()
-        self.bad: set[BadSample] = set()
+        self.bad_samples = BadSamples(
+            total=len(readers.labelled) + len(readers.target) + len(readers.validation),
+            limit=config.data.bad_sample_limit,
+            engine=engine,
+            run=run,
+            say=self.console.line,
+        )
         self.data_wait = 0.0
         self.last_log = (time.perf_counter(), progress.step)
         self.scores: Scores | None = None
@@ -184,7 +191,7 @@ class Trainer:
             if not path.exists():  # it does when a finished run is started again
                 self._track(scores.numbers())
             scores.save(path)
-        self._note_bad_samples(bad)
+        self.bad_samples.note(bad, self.progress.step)
         self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
         # Evaluation is no part of the throughput of training.
         self.last_log = (self.last_log[0] + time.perf_counter() - started, self.last_log[1])
@@ -289,7 +296,7 @@ class Trainer:
         self.data_wait += time.perf_counter() - started
         bad = [sample for batch in batches for sample in batch.bad_samples]
         asked = self.asked_to_stop() is not None
-        unknown = bool(set(bad) - self.bad)
+        unknown = self.bad_samples.news(bad)
         signs = torch.tensor([asked, failure is not None, unknown, self.writer.failed()], dtype=torch.int32)
         self.watchdog.beat("agreement", self.progress.step)
         stopping, failing, news, unwritten = self.engine.maximum(signs.to(self.engine.device)).tolist()
@@ -298,25 +305,7 @@ class Trainer:
         if unwritten:
             self.writer.wait()  # raises, everywhere: steps that cannot be saved are not worth their time
         if news:
-            self._note_bad_samples(bad)
+            self.bad_samples.note(bad, self.progress.step)
         if stopping:
             raise Stopped
         return batches
-
-    def _note_bad_samples(self, bad: list[BadSample]) -> None:
-        """Name each bad sample once and stop the run when they are too many. Collective."""
-        everyone = {sample for samples in self.engine.gather_objects(bad) for sample in samples}
-        for sample in sorted(everyone - self.bad):
-            self.run.event(
-                "bad_sample", step=self.progress.step, shard=sample.shard, key=sample.key, reason=sample.reason
-            )
-            self.console.line(f"bad sample: {sample}")
-        self.bad |= everyone
-        total = len(self.readers.labelled) + len(self.readers.target) + len(self.readers.validation)
-        limit = self.config.data.bad_sample_limit
-        if len(self.bad) > limit * total:
-            listed = "\n".join(f"  {sample}" for sample in sorted(self.bad))
-            raise DataError(
-                f"{len(self.bad)} of {total} samples are bad, more than data.bad_sample_limit={limit} allows. Make "
-                f"their shards again (tools/check_shards.py names all), or raise the limit:\n{listed}"
-            )
