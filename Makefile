@@ -9,7 +9,7 @@ SIGNALS := PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTD
 LAUNCH := CUDA_VISIBLE_DEVICES= $(SIGNALS) $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 
-.PHONY: help install quickstart quickstart-source-only scenes lint test clean
+.PHONY: help install quickstart quickstart-source-only scenes lint test slurm-cluster clean
 
 help:
 	@echo "make quickstart   environment, scenes, a distributed training run, evaluation, report (minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
+	@echo "make slurm-cluster  a private Slurm of two nodes on this machine, to try slurm/ by hand"
 
 install: $(STAMP)
 
@@ -45,6 +46,9 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+slurm-cluster: $(STAMP)
+	$(BIN)/python -m tests.slurm.cluster
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

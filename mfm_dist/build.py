@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import DataSection, RunConfig, is_stream
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.staging import Scratch
+from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
+from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.checkpointing import checkpoint_blocks
+from mfm_dist.models.compiling import compile_segmentor
+from mfm_dist.models.hrda import at_two_resolutions
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
@@ -23,24 +27,24 @@ from mfm_dist.train_module import TrainModule
 class Readers:
     """The three data sets of a run."""
 
-    labelled: ShardReader
+    labelled: ShardReader | ShardStream
     """What the student is supervised on."""
-    target: ShardReader
+    target: ShardReader | ShardStream
     validation: ShardReader
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the shards that the run trains on; what it is scored on may change."""
         return {
-            "labelled": self.labelled.index.manifest.fingerprint,
-            "target": self.target.index.manifest.fingerprint,
+            "labelled": self.labelled.fingerprint,
+            "target": self.target.fingerprint,
         }
 
 
 def build_student(config: RunConfig) -> Segmentor:
-    """The segmenter with its initial weights."""
+    """The segmenter with its initial weights; of HRDA, where that is the method."""
     model = config.model
-    return build_segmentor(
+    segmentor = build_segmentor(
         backbone=model.backbone,
         decoder=model.decoder,
         num_classes=len(CLASS_NAMES),
@@ -49,14 +53,27 @@ def build_student(config: RunConfig) -> Segmentor:
         backbone_options=model.backbone_options,
         decoder_options=model.decoder_options,
     )
+    if not config.two_resolutions:
+        return segmentor
+    return at_two_resolutions(
+        segmentor,
+        attention=config.hrda.attention,
+        options=config.hrda.attention_options,
+        num_classes=len(CLASS_NAMES),
+        window=config.data.crop,
+    )
 
 
 def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
-    """A Rebuilder for the maps that the student's decoder reads."""
+    """A Rebuilder for the maps that the student's decoder reads, or for patches of the image."""
     backbone, settings = student.backbone, config.rebuilder
+    channels = [backbone.channels[index] for index in student.decoder_inputs]
+    strides = [backbone.strides[index] for index in student.decoder_inputs]
+    if config.mfm.rebuilds == "pixels":
+        channels, strides = [3 * PATCH * PATCH], [PATCH]
     return Rebuilder(
-        channels=[backbone.channels[index] for index in student.decoder_inputs],
-        strides=[backbone.strides[index] for index in student.decoder_inputs],
+        channels=channels,
+        strides=strides,
         embed_channels=backbone.channels[-1],
         width=settings.width,
         depth=settings.depth,
@@ -85,13 +102,17 @@ def build_train_module(config: RunConfig) -> TrainModule:
             checkpoint_blocks(student.backbone)
     except ConfigError as error:
         problems += error.problems
-    if student is not None and config.mfm.enabled:
+    if student is not None and config.mfm.enabled and config.mfm.rebuild:
         # A seed of its own: with or without MFM, a student starts from the same weights.
         torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 1))
         rebuilder = build_rebuilder(config, student)
     if problems or method is None or student is None:
         raise ConfigError(problems)
-    return TrainModule(student=student, rebuilder=rebuilder, method=method, config=config)
+    module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config)
+    if config.train.compile:
+        for segmentor in (student, *([module.teacher.segmentor] if module.teacher is not None else [])):
+            compile_segmentor(segmentor)
+    return module
 
 
 def open_readers(config: RunConfig, supervised_on: str) -> Readers:
@@ -100,18 +121,40 @@ def open_readers(config: RunConfig, supervised_on: str) -> Readers:
     Raises:
         UserError: ConfigError or DataError with what is wrong about each of the three.
     """
-    labelled = config.data.source if supervised_on == "source" else config.data.target
-    folders = [config.data.root / name for name in (labelled, config.data.target, config.data.validation)]
-    readers, errors = [], []
-    for folder in dict.fromkeys(folders):
+    data = config.data
+    labelled = data.source if supervised_on == "source" else data.target
+    opened: dict[str, ShardReader | ShardStream] = {}
+    errors = []
+    for name in dict.fromkeys((labelled, data.target, data.validation)):
         try:
-            readers.append(ShardReader(folder))
+            opened[name] = open_shards(data, name)
         except UserError as error:
             errors.append(error)
     if errors:
         raise _joined(errors)
-    opened: dict[Path, ShardReader] = dict(zip(dict.fromkeys(folders), readers, strict=True))
-    return Readers(*(opened[folder] for folder in folders))
+    validation = opened[data.validation]
+    assert isinstance(validation, ShardReader)  # the configuration was checked
+    return Readers(opened[labelled], opened[data.target], validation)
+
+
+def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
+    """One shard set of a run: a stream where it is a URL; staged to the node's disk where that is asked for.
+
+    Raises:
+        UserError: ConfigError, DataError or StorageError with what is wrong.
+    """
+    if is_stream(name):
+        return ShardStream(name, samples=data.stream_samples, num_classes=len(CLASS_NAMES), decoder=data.decoder)
+    scratch = Scratch(data.scratch, limit_gib=data.scratch_gib) if data.scratch else None
+    reader = ShardReader(
+        data.root / name,
+        decoder=data.decoder,
+        bad_limit=data.bad_sample_limit,
+        local_copy=scratch.copy if scratch else None,
+    )
+    if scratch and not data.lanes:
+        scratch.stage(data.root / name, report=print)
+    return reader
 
 
 def _joined(errors: list[UserError]) -> UserError:

@@ -15,5 +15,12 @@ PALETTE: tuple[tuple[int, int, int], ...] = (
 )  # fmt: skip
 """RGB colour of each train id (Cityscapes scripts)."""
 
+CLASS_SETS: dict[str, tuple[int, ...]] = {
+    "synthia16": (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18),
+    "synthia13": (0, 1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18),
+}
+"""Train ids that results on SYNTHIA are means over: it has no terrain, truck and train (16), and wall, fence and pole
+are often left out as well (13)."""
+
 IGNORE_INDEX = 255
 """Label of a pixel that no loss and no metric may count."""

@@ -4,6 +4,7 @@ EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_STORAGE = 4
+EXIT_UNSTABLE = 5  # training left the rails again and again; running it again would not help
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
 
@@ -46,6 +47,12 @@ class StorageError(UserError):
     """A folder that cannot be written (full, read-only, gone; what was written before is intact), or is damaged."""
 
     exit_code = EXIT_STORAGE
+
+
+class UnstableError(UserError):
+    """Training diverges at one place again and again; the message says what was seen and what to try."""
+
+    exit_code = EXIT_UNSTABLE
 
 
 class CorruptError(UserError):

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             EvaluationSet(reader, rank=0, world_size=1),
             ranks,
             step=run.checkpoint.progress.step,
+            class_sets=run.config.eval.class_sets,
             overlays=len(reader) if arguments.overlays else 0,
             overlay_folder=arguments.overlays,
         )

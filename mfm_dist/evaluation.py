@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import BadSample
-from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
 from mfm_dist.data.pipeline import EvaluationItem
-from mfm_dist.inference import predict_labels
+from mfm_dist.inference import predict_labels, windows_of
 from mfm_dist.metrics import confusion_matrix, iou_percent, mean_iou_percent, write_atomically
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.pictures import save_overlay
 
-PROTOCOL = "student, eval mode, fp32, whole image, single scale, no flip; label at its stored size; 255 not counted"
+PROTOCOL = "student, eval mode, fp32, {images}, single scale, no flip; label at its stored size; 255 not counted"
+
+FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
+"""Predicted in a turn without a sample, because under ZeRO-3 a forward is collective."""
 
 
 class Ranks(Protocol):
@@ -35,6 +38,9 @@ class Ranks(Protocol):
     def mean(self, values: Tensor) -> Tensor:
         """Element-wise mean over ranks."""
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+
 
 class OneProcess:
     """``Ranks`` without a launcher, for the commands that run after training."""
@@ -47,6 +53,10 @@ class OneProcess:
         return values
 
     def mean(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
         """The values themselves."""
         return values
 
@@ -64,12 +74,15 @@ class Scores:
     """Images scored."""
     bad_samples: list[str] = field(default_factory=list)
     """Samples of this rank that could not be read; excluded, never replaced."""
-    protocol: str = PROTOCOL
+    means: dict[str, float] = field(default_factory=dict)
+    """Mean IoU in percent over the classes of each set that was asked for, in both conventions (``means_over``)."""
+    protocol: str = PROTOCOL.format(images="whole image")
 
     def to_json(self) -> str:
         """Indented JSON text."""
         values = asdict(self)
-        values["iou"] = {name: value if value == value else None for name, value in self.iou.items()}
+        for part in ("iou", "means"):
+            values[part] = {name: value if value == value else None for name, value in values[part].items()}
         return json.dumps(values, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
@@ -80,12 +93,13 @@ class Scores:
     def numbers(self) -> dict[str, float]:
         """``eval/miou`` and ``eval/iou/<class>`` in percent, of the classes that occur."""
         scored = {f"eval/iou/{name}": value for name, value in self.iou.items() if value == value}
-        return {"eval/miou": self.miou, **scored}
+        return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in self.means.items() if value == value}, **scored}
 
     def table(self) -> str:
         """One line a class, for people."""
         lines = [f"  {name:<14} {value:6.2f}" for name, value in self.iou.items()]
-        return "\n".join([*lines, f"  {'mean':<14} {self.miou:6.2f}"])
+        lines.append(f"  {'mean':<14} {self.miou:6.2f}")
+        return "\n".join([*lines, *(f"  {name:<14} {value:6.2f}" for name, value in self.means.items())])
 
 
 @torch.no_grad()
@@ -95,6 +109,7 @@ def evaluate(
     ranks: Ranks,
     *,
     step: int,
+    class_sets: Sequence[str] = (),
     overlays: int = 0,
     overlay_folder: Path | None = None,
     before_turn: Callable[[int], object] = lambda _: None,
@@ -106,6 +121,7 @@ def evaluate(
     Args:
         items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
             under ZeRO-3 it is collective.
+        class_sets: names in ``CLASS_SETS`` to give means over, too.
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
         before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
             in the same turn.
@@ -116,13 +132,14 @@ def evaluate(
     with evaluation_mode(student), mean_batch_norm(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
+            image = FILLER if item.sample is None else item.sample.image
+            forwards = agreed_forwards(student, image, ranks)
+            prediction = predict_labels(student, image, ranks.device, at_least=forwards).cpu()
             if item.sample is None:
-                predict_labels(student, torch.zeros(3, 64, 64, dtype=torch.uint8), ranks.device)
                 bad.extend([item.bad] if item.bad is not None else [])
                 continue
             assert item.sample.label is not None
             assert item.number is not None
-            prediction = predict_labels(student, item.sample.image, ranks.device).cpu()
             confusion += confusion_matrix(item.sample.label, prediction, len(CLASS_NAMES))
             scored += 1
             if overlay_folder is not None and item.number < overlays:
@@ -130,14 +147,48 @@ def evaluate(
                 save_overlay(path, item.sample.image, item.sample.label, prediction)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
+    window = student.window
+    images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     scores = Scores(
         step=step,
         miou=mean_iou_percent(confusion),
         iou=dict(zip(CLASS_NAMES, iou_percent(confusion), strict=True)),
         images=int(totals[-1]),
         bad_samples=[str(sample) for sample in bad],
+        means={name: value for key in class_sets for name, value in means_over(key, confusion).items()},
+        protocol=PROTOCOL.format(images=images),
     )
     return scores, bad
+
+
+def agreed_forwards(student: Segmentor, image: Tensor, ranks: Ranks) -> int:
+    """How many forwards every rank makes in this turn: as many as the largest of the ranks' images needs. Collective.
+
+    Under ZeRO-3 a forward is collective, and images of several sizes need several numbers of windows.
+    """
+    own = len(windows_of(student, image))
+    if student.window is None:  # one for any image, so there is nothing to agree on
+        return own
+    return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
+
+
+def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
+    """Mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
+
+    Both means are over the classes of the set. ``miou_<set>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those
+    of other classes are false positives of what is predicted there. ``miou_<set>_others_ignored`` leaves pixels
+    labelled with other classes out. Classes that do not occur are in no mean.
+    """
+    classes = list(CLASS_SETS[class_set])
+    known = torch.zeros_like(confusion)
+    known[classes] = confusion[classes]
+    names = (f"miou_{class_set}", f"miou_{class_set}_others_ignored")
+    return {name: _mean_of(iou_percent(c), classes) for name, c in zip(names, (confusion, known), strict=True)}
+
+
+def _mean_of(iou: list[float], classes: Sequence[int]) -> float:
+    occurring = [iou[index] for index in classes if iou[index] == iou[index]]
+    return sum(occurring) / len(occurring) if occurring else float("nan")
 
 
 @contextmanager

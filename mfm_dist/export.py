@@ -51,7 +51,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
     try:
         with whole_folder(output) as folder:
             # Copies, because safetensors refuses tensors that share memory.
-            tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.segmentor.state_dict().items()}
             (folder / WEIGHTS).write_bytes(save(tensors))  # save_file would keep it from other users
             (folder / CONFIG).write_text(model.about.to_json(), encoding="utf-8")
             if onnx:
@@ -61,15 +61,21 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
 
 
 def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
-    """Normalised images to logits, at any batch size, height and width from 64; config.json stands in its metadata."""
+    """Normalised images to logits, at any batch size, height and width from 64; config.json stands in its metadata.
+
+    A segmenter that predicts in windows takes windows: images of exactly their size.
+    """
     side = torch.export.Dim
+    sizes = {0: side("batch")}
+    if model.segmentor.window is None:
+        sizes |= {2: side("height", min=64), 3: side("width", min=64)}
     try:
         program = torch.onnx.export(
             model,
             (torch.zeros(2, 3, *model.about.crop),),
             input_names=["image"],
             output_names=["logits"],
-            dynamic_shapes={"image": {0: side("batch"), 2: side("height", min=64), 3: side("width", min=64)}},
+            dynamic_shapes={"image": sizes},
             dynamo=True,
             verbose=False,
         )

@@ -7,7 +7,7 @@ An export folder holds ``model.safetensors`` (weights and BatchNorm statistics o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference import predict_labels
 from mfm_dist.methods.augment import normalise
+from mfm_dist.models.hrda import at_two_resolutions
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
@@ -35,6 +36,9 @@ class About:
     backbone_options: dict[str, Any]
     decoder: str
     decoder_options: dict[str, Any]
+    attention: str | None = None
+    """Decoder that weighs detail against context (HRDA); None for one resolution."""
+    attention_options: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...]
     """Index = channel of the logits = train id."""
     palette: tuple[tuple[int, int, int], ...]
@@ -49,7 +53,7 @@ class About:
     """Name of the run folder."""
     method: str
     crop: tuple[int, int]
-    """Training crop (height, width) in pixels. Prediction takes images whole, of any size."""
+    """Training crop (height, width) in pixels. Prediction takes images of any size: whole, with HRDA in windows."""
     step: int
     """Global batches the weights were trained on."""
     miou: float | None
@@ -63,12 +67,18 @@ class About:
         return json.dumps(to_tree(self), indent=1) + "\n"
 
 
-class TrainedSegmentor(Segmentor):
-    """A ``Segmentor`` with its meaning beside it; parameters and forward are the plain segmenter's."""
+class TrainedSegmentor(nn.Module):
+    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmenter's."""
 
     def __init__(self, segmentor: Segmentor, about: About) -> None:
-        super().__init__(segmentor.backbone, segmentor.decoder)
+        super().__init__()
+        self.segmentor = segmentor
         self.about = about
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
+        logits: Tensor = self.segmentor(image)
+        return logits
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
@@ -77,9 +87,9 @@ class TrainedSegmentor(Segmentor):
     def predict(self, image: Tensor) -> Tensor:
         """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
 
-        The image is taken whole, in one forward.
+        As in evaluation: the image is taken whole, or in the windows of the segmenter.
         """
-        return predict_labels(self, image, next(self.parameters()).device, self.normalise)
+        return predict_labels(self.segmentor, image, next(self.parameters()).device, self.normalise)
 
 
 def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
@@ -97,6 +107,14 @@ def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu"
         backbone_options=about.backbone_options,
         decoder_options=about.decoder_options,
     )
+    if about.attention is not None:
+        segmentor = at_two_resolutions(
+            segmentor,
+            attention=about.attention,
+            options=about.attention_options,
+            num_classes=len(about.class_names),
+            window=about.crop,
+        )
     try:
         segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

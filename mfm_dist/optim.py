@@ -40,7 +40,7 @@ def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[s
     """
     parts: list[tuple[str, nn.Module, float]] = [
         ("encoder", module.student.backbone, settings.lr),
-        ("decoder", module.student.decoder, settings.lr * settings.decoder_lr_factor),
+        ("decoder", nn.ModuleList(module.student.heads), settings.lr * settings.decoder_lr_factor),
     ]
     if module.rebuilder is not None:
         parts.append(("rebuilder", module.rebuilder, settings.rebuilder_lr))

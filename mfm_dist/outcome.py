@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
         folder: the run folder.
         step: global batches consumed, -1 if training did not begin.
     """
-    text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
+    outcome: dict[str, int | str] = {"code": code, "reason": reason, "step": step}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        outcome["job"] = job  # whose it is: a job that is refused the folder of another says so here too
+    text = json.dumps(outcome) + "\n"
     with suppress(OSError):
         write_atomically(folder / OUTCOME, text)

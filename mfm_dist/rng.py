@@ -30,6 +30,11 @@ class Stream(IntEnum):
     INITIAL_WEIGHTS = 9
     SCENE = 10
     OBJECT = 11
+    RARE_CLASS = 12
+    STREAM_ORDER = 13
+    MIC_MASK = 14
+    MIC_AUGMENT = 15
+    DETAIL_BOX = 16
 
 
 def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> np.random.Generator:

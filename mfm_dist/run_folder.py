@@ -54,14 +54,20 @@ class RunFolder:
         if not self.writes:
             return
         try:
-            self.metrics.forget_after(step)
-            for path in (self.path / "eval").glob("step_*.json"):
-                if step == 0 or path.name > self.evaluation(step).name:
-                    path.unlink()
+            self.forget_after(step)
             write_atomically(self.path / "config.yaml", dump_config(config))
             write_atomically(self.path / "environment.json", json.dumps(_environment() | world, indent=1) + "\n")
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
+
+    def forget_after(self, step: int) -> None:
+        """Drop the numbers of later steps, and at step 0 all: the run is about to write them again."""
+        if not self.writes:
+            return
+        self.metrics.forget_after(step)
+        for path in (self.path / "eval").glob("step_*.json"):
+            if step == 0 or path.name > self.evaluation(step).name:
+                path.unlink()
 
     def evaluation(self, step: int) -> Path:
         """The JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""

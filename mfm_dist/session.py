@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 from mfm_dist.build import build_train_module, open_readers
-from mfm_dist.checkpoint import Progress, find_resumable, load_modules, load_optimizer, resume_problems
+from mfm_dist.checkpoint import Progress, find_resumable, load_state, resume_problems
 from mfm_dist.config.loader import changed_keys
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.scene_shards import write_scenes
+from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.distributed.trackers import Trackers, tracker_problems
 from mfm_dist.distributed.watchdog import Watchdog, to_stderr
 from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError
+from mfm_dist.lease import Lease
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run_folder import RunFolder
 from mfm_dist.stopping import StopRequested
@@ -24,6 +26,12 @@ from mfm_dist.trainer import Trainer
 def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
     """Build everything, resume if there is something to resume, train, say how it ended."""
     engine = start_engine(config)
+    with engine.agreed(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
+        return train_with(engine, config, run, stop)
+
+
+def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
+    """The same, once the processes know of one another and the run folder is theirs."""
     module = build_train_module(config)
     engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
     readers = engine.agreed(lambda: open_readers(config, module.method.supervised_on))
@@ -40,13 +48,11 @@ def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
             say(f"  changed since: {line}")
         if problems := resume_problems(checkpoint, config, readers.fingerprints):
             raise ConfigError(problems)
-        load_modules(checkpoint, module, engine.rank)
+    engine.prepare(module, build_optimizer(module, config.optim))
+    if checkpoint is not None:
+        load_state(checkpoint, module, engine)
     world = {"world_size": engine.world_size, "device": str(engine.device)}
     engine.agreed(lambda: run.begin(config, world, progress.step))
-    optimizer = build_optimizer(module, config.optim)
-    engine.prepare(module, optimizer)
-    if checkpoint is not None:
-        load_optimizer(checkpoint, module, engine)
 
     trackers = engine.agreed(lambda: Trackers(config, enabled=engine.is_main, step=progress.step))
     watchdog = Watchdog(
@@ -73,11 +79,11 @@ def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
         finished = trainer.fit()
     code, reason = (EXIT_DONE, "done") if finished else (EXIT_STOPPED, f"stopped by {trainer.stopped_by}")
     if finished and trainer.scores is not None:
-        result = {"run": str(run.path), "step": progress.step, "miou": round(trainer.scores.miou, 4)}
+        result = {"run": str(run.path), "step": trainer.progress.step, "miou": round(trainer.scores.miou, 4)}
         say("RESULT " + json.dumps(result))
     else:
-        say(f"{reason}; the same command goes on from step {progress.step}")
-    run.outcome(code, reason, progress.step)
+        say(f"{reason}; the same command goes on from step {trainer.progress.step}")
+    run.outcome(code, reason, trainer.progress.step)
     engine.close()
     return code
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.augment import normalise
-from mfm_dist.methods.base import Method, StepInputs, Term
+from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term
-from mfm_dist.methods.self_training import PseudoTarget, pseudo_target
+from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
+from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.batch_norm import batch_norm_untracked
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_seed
@@ -41,7 +44,8 @@ class TrainModule(nn.Module):
     def __init__(self, *, student: Segmentor, rebuilder: Rebuilder | None, method: Method, config: RunConfig) -> None:
         super().__init__()
         self.student = student
-        self.teacher = Teacher(student) if method.needs_teacher or rebuilder is not None else None
+        self.teacher = Teacher(student) if method.needs_teacher or config.mfm.enabled else None
+        self.initial_encoder = InitialEncoder(student.backbone) if method.needs_initial_encoder else None
         self.rebuilder = rebuilder
         self.method = method
         self.config = config
@@ -69,51 +73,81 @@ class TrainModule(nn.Module):
         inputs = inputs or self.step_inputs(batch)
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
-        for index, (name, (weight, term)) in enumerate(self.terms(mfm_weight).items()):
+        for index, (name, term) in enumerate(self.terms(mfm_weight).items()):
             if only in (None, name):
                 # Dropout and drop-path depend on block and term alone, never on a rank or on what ran before.
                 torch.manual_seed(keyed_seed(self.config.seed, Stream.FORWARD, batch.block, index))
-                losses[name] = term(self.student, inputs)
-                weighted.append(weight * losses[name])
+                for part, loss in term(self.student, inputs).items():
+                    losses[part] = loss.value
+                    weighted.append(loss.weight * loss.value)
 
         logged = {name: loss.detach() for name, loss in losses.items()}
         if inputs.pseudo is not None:
             logged["pseudo_weight"] = inputs.pseudo.weight.amax()
         return StepOutput(total=torch.stack(weighted).sum(), losses=logged, inputs=inputs)
 
-    def terms(self, mfm_weight: float) -> dict[str, tuple[float, Term]]:
-        """Weight and function of each term: those of the method, L_sup + L_uda, then L_mfm."""
-        terms = {name: (1.0, term) for name, term in self.method.terms().items()}
-        if self.rebuilder is not None:
-            counts_in_bn = self.config.mfm.update_bn and mfm_weight > 0
-            terms["mfm"] = (mfm_weight, partial(self.masked_features_term, counts_in_bn=counts_in_bn))
+    def terms(self, mfm_weight: float) -> dict[str, Term]:
+        """The terms by name: those of the method, L_sup + L_uda, then L_mfm."""
+        terms = dict(self.method.terms())
+        if self.config.mfm.enabled:
+            domain = self.config.mfm.domain
+            passes = {"target": [Pass.MFM], "source": [Pass.MFM_SOURCE], "both": [Pass.MFM_SOURCE, Pass.MFM]}[domain]
+            terms |= {p.label: partial(self.masked_features_term, which=p, weight=mfm_weight) for p in passes}
         return terms
 
-    def masked_features_term(self, student: Segmentor, inputs: StepInputs, *, counts_in_bn: bool) -> Tensor:
-        """L_mfm, which leaves the student's running statistics alone unless it ``counts_in_bn``."""
-        assert self.rebuilder is not None
-        with nullcontext() if counts_in_bn else batch_norm_untracked(student):
-            return mfm_term(student, self.rebuilder, inputs, self.config.mfm)
+    def masked_features_term(
+        self, student: Segmentor, inputs: StepInputs, *, which: Pass, weight: float
+    ) -> dict[str, Loss]:
+        """L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
+        settings = self.config.mfm
+        with nullcontext() if settings.update_bn and weight > 0 else batch_norm_untracked(student):
+            loss = mfm_term(
+                student,
+                self.rebuilder,
+                inputs,
+                settings,
+                grid=self.config.rebuilder.grid,
+                teacher=self.teacher_features,
+                which=which,
+            )
+        return {which.label: Loss(loss, weight)}
 
     def step_inputs(self, batch: UDABatch) -> StepInputs:
         """What the terms look at, the teacher's targets included."""
-        target_image = normalise(batch.target_image)
+        source_image, target_image = normalise(batch.source_image), normalise(batch.target_image)
+        source_whole = self.student.context(source_image)
         return StepInputs(
-            source_image=normalise(batch.source_image),
+            source_image=source_image,
             source_label=batch.source_label,
             target_image=target_image,
             pseudo=self.pseudo_target(target_image, batch.target_valid),
+            initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
             seed=self.config.seed,
             block=batch.block,
             positions=batch.positions,
         )
 
+    def teacher_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Each student parameter and the teacher's that follows it; none without a teacher."""
+        if self.teacher is not None:
+            followers = dict(self.teacher.segmentor.named_parameters())
+            for name, parameter in self.student.named_parameters():
+                yield parameter, followers[name]
+
     def pseudo_target(self, image: Tensor, valid: Tensor) -> PseudoTarget | None:
         """The teacher's label and weight for a clean target image, without gradients."""
         if self.teacher is None:
             return None
+        settings = self.config.self_training
+        valid = without_margins(valid, settings.pseudo_weight_ignore_top, settings.pseudo_weight_ignore_bottom)
         with torch.no_grad():
-            return pseudo_target(self.teacher(image), valid, self.config.self_training.pseudo_threshold)
+            return pseudo_target(self.teacher(image), valid, settings.pseudo_threshold)
+
+    @torch.no_grad()
+    def teacher_features(self, image: Tensor) -> list[Tensor]:
+        """The teacher's encoder maps of a normalised image, without gradients."""
+        assert self.teacher is not None
+        return self.teacher.segmentor.encode(image)
 
 
 class Teacher(nn.Module):
@@ -144,14 +178,32 @@ class Teacher(nn.Module):
         return logits
 
 
-@contextmanager
-def batch_norm_untracked(module: nn.Module) -> Iterator[None]:
-    """BatchNorm layers go on normalising with batch statistics, but leave their running statistics alone."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+class InitialEncoder(nn.Module):
+    """The student's encoder as it was before the first step, frozen, in evaluation mode (DAFormer).
+
+    It is in no checkpoint: at every start it is copied from the student before a checkpoint is loaded, whose weights
+    then follow from the configuration alone. ``fingerprint`` says whether they are those of the start before.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = deepcopy(backbone).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> InitialEncoder:
+        """Stay in evaluation mode, whatever ``mode`` the modules around it are put in."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Last encoder map [B, C, h, w] of a normalised image [B, 3, H, W]."""
+        return self.backbone(image)[-1]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and statistics. To be asked before the engine takes the weights apart."""
+        digest = sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()

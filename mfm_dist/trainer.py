@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from mfm_dist.bad_samples import BadSamples
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers
-from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved
+from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved, find_latest, load_state
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.console import Console
 from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.distributed.watchdog import Watchdog
-from mfm_dist.errors import CorruptError, DataError
+from mfm_dist.errors import CorruptError, DataError, UnstableError
 from mfm_dist.evaluation import Scores, evaluate
 from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.metrics import RunningMean, peak_memory_gib
 from mfm_dist.optim import learning_rate_factor, mfm_weight
 from mfm_dist.run_folder import RunFolder
+from mfm_dist.stability import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, note_applied
+from mfm_dist.step_log import StepLog
 from mfm_dist.stopping import Stopped
 from mfm_dist.train_module import TrainModule
 
@@ -60,7 +58,8 @@ class Trainer:
         """The signal that asked for it, if one did."""
         self.watchdog = watchdog
         self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
-        self.means = RunningMean()
+        self.step_log = StepLog(engine, step=progress.step, images_per_step=2 * config.train.global_batch)
+        self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
             total=len(readers.labelled) + len(readers.target) + len(readers.validation),
             limit=config.data.bad_sample_limit,
@@ -68,8 +67,6 @@ class Trainer:
             run=run,
             say=self.console.line,
         )
-        self.data_wait = 0.0
-        self.last_log = (time.perf_counter(), progress.step)
         self.scores: Scores | None = None
         self.stopped_by = ""
         self.saved_step = progress.step
@@ -100,23 +97,28 @@ class Trainer:
         return True
 
     def _fit(self) -> None:
-        config, progress = self.config, self.progress
+        config = self.config
         blocks = self._blocks()
         if self._evaluation_is_missing():
             self.evaluate()
-        while progress.step < config.train.steps:
+        while self.progress.step < config.train.steps:
             self.train_step(self._fetch(blocks))
-            last = progress.step == config.train.steps
-            if progress.step % config.log.every == 0 or last:
+            if must_roll_back(self.progress, config.stability):
+                self.roll_back()
+                continue
+            step = self.progress.step
+            last = step == config.train.steps
+            if step % config.log.every == 0 or last:
                 self.log()
-            if config.debug.audit_every and progress.step % config.debug.audit_every == 0:
+            if config.debug.audit_every and step % config.debug.audit_every == 0:
                 self.audit()
-            # Saved first: a kill during a long evaluation then loses nothing.
-            if progress.step % config.checkpoint.every == 0 or last:
+            # Saved first: a kill during a long evaluation then loses nothing. Not amid steps that are not applied: a
+            # checkpoint that they begin with is no place to go back to.
+            if (step % config.checkpoint.every == 0 and not self.progress.skipped) or last:
                 self.save()
-            if progress.step % config.eval.every == 0 or last:
+            if step % config.eval.every == 0 or last:
                 self.evaluate()
-        self.watchdog.beat("save", progress.step)
+        self.watchdog.beat("save", self.progress.step)
         self.writer.wait()
 
     def train_step(self, batches: list[UDABatch]) -> None:
@@ -131,70 +133,83 @@ class Trainer:
             )
         )
         weight = mfm_weight(progress.step, config.mfm)
+        own_losses = []
         for batch in batches:
             self.watchdog.beat("micro-batch", progress.step)
-            self.means.add(self.engine.micro_batch(batch.to(self.engine.device), weight))
+            losses = self.engine.micro_batch(batch.to(self.engine.device), weight)
+            self.step_log.add(losses)
+            own_losses.append(losses["total"])
         self.watchdog.beat("update", progress.step)
-        result = self.engine.step()
-        if result.applied:
-            progress.applied += 1
-            if module.teacher is not None:
-                decay = ema_decay_at(progress.applied, config.self_training.ema_decay)
-                update_teacher(module.student, module.teacher.segmentor, decay)
-        else:
-            self.run.event("skipped_step", step=progress.step, reason="gradient not finite")
-        self.grad_norm = result.grad_norm
+        limits = ceilings(progress, config.stability)
+        result = self.engine.step(limits)
         progress.step += 1
         progress.block += config.blocks_per_step
+        if result.applied:
+            note_applied(progress, config.stability, result)
+            if module.teacher is not None:
+                self.engine.update_teacher(ema_decay_at(progress.applied, config.self_training.ema_decay))
+        else:
+            progress.skipped += 1
+            self.skipped.note(result, limits, own_losses, progress.step)
+        self.step_log.grad_norms = result.grad_norms
         self.console.advance()
 
+    def roll_back(self) -> None:
+        """Go back to the last checkpoint, and on from there with the data that comes next. Collective.
+
+        Raises:
+            UnstableError: on every rank, after ``stability.rollbacks`` times in vain.
+        """
+        progress, run = self.progress, self.run
+        if progress.rollbacks >= self.config.stability.rollbacks:
+            raise UnstableError(diagnosis(progress, self.skipped.reason))
+        self.watchdog.beat("save", progress.step)
+        self.writer.wait()
+        found = find_latest(run.checkpoints, self.console.line) if self.engine.is_main else None
+        checkpoint = self.engine.gather_objects(found)[0]
+        # Before the first checkpoint the weights are all there is; no skipped step has touched them.
+        back = gone_back(progress, checkpoint.progress if checkpoint else progress)
+        if checkpoint is not None:
+            load_state(checkpoint, self.module, self.engine)
+        run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
+        self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
+        run.forget_after(back.step)
+        self.progress = back
+        self.step_log.begin(back.step)
+        # Written over the one it came from: a run that is killed now must not meet the same data again.
+        self.saved_step = -1
+        self.save()
+
     def log(self) -> None:
-        """Average over the steps since the last line and over ranks, in one all-reduce."""
+        """One line on the steps since the last."""
         self.watchdog.beat("log", self.progress.step)
-        names, means = self.means.pop()
-        now, step = time.perf_counter(), self.progress.step
-        seconds, steps = now - self.last_log[0], step - self.last_log[1]
-        means = self.engine.mean(torch.cat([means, torch.tensor([self.data_wait / seconds], device=means.device)]))
-        *losses, data_wait_fraction = means.tolist()
-        record: dict[str, Any] = {"step": step}
-        record |= {
-            name if name == "pseudo_weight" else f"loss/{name}": value
-            for name, value in zip(names, losses, strict=True)
-        }
-        record["grad_norm/total"] = self.grad_norm
-        record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
-        record["images_per_second"] = 2 * self.config.train.global_batch * steps / seconds
-        record["data_wait_fraction"] = data_wait_fraction
-        record["memory_gib"] = peak_memory_gib(self.engine.device)
+        record = self.step_log.record(self.progress.step)
         if self.engine.is_main:
             self.run.metrics.append(record)
             self._track({name: value for name, value in record.items() if name != "step"})
         self.console.show(record)
-        self.last_log, self.data_wait = (now, step), 0.0
 
     def evaluate(self) -> Scores:
         """Score the student, save the result and a few overlays."""
         step, config = self.progress.step, self.config
-        started = time.perf_counter()
         path = self.run.evaluation(step)
         items = EvaluationSet(self.readers.validation, rank=self.engine.rank, world_size=self.engine.world_size)
-        scores, bad = evaluate(
-            self.module.student,
-            items,
-            self.engine,
-            step=step,
-            overlays=config.eval.overlays,
-            overlay_folder=path.with_suffix(""),
-            before_turn=self._before_turn,
-        )
+        with self.engine.inference_context(), self.step_log.no_training():
+            scores, bad = evaluate(
+                self.module.student,
+                items,
+                self.engine,
+                step=step,
+                overlays=config.eval.overlays,
+                overlay_folder=path.with_suffix(""),
+                before_turn=self._before_turn,
+            )
         if self.engine.is_main:
             if not path.exists():  # it does when a finished run is started again
                 self._track(scores.numbers())
             scores.save(path)
         self.bad_samples.note(bad, self.progress.step)
         self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
-        # Evaluation is no part of the throughput of training.
-        self.last_log = (self.last_log[0] + time.perf_counter() - started, self.last_log[1])
         self.scores = scores
         return scores
 
@@ -265,12 +280,11 @@ class Trainer:
             source=self.readers.labelled,
             target=self.readers.target,
             seed=config.seed,
-            crop=config.data.crop,
+            data=config.data,
             micro_batch=config.train.micro_batch,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             blocks_per_step=config.blocks_per_step,
-            workers=config.data.workers,
             first_block=self.progress.block,
         )
         return iter(pipeline)
@@ -286,14 +300,13 @@ class Trainer:
             StorageError: on every rank, when the last checkpoint could not be written.
         """
         self.watchdog.beat("data", self.progress.step)
-        started = time.perf_counter()
         batches: list[UDABatch] = []
         failure: DataError | None = None
-        try:
-            batches = [next(blocks) for _ in range(self.engine.accumulation)]
-        except DataError as error:
-            failure = error
-        self.data_wait += time.perf_counter() - started
+        with self.step_log.waiting_for_data():
+            try:
+                batches = [next(blocks) for _ in range(self.engine.accumulation)]
+            except DataError as error:
+                failure = error
         bad = [sample for batch in batches for sample in batch.bad_samples]
         asked = self.asked_to_stop() is not None
         unknown = self.bad_samples.news(bad)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def run_train(
     timeout: float = 240,
     cwd: Path = REPOSITORY,
     module: str = "mfm_dist.train",
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The real command, alone or below ``accelerate launch`` with a file of configs/accelerate."""
     command = [sys.executable, "-m"]
@@ -72,9 +73,9 @@ def run_train(
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
         command += ["--main_process_port", "0", "-m"]
     command += [module, *DEFAULTS, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

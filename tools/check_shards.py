@@ -1,27 +1,35 @@
 #!/usr/bin/env python
 """Verifies shards byte by byte and sample by sample: python tools/check_shards.py data/scenes [...]
 
-Takes folders of shards, or folders that hold several of them. Exit codes: 0 all is well, 2 wrong arguments,
-3 something is damaged.
+Takes folders of shards, or folders that hold several of them. With --repair it mends what can be mended: indexes and
+counts are made anew, samples that cannot be used are taken out and named, and the damaged tar is kept aside. Exit
+codes: 0 all is well (after a repair: again), 2 wrong arguments, 3 something is damaged, 4 no room to repair.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
+import torch
+from tqdm import tqdm
 
-from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.index import build_index
-from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, ShardRecord
-from mfm_dist.data.reader import SampleError, ShardReader
-from mfm_dist.data.shards import sha256_of
+from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord
+from mfm_dist.data.packing import only_writer
+from mfm_dist.data.repair import repair_folder
+from mfm_dist.data.verify import ShardCheck, check_manifest, check_shard, open_manifest
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
+
+COLUMNS = ("shards", "samples", "left out", "bad samples", "other problems")
 
 
 @dataclass
@@ -29,66 +37,100 @@ class Report:
     """What was found in one folder."""
 
     folder: Path
-    shards: int = 0
-    samples: int = 0
+    manifest: Manifest | None = None
+    checks: list[ShardCheck] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    """Of the folder as a whole."""
+
+    def lines(self) -> Iterator[str]:
+        """Every problem."""
+        yield from self.problems
+        for check in self.checks:
+            yield from check.problems
+            yield from (f"{self.folder / check.file}, sample {key!r}: {why}" for key, why in check.bad.items())
+
+    def row(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        bad = sum(len(check.bad) for check in self.checks)
+        others = len(self.problems) + sum(len(check.problems) for check in self.checks)
+        if self.manifest is None:
+            return (str(self.folder), "?", "?", "?", "?", str(others))
+        counts = (len(self.manifest.shards), self.manifest.samples, len(self.manifest.left_out))
+        return (str(self.folder), *map(str, counts), *(str(count or "none") for count in (bad, others)))
 
 
-def check_folder(folder: Path) -> Report:
-    """Verifies the manifest, every tar, every index and every sample of one folder."""
-    report = Report(folder)
+def check_folders(folders: Iterable[Path], workers: int) -> list[Report]:
+    """Verifies manifests, tars, indexes, class statistics and samples, the shards of all folders side by side."""
+    reports = [_open(folder) for folder in folders]
+    jobs = [
+        (report, record, report.manifest.class_names)
+        for report in reports
+        if report.manifest is not None
+        for record in report.manifest.shards
+    ]
+    with _pool(workers) as pool:
+        running = [pool.submit(_check, report.folder, record, names) for report, record, names in jobs]
+        bar = tqdm(total=len(jobs), unit="shard", disable=not sys.stderr.isatty())  # after the fork: it has a thread
+        for (report, _, _), future in zip(jobs, running, strict=True):
+            report.checks.append(future.result())
+            bar.update()
+        bar.close()
+    return reports
+
+
+def _open(folder: Path) -> Report:
     try:
-        reader = ShardReader(folder)
+        manifest = open_manifest(folder)
     except DataError as error:
-        report.problems += str(error).split("\n")
-        return report
-    for shard, record in enumerate(reader.index.manifest.shards):
-        report.shards += 1
-        report.samples += record.samples
-        report.problems += _check_tar(folder / record.file, record, reader.index.rows[shard])
-        report.problems += _check_samples(reader, shard, record)
-    return report
+        return Report(folder, problems=str(error).split("\n"))
+    return Report(folder, manifest, problems=check_manifest(folder, manifest))
 
 
-def _check_tar(tar: Path, record: ShardRecord, rows: np.ndarray) -> list[str]:
-    problems = []
-    if sha256_of(tar) != record.sha256:
-        problems.append(f"{tar}: its SHA-256 is not the one in {MANIFEST_FILE}")
+def _check(folder: Path, record: ShardRecord, class_names: tuple[str, ...]) -> ShardCheck:
+    """The unit of work of one process."""
+    torch.set_num_threads(1)  # there are as many processes as cores
+    return check_shard(folder, record, class_names)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once with this one."""
+    end = signal.SIG_DFL
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("fork"), initializer=signal.signal, initargs=(signal.SIGINT, end)
+    )
     try:
-        if not np.array_equal(build_index(tar), rows):
-            problems.append(f"{tar}: its index differs from its contents")
-    except DataError as error:
-        problems.append(str(error))
-    return problems
+        with pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise UserError("a checking process was killed, by a signal or for want of memory; run it again") from error
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
-def _check_samples(reader: ShardReader, shard: int, record: ShardRecord) -> list[str]:
-    """Decodes the samples of one shard and counts what the manifest counts."""
-    problems = []
-    sizes: Counter[str] = Counter()
-    pixels = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
-    first = int(reader.index.starts[shard])
-    for number in range(first, first + record.samples):
-        labelled = bool(reader.index.rows[shard][number - first]["label"]["offset"] >= 0)
-        try:
-            sample = reader.read(number, with_label=labelled)
-        except SampleError as error:
-            problems.append(str(error))
-            continue
-        sizes["x".join(map(str, sample.image.shape[1:]))] += 1
-        pixels += _histogram(sample.label)
-    if not problems:
-        names = reader.index.manifest.class_names
-        counts = {**dict(zip(names, pixels.tolist(), strict=False)), "ignore": int(pixels[IGNORE_INDEX])}
-        if record.pixel_counts != (counts if pixels.any() else {}) or record.image_sizes != dict(sizes):
-            problems.append(f"{reader.index.folder / record.file}: {MANIFEST_FILE} counts other pixels or sizes")
-    return problems
+def repair(reports: list[Report], workers: int) -> list[Report]:
+    """Mends the folders that need it, says what was done, and checks them again."""
+    mended = [report for report in reports if any(not check.is_well() for check in report.checks)]
+    for report in mended:
+        assert report.manifest is not None
+        with only_writer(report.folder.parent, print):
+            for line in repair_folder(report.folder, report.manifest, report.checks):
+                print(line, flush=True)
+    again = {report.folder: report for report in check_folders([report.folder for report in mended], workers)}
+    for report in reports:
+        if report.manifest is not None and report.folder in again:
+            _say_what_changed(report.manifest, again[report.folder])
+    return [again.get(report.folder, report) for report in reports]
 
 
-def _histogram(label: Tensor | None) -> np.ndarray:
-    """int64 [256]: pixels by train id."""
-    values = np.empty(0, dtype=np.uint8) if label is None else label.numpy().ravel()
-    return np.bincount(values, minlength=IGNORE_INDEX + 1)
+def _say_what_changed(before: Manifest, report: Report) -> None:
+    after = report.manifest
+    if after is not None and after.fingerprint != before.fingerprint:
+        print(
+            f"{report.folder}: {before.samples} -> {after.samples} samples. Their numbers have changed: a run that was "
+            "begun on the old ones does not go on, it has to begin anew"
+        )
 
 
 def find_folders(given: list[Path]) -> list[Path]:
@@ -102,7 +144,7 @@ def find_folders(given: list[Path]) -> list[Path]:
             problems.append(f"{root} is no shard folder and holds none (a shard folder has a {MANIFEST_FILE})")
     if problems:
         raise ConfigError(problems)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _is_shard_folder(path: Path) -> bool:
@@ -110,26 +152,31 @@ def _is_shard_folder(path: Path) -> bool:
 
 
 def print_table(reports: list[Report]) -> None:
-    width = max(len(str(report.folder)) for report in reports)
-    print(f"{'folder':{width}}  shards  samples  problems")
-    for report in reports:
-        problems = len(report.problems) or "none"
-        print(f"{report.folder!s:{width}}  {report.shards:6}  {report.samples:7}  {problems:>8}")
+    rows = [("folder", *COLUMNS), *(report.row() for report in reports)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
+        print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check_shards.py", description="Verifies shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended, and say what was done")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     args = parser.parse_args(argv)
     try:
-        reports = [check_folder(folder) for folder in find_folders(args.folders)]
+        reports = check_folders(find_folders(args.folders), args.workers)
+        if args.repair:
+            reports = repair(reports, args.workers)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     print_table(reports)
-    for problem in (problem for report in reports for problem in report.problems):
+    problems = [line for report in reports for line in report.lines()]
+    for problem in problems:
         print(problem, file=sys.stderr)
-    return EXIT_DATA if any(report.problems for report in reports) else EXIT_DONE
+    return EXIT_DATA if problems else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 #!/usr/bin/env python
-"""Packs data sets into shards: python tools/make_shards.py scenes --output data/scenes
+"""Packs data sets into shards: python tools/make_shards.py gta --input ~/downloads/gta --size 1280x720
 
-Run it again to go on after an interruption; when everything is there it says so and ends. Exit codes: 0 done,
-2 wrong arguments, 3 bad data, 4 no room or no right to write, 130 interrupted.
+The input is the download as it came, in folders or zip archives. Run the command again to go on after an
+interruption; when everything is there it says so and ends. Exit codes: 0 done, 2 wrong arguments, 3 bad data,
+4 no room or no right to write, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from mfm_dist.config.loader import read_yaml
+from mfm_dist.data.card import TRAIN_IDS, Card, card_names, read_card
+from mfm_dist.data.convert import Conversion, convert
+from mfm_dist.data.folder_card import IMAGE_SUFFIXES, folder_card, read_mapping
 from mfm_dist.data.scene_shards import write_scenes
 from mfm_dist.data.scenes import Gap
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
@@ -38,6 +45,76 @@ def make_scenes(args: argparse.Namespace) -> None:
     )
 
 
+def make_card_set(args: argparse.Namespace) -> None:
+    """The sub-command of a data set that has a card."""
+    card: Card = args.card
+    if args.splits:
+        card = card.only(args.splits)
+    _convert(card, args, args.size, args.val_size)
+
+
+def make_folder(args: argparse.Namespace) -> None:
+    """The ``folder`` sub-command."""
+    train_ids = TRAIN_IDS
+    if args.mapping is not None:
+        if args.labels is None:
+            raise ConfigError("--mapping says what ids mean, but no labels are given; name their folder with --labels")
+        train_ids = read_mapping(read_yaml(args.mapping), str(args.mapping))
+    card = folder_card(
+        name=args.name,
+        split=args.split,
+        images=args.images,
+        labels=args.labels,
+        image_end=args.image_end,
+        label_end=args.label_end,
+        train_ids=train_ids,
+    )
+    _convert(card, args, args.size, args.size)
+
+
+def _convert(
+    card: Card, args: argparse.Namespace, box: tuple[int, int] | None, val_box: tuple[int, int] | None
+) -> None:
+    conversion = Conversion(
+        source=args.input,
+        output=args.output or Path("data") / card.name,
+        box=box,
+        val_box=val_box,
+        image_format=args.format,
+        shard_size=args.shard_size,
+        bad_limit=args.bad_limit,
+        allow_incomplete=args.allow_incomplete,
+        command=_command(args),
+    )
+    convert(card, conversion, report=partial(print, flush=True), workers=args.workers, overwrite=args.overwrite)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that makes the same shards, without its ``--output``."""
+    words = ["python", "tools/make_shards.py", getattr(args, "data set")]
+    for name in _REPEATED:
+        value = vars(args).get(name)
+        if value in (None, False, 0.0, ""):
+            continue
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else _words(value))]
+    return shlex.join(words)
+
+
+_REPEATED = (
+    "input", "name", "split", "splits", "images", "labels", "mapping", "image_end", "label_end", "size", "val_size",
+    "format", "shard_size", "bad_limit", "allow_incomplete",
+)  # fmt: skip
+"""Arguments that determine the shards."""
+
+
+def _words(value: object) -> list[str]:
+    if isinstance(value, Path):
+        return [str(value.absolute())]
+    if isinstance(value, tuple):
+        return ["x".join(map(str, value))]
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument like every other mistake: one message, exit code 2."""
 
@@ -55,6 +132,29 @@ def whole(least: int, most: int = 1 << 40) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def box(text: str) -> tuple[int, int]:
+    """An argparse type: two sides such as ``1280x720``."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None or min(int(match[1]), int(match[2])) < 16:
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 1280x720, of at least 16 pixels a side")
+    return int(match[1]), int(match[2])
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def name(text: str) -> str:
+    """An argparse type: the name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", text):
+        raise argparse.ArgumentTypeError(f"{text} holds more than letters, digits, _ and -")
+    return text
 
 
 def gap(text: str) -> Gap:
@@ -80,10 +180,66 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--width", type=whole(32, 8192), default=512, help="pixels (%(default)s)")
     scenes.add_argument("--seed", type=whole(0), default=0, help="of the whole data set (%(default)s)")
     scenes.add_argument("--gap", type=gap, default=Gap(), help="photometric,texture,layout (all) or some, or none")
-    scenes.add_argument("--shard-size", type=whole(1), default=100, help="images a shard (%(default)s)")
-    scenes.add_argument("--workers", type=whole(1), help="processes (one a core)")
-    scenes.add_argument("--overwrite", action="store_true", help="replace shards that were made in another way")
+    _add_work(scenes)
+    for card in map(read_card, card_names()):
+        _add_card(commands, card)
+    _add_folder(commands)
     return parser
+
+
+def _add_card(commands: argparse._SubParsersAction, card: Card) -> None:
+    splits = {split.name: split.samples for split in card.splits}
+    counts = ", ".join(f"{samples} {name}" for name, samples in splits.items())
+    command = commands.add_parser(card.name, help=f"{card.title} ({counts})", description=f"Download {card.download}.")
+    command.set_defaults(make=make_card_set, card=card, val_size=None)
+    command.add_argument("--input", type=Path, required=True, help="folder of the download, unpacked or not")
+    command.add_argument("--output", type=Path, help=f"folder of the splits (data/{card.name})")
+    command.add_argument("--splits", nargs="+", choices=list(splits), help="only these")
+    command.add_argument("--size", type=box, help="fit training images into this box, e.g. 1280x720 (as downloaded)")
+    if "val" in splits:
+        command.add_argument("--val-size", type=box, help="fit validation images, and what is scored (as downloaded)")
+    _add_conversion(command)
+
+
+def _add_folder(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "folder",
+        help="your own images, labelled or not",
+        description="The label of IMAGES/a/b.jpg is LABELS/a/b.png, an 8-bit or 16-bit PNG that holds an id a pixel.",
+    )
+    command.set_defaults(make=make_folder)
+    command.add_argument("--input", type=Path, required=True, help="folder of the images, and of the labels")
+    command.add_argument("--name", type=name, required=True, help="of the data set; becomes a folder in data/")
+    command.add_argument("--split", choices=["train", "val"], default="train", help="(%(default)s)")
+    command.add_argument("--images", default=".", help="where in the input the images are (anywhere)")
+    command.add_argument("--labels", help="where in the input the labels are (there are none)")
+    command.add_argument("--mapping", type=Path, help="YAML or JSON file, id: train id or class name (train ids)")
+    command.add_argument(
+        "--image-end", default="", help=f"how images end, e.g. _rgb.png (.{', .'.join(IMAGE_SUFFIXES)})"
+    )
+    command.add_argument("--label-end", default="", help="how labels end, e.g. _ids.png (.png)")
+    command.add_argument("--output", type=Path, help="folder of the splits (data/NAME)")
+    command.add_argument("--size", type=box, help="fit images into this box, e.g. 1024x512 (as they are)")
+    _add_conversion(command)
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--format",
+        choices=["jpg", "png"],
+        default="jpg",
+        help="of stored images (%(default)s): jpg is quality 95; png is lossless, larger and 4 to 8 times slower to "
+        "read. A file that has the format, and is not resized, is stored byte for byte",
+    )
+    command.add_argument("--bad-limit", type=share, default=0.0, help="share of unusable pairs to leave out (0)")
+    command.add_argument("--allow-incomplete", action="store_true", help="take the pairs that are there")
+    _add_work(command)
+
+
+def _add_work(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shard-size", type=whole(1), default=100, help="images a shard (%(default)s)")
+    command.add_argument("--workers", type=whole(1), help="processes (one a core)")
+    command.add_argument("--overwrite", action="store_true", help="replace shards that were made in another way")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """Measures the training step on this machine: python tools/profile_throughput.py [step] [--steps N] [overrides]
+(``data`` in place of ``step`` measures the data pipeline.)
 
 Four ways to take the same step run in turn, one step each a round: our engine and a bare PyTorch loop, each with and
 without the MFM term. The figures are medians over the rounds, so a disturbance hits all four alike. One process, the
@@ -23,6 +24,7 @@ from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.metrics import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.data_profile import data_table, measure_data
 from tools.step_profile import PARTS, measure
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -95,7 +97,42 @@ def profile_step(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": profile_step}
+def profile_data(argv: Sequence[str]) -> int:
+    """The ``data`` command."""
+    parser = argparse.ArgumentParser(
+        prog="profile_throughput.py data",
+        description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and a "
+        "plain webdataset loader on the same tars.",
+    )
+    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=9, metavar="N", help="turns of each way (%(default)s)")
+    parser.add_argument("--blocks", type=at_least(1), default=24, metavar="N", help="blocks a turn (%(default)s)")
+    parser.add_argument("--workers", type=at_least(0), nargs="*", default=[1, 2], metavar="N", help="(1 2)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        found = measure_data(config, workers=arguments.workers, rounds=arguments.rounds, blocks=arguments.blocks)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.rounds} rounds, {found['image_sizes']}")
+    print(data_table(found))
+    if arguments.json:
+        record = {
+            "command": ["python", "tools/profile_throughput.py", "data", *argv],
+            "date": date.today().isoformat(),
+            "packages": {name: version(name) for name in ("torch", "torchvision", "numpy", "webdataset")},
+            "settings": changed_keys(to_tree(RunConfig()), config),
+            **found,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": profile_step, "data": profile_data}
 """What there is to measure, by its first argument; ``step`` where none is named."""
 
 

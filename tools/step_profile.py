@@ -171,12 +171,11 @@ class Blocks:
             source=readers.labelled,
             target=readers.target,
             seed=config.seed,
-            crop=config.data.crop,
+            data=config.data,
             micro_batch=config.train.micro_batch,
             rank=0,
             world_size=1,
             blocks_per_step=config.blocks_per_step,
-            workers=config.data.workers,
         )
         self._blocks: Iterator[UDABatch] = iter(pipeline)
 

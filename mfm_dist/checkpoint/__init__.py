@@ -17,7 +17,7 @@ the ZeRO stage of the writer matters to the reader:
 ``resume`` decides whether a run may go on from what is there.
 """
 
-from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_student, load_teacher
+from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_state, load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, DamagedError, Progress, find_latest, read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.resume import find_resumable, resume_problems
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
@@ -33,6 +33,7 @@ __all__ = [
     "find_resumable",
     "load_modules",
     "load_optimizer",
+    "load_state",
     "load_student",
     "load_teacher",
     "read_checkpoint",

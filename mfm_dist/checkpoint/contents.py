@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,10 +57,34 @@ def parts(module: TrainModule) -> dict[nn.Module, str]:
     return named
 
 
-def load_modules(checkpoint: Checkpoint, module: TrainModule, rank: int) -> None:
-    """Put parameters and buffers back, before the engine wraps the module.
+def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
+    """Put everything back, after the engine wrapped the module. Collective.
+
+    Raises:
+        ConfigError: if the checkpoint is of another network.
+    """
+    load_modules(checkpoint, module, engine.rank, engine.set_parameter)
+    load_optimizer(checkpoint, module, engine)
+
+
+@torch.no_grad()
+def set_plain(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Set a parameter that no engine cut or copied."""
+    parameter.copy_(whole)
+
+
+def load_modules(
+    checkpoint: Checkpoint,
+    module: TrainModule,
+    rank: int,
+    put: Callable[[nn.Parameter, Tensor], None] = set_plain,
+) -> None:
+    """Put parameters and buffers back.
 
     A rank that the writer did not have starts from the all-rank mean of the BatchNorm statistics.
+
+    Args:
+        put: sets one parameter; the engine's, once it wrapped the module.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
@@ -75,7 +99,7 @@ def load_modules(checkpoint: Checkpoint, module: TrainModule, rank: int) -> None
                 if name in tensors
             }
             tensors = {**tensors, **own}
-        _load_part(checkpoint.path, part, tensors)
+        _load_part(checkpoint.path, part, tensors, put)
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -84,7 +108,7 @@ def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    _load_part(checkpoint.path, student, checkpoint.tensors("student"))
+    _load_part(checkpoint.path, student, checkpoint.tensors("student"), set_plain)
 
 
 def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -98,7 +122,7 @@ def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
     teacher = checkpoint.tensors("teacher")
     if not teacher:
         raise ConfigError(f"{checkpoint.path} has no teacher, the method trains without one: take the student")
-    _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher})
+    _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher}, set_plain)
 
 
 def load_optimizer(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
@@ -124,14 +148,20 @@ def load_optimizer(checkpoint: Checkpoint, module: TrainModule, engine: Engine) 
     engine.load_optimizer_state(((parameters[name], states[name]) for name in states), checkpoint.progress.applied)
 
 
-def _load_part(path: Path, part: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    expected = {name: tensor.shape for name, tensor in (*part.named_parameters(), *part.named_buffers())}
-    parameters = {name for name, _ in part.named_parameters()}
-    wrong = [name for name in parameters if name not in tensors or tensors[name].shape != expected[name]]
-    wrong += [name for name in tensors if name not in expected]
+def _load_part(
+    path: Path, part: nn.Module, tensors: Mapping[str, Tensor], put: Callable[[nn.Parameter, Tensor], None]
+) -> None:
+    parameters, buffers = dict(part.named_parameters()), dict(part.named_buffers())
+    shapes = {name: parameter_shape(p) for name, p in parameters.items()}
+    shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+    wrong = [name for name in parameters if name not in tensors or tensors[name].shape != shapes[name]]
+    wrong += [name for name in tensors if name not in shapes]
     if wrong:
         raise ConfigError(
             f"{path} is of another network ({len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}): restore the "
             "model and rebuilder settings it was trained with, or choose another run.folder"
         )
-    part.load_state_dict(dict(tensors), strict=False)
+    for name, parameter in parameters.items():
+        put(parameter, tensors[name])
+    for name in buffers.keys() & tensors.keys():
+        buffers[name].copy_(tensors[name])

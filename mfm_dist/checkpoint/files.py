@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ class Progress:
     """Updates applied; also the number of teacher updates."""
     block: int = 0
     """Next block of the data streams: their whole state."""
+    skipped: int = 0
+    """Steps in a row, up to now, that were not applied."""
+    rollbacks: int = 0
+    """Times the run went back without having got past ``trouble`` since."""
+    trouble: int = 0
+    """Furthest step from which the run went back."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last applied steps, where ``stability.spike_factor`` asks for them. Replaced, never changed in place."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Likewise."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +165,12 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     if state.get("format") != FORMAT:
         raise DamagedError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
     counts, config, data = state["progress"], state["config"], state.get("data", {})
-    names = {entry.name for entry in fields(Progress)}
-    if set(counts) != names or not all(type(value) is int and value >= 0 for value in counts.values()):
-        raise DamagedError(f"state.json: progress is not {', '.join(sorted(names))} as counts")
+    kinds = {entry.name: list if entry.default is MISSING else int for entry in fields(Progress)}
+    if not {"step", "applied", "block"} <= set(counts) <= set(kinds) or not all(
+        type(value) is kinds[name] and all(map(_is_number, value if isinstance(value, list) else [value]))
+        for name, value in counts.items()
+    ):
+        raise DamagedError(f"state.json: progress is not {', '.join(sorted(kinds))} as counts and lists of numbers")
     if counts["step"] != _step_of(path):
         raise DamagedError("state.json is of another step than the folder's name")
     if not isinstance(config, dict) or not all(isinstance(value, dict | int) for value in config.values()):
@@ -164,6 +178,10 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise DamagedError("state.json: data is not a fingerprint by name")
     return Checkpoint(path, Progress(**counts), config, data)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _read_json(path: Path) -> dict[str, Any]:

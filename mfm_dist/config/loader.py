@@ -35,7 +35,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     origin: dict[str, str] = {}
     problems: list[str] = []
     if path is not None:
-        tree = _read_yaml(path)
+        tree = read_yaml(path)
         origin = {key: str(path) for key in _leaf_paths(tree)}
     for override in overrides:
         key, found, text = override.partition("=")
@@ -109,7 +109,8 @@ def describe(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{f.name}={value}  [{_type_name(hints[f.name])}]\n      {documents[f.name]}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML (or JSON) file holds. Raises ConfigError: there is no such file, or it is none."""
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         there = f"; there are: {', '.join(near)}" if near else ""

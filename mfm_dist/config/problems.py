@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mfm_dist.config.data_problems import data_problems
 from mfm_dist.config.schema import RunConfig
 
 
 def problems(config: RunConfig) -> list[str]:
     """Every value out of range and every contradiction between fields, each with the fix."""
-    return [*_range_problems(config), *_cross_field_problems(config)]
+    return [*_range_problems(config), *_cross_field_problems(config), *data_problems(config.data)]
 
 
 def _range_problems(config: RunConfig) -> list[str]:
@@ -28,7 +29,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.every": config.eval.every,
+        "mic.block": config.mic.block,
         "log.every": config.log.every,
+        "stability.spike_window": config.stability.spike_window,
     }
     not_negative = {
         "seed": config.seed,
@@ -37,6 +40,10 @@ def _range_problems(config: RunConfig) -> list[str]:
         "mfm.loss_weight": config.mfm.loss_weight,
         "mfm.ramp_from": config.mfm.ramp_from,
         "self_training.jitter_strength": config.self_training.jitter_strength,
+        "self_training.pseudo_weight_ignore_top": config.self_training.pseudo_weight_ignore_top,
+        "self_training.pseudo_weight_ignore_bottom": config.self_training.pseudo_weight_ignore_bottom,
+        "daformer.feature_distance_weight": config.daformer.feature_distance_weight,
+        "mic.loss_weight": config.mic.loss_weight,
         "optim.lr": config.optim.lr,
         "optim.decoder_lr_factor": config.optim.decoder_lr_factor,
         "optim.rebuilder_lr": config.optim.rebuilder_lr,
@@ -46,6 +53,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         "debug.audit_every": config.debug.audit_every,
         "eval.overlays": config.eval.overlays,
         "watchdog.seconds": config.watchdog.seconds,
+        "stability.rollback_after": config.stability.rollback_after,
+        "stability.rollbacks": config.stability.rollbacks,
+        "stability.spike_factor": config.stability.spike_factor,
     }
     shares = {
         "data.bad_sample_limit": config.data.bad_sample_limit,
@@ -54,6 +64,10 @@ def _range_problems(config: RunConfig) -> list[str]:
         "self_training.jitter_prob": config.self_training.jitter_prob,
         "self_training.blur_prob": config.self_training.blur_prob,
         "mfm.mask_ratio": config.mfm.mask_ratio,
+        "daformer.feature_distance_share": config.daformer.feature_distance_share,
+        "hrda.detail_loss_weight": config.hrda.detail_loss_weight,
+        "mic.mask_ratio": config.mic.mask_ratio,
+        "mic.pseudo_threshold": config.mic.pseudo_threshold or 0.0,
         "optim.warmup_ratio": config.optim.warmup_ratio,
     }
     return [
@@ -71,6 +85,25 @@ def _cross_field_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch}"
         )
+    for part, limit in train.clip_parts.items():
+        if part not in ("encoder", "decoder", "rebuilder"):
+            problems.append(f"train.clip_parts names {part!r}: there are encoder, decoder and rebuilder")
+        elif isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+            problems.append(f"train.clip_parts.{part}={limit}: must be a number above 0, or left out")
+    margins = config.self_training.pseudo_weight_ignore_top + config.self_training.pseudo_weight_ignore_bottom
+    if margins >= config.data.crop[0]:
+        problems.append(
+            f"self_training.pseudo_weight_ignore_top and _bottom are {margins} rows together, all of data.crop="
+            f"{config.data.crop[0]}x{config.data.crop[1]}: leave some"
+        )
+    if mfm.view == "detail" and not config.two_resolutions:
+        problems.append("mfm.view=detail is about HRDA's crops: keep context, or train method.name=hrda or mic on it")
+    if not mfm.rebuild and mfm.rebuilds != "classes":
+        problems.append(f"mfm.rebuild=false leaves nothing that could be compared with mfm.rebuilds={mfm.rebuilds}")
+    if mfm.rebuilds != "classes" and mfm.trains != "both":
+        problems.append(f"mfm.trains={mfm.trains} is about the decoder, which mfm.rebuilds={mfm.rebuilds} does not use")
+    if 0 < config.stability.spike_factor <= 1:
+        problems.append(f"stability.spike_factor={config.stability.spike_factor}: must be above 1, or 0 for never")
     if mfm.ramp_to < mfm.ramp_from:
         problems.append(f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them")
     if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:

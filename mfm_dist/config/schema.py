@@ -10,14 +10,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mfm_dist.config.method_sections import DAFormerSection as DAFormerSection
+from mfm_dist.config.method_sections import HRDASection as HRDASection
+from mfm_dist.config.method_sections import MethodSection as MethodSection
+from mfm_dist.config.method_sections import MFMSection as MFMSection
+from mfm_dist.config.method_sections import MICSection as MICSection
+from mfm_dist.config.method_sections import RebuilderSection as RebuilderSection
+from mfm_dist.config.method_sections import SelfTrainingSection as SelfTrainingSection
+
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 """Those of Accelerate."""
+ClassSet = Literal["synthia16", "synthia13"]
+"""Those of ``classes.CLASS_SETS``."""
+
+
+STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
+
+
+def is_stream(name: str) -> bool:
+    """Whether a shard set is a URL and not a folder."""
+    return name.startswith(STREAM_SCHEMES)
 
 
 @dataclass(kw_only=True)
 class RunSection:
     folder: Path = Path("runs/quickstart")
     """Where everything of this run is written. The same folder again resumes the run."""
+
+
+@dataclass(kw_only=True)
+class RareClassSection:
+    enabled: bool = False
+    """Draw source images for their rare classes, with replacement. DAFormer, HRDA, MIC: on; plain DACS: off."""
+    temperature: float = 0.01
+    """T: a class is drawn by the softmax of (1 - frequency) / T. DAFormer: 0.01."""
+    min_pixels: int = 3000
+    """An image stands for a class of which it holds more than this many stored pixels. DAFormer: 3000, for labels of
+    2 million pixels; smaller ones need less."""
+    min_crop_ratio: float = 0.5
+    """The crop should hold more than this share of `min_pixels` of that class; it is drawn again up to 10 times.
+    DAFormer: 0.5 for crops of 512 x 512; HRDA, MIC: 2 for 1024 x 1024."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +70,31 @@ class DataSection:
     """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
     render_scenes: bool = False
     """Render the embedded scenes into `root` at the start if they are not there yet."""
+    decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
+    """What decodes JPEG. simplejpeg has to be installed."""
+    source_resize: tuple[int, int] | None = None
+    """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
+    720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
+    target_resize: tuple[int, int] | None = None
+    """The same for target images. UDA: 512x1024 for Cityscapes."""
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
+    target_margins: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
+    for Cityscapes at 1024x2048: [30, 240, 30, 30]; DAFormer at 512x1024: [15, 120, 0, 0]."""
+    rare_class_sampling: RareClassSection = field(default_factory=RareClassSection)
+    lanes: int = 0
+    """Read each epoch in this many sequential parts, for data on slow or remote disks; a multiple of every number of
+    processes that shall see the same order. 0: all of it in random order."""
+    lane_window: int = 1000
+    """Samples of a lane that are shuffled among themselves."""
+    scratch: Path | None = None
+    """Folder on a disk of each node to copy shards to before they are read. With `lanes` they are copied when their
+    turn comes, else before the training begins."""
+    scratch_gib: float = 0.0
+    """Size that `scratch` may grow to; shards that were not used for longest make room. 0: no limit."""
+    stream_samples: int = 0
+    """Samples of `source` or `target` where it is a URL (pipe:, s3:, hf:, http:); `bad_sample_limit` is a share."""
 
 
 @dataclass(kw_only=True)
@@ -66,60 +123,6 @@ class ModelSection:
     """A file of mfm_dist/models/decoders."""
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Passed on to the decoder, e.g. `{width: 256}` or `{dilations: [6, 12]}`."""
-
-
-@dataclass(kw_only=True)
-class MethodSection:
-    name: str = "dacs"
-    """A file of mfm_dist/methods: source_only, oracle, dacs."""
-
-
-@dataclass(kw_only=True)
-class SelfTrainingSection:
-    ema_decay: float = 0.999
-    """Decay of the teacher, alpha. DAFormer, HRDA, MIC: 0.999; plain DACS: 0.99."""
-    pseudo_threshold: float = 0.968
-    """The pseudo-weight is the share of pixels the teacher is at least this sure of, tau. UDA: 0.968."""
-    class_draw: Literal["batch", "image"] = "batch"
-    """ClassMix draws from the classes of the whole micro-batch (DAFormer, MIC) or of each image (original DACS)."""
-    jitter_prob: float = 0.8
-    """Chance that a mixed micro-batch is colour-jittered. UDA: 0.8, although the option there says 0.2."""
-    jitter_strength: float = 0.2
-    """Brightness, contrast and saturation factors are 1 +- this; hue turns by +- this. UDA: 0.2; DACS: 0.25."""
-    blur_prob: float = 0.5
-    """Chance that a mixed micro-batch is blurred. UDA: 0.5."""
-
-
-@dataclass(kw_only=True)
-class MFMSection:
-    enabled: bool = False
-    """Add the masked feature modeling term to the method."""
-    loss_weight: float = 1.0
-    """Weight of the term, lambda. MFM: 1.0."""
-    mask_ratio: float = 0.4
-    """Chance of each grid cell to be hidden. MFM: 0.4."""
-    loss_on: Literal["all", "hidden"] = "all"
-    """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
-    ramp_from: int = 0
-    """Step up to which the weight is 0; it then grows linearly. MFM: 0, no ramp."""
-    ramp_to: int = 0
-    """Step from which the weight is `loss_weight`. MFM: 0, no ramp."""
-    update_bn: bool = True
-    """Whether this pass counts in the student's BatchNorm running statistics (never while its weight is 0)."""
-
-
-@dataclass(kw_only=True)
-class RebuilderSection:
-    depth: int = 2
-    """Transformer blocks. MFM: 2."""
-    width: int = 512
-    """Channels of a block. MFM: 512."""
-    heads: int = 16
-    """Attention heads; must divide `width`. MFM: 16."""
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over `width`. MFM: 4."""
-    grid: tuple[int, int] = (16, 16)
-    """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
 
 
 @dataclass(kw_only=True)
@@ -152,10 +155,15 @@ class TrainSection:
     """Source images, and as many target images, in one forward. UDA: 2. Fixes every per-batch draw and mean."""
     global_batch: int = 2
     """Source images a step over all ranks, and as many target images. UDA: 2."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32."""
+    precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
+    """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32. bf16_weights, for the largest
+    models, under ZeRO-2 and 3: the weights are bf16 too, of fp32 ones that optimiser and teacher keep in shards."""
     clip_norm: float = 0.0
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
+    clip_parts: dict[str, Any] = field(default_factory=dict)
+    """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
+    compile: bool = False
+    """Translate student and teacher by torch.compile. Takes minutes at the start, and on a CPU a C++ compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: int = 1
@@ -183,6 +191,21 @@ class MemorySection:
     """Run backward after each loss term instead of once for their sum: one term's activations are held at a time."""
     checkpoint_backbone: bool = False
     """Hold only the inputs of the encoder's blocks and compute the rest again in the backward pass. Costs time."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state and its step in main memory instead of the GPU's; under ZeRO 1 to 3. Costs time."""
+
+
+@dataclass(kw_only=True)
+class StabilitySection:
+    rollback_after: int = 5
+    """Steps skipped in a row, because a loss or gradient was not finite or above its ceiling, after which the run goes
+    back to its last checkpoint and passes over the data that led there; 0: never."""
+    rollbacks: int = 3
+    """Times that a run may go back; it then ends with exit code 5."""
+    spike_factor: float = 0.0
+    """Skip a step whose loss or gradient norm is this many times the median of the last applied steps; 0: never."""
+    spike_window: int = 100
+    """Applied steps that the medians are of. The rule waits until there are as many."""
 
 
 @dataclass(kw_only=True)
@@ -199,6 +222,8 @@ class CheckpointSection:
 class EvalSection:
     every: int = 4000
     """Steps between evaluations on `data.validation`; also done before step 0 and at the end. UDA: 4000."""
+    class_sets: tuple[ClassSet, ...] = ()
+    """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
     overlays: int = 4
     """Images to save as overlays (image, label, prediction) at each evaluation."""
 
@@ -223,16 +248,30 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     method: MethodSection = field(default_factory=MethodSection)
     self_training: SelfTrainingSection = field(default_factory=SelfTrainingSection)
+    daformer: DAFormerSection = field(default_factory=DAFormerSection)
+    hrda: HRDASection = field(default_factory=HRDASection)
+    mic: MICSection = field(default_factory=MICSection)
     mfm: MFMSection = field(default_factory=MFMSection)
     rebuilder: RebuilderSection = field(default_factory=RebuilderSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     memory: MemorySection = field(default_factory=MemorySection)
     debug: DebugSection = field(default_factory=DebugSection)
+    stability: StabilitySection = field(default_factory=StabilitySection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     log: LogSection = field(default_factory=LogSection)
+
+    @property
+    def two_resolutions(self) -> bool:
+        """Whether the segmenter is HRDA's, of context and detail."""
+        return "hrda" in (self.method.name, self.mic.on if self.method.name == "mic" else "")
+
+    @property
+    def method_label(self) -> str:
+        """The method for people: mic says on what."""
+        return self.method.name + (f" on {self.mic.on}" if self.method.name == "mic" else "")
 
     @property
     def blocks_per_step(self) -> int:
@@ -241,6 +280,9 @@ class RunConfig:
 
     def world_problems(self, world_size: int) -> list[str]:
         """What does not fit this many ranks. The micro-batch is never changed to make it fit."""
+        if self.data.lanes % world_size:
+            lanes = self.data.lanes
+            return [f"data.lanes={lanes} cannot be shared evenly by {world_size} processes: use a multiple of both"]
         if self.blocks_per_step % world_size == 0:
             return []
         train = self.train

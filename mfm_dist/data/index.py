@@ -13,93 +13,31 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tarfile
-import zlib
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, index_path, remake_hint
+from mfm_dist.data.tar_scan import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from mfm_dist.data.tar_scan import LABEL_EXTENSION as LABEL_EXTENSION
+from mfm_dist.data.tar_scan import META_EXTENSION as META_EXTENSION
+from mfm_dist.data.tar_scan import index_dtype, scan_tar
 from mfm_dist.errors import ConfigError, DataError
-
-IMAGE_EXTENSIONS = ("jpg", "png")
-LABEL_EXTENSION = "label.png"
-META_EXTENSION = "json"
-
-_MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
-_ABSENT = (-1, 0, 0)
-_COPY_BYTES = 1 << 20
-
-
-def index_dtype(key_bytes: int) -> np.dtype:
-    """One row of a sidecar index. Offsets and sizes are bytes in the tar; an absent member has offset -1."""
-    return np.dtype(
-        [("key", f"S{key_bytes}"), ("image_format", "S4"), ("image", _MEMBER), ("label", _MEMBER), ("meta", _MEMBER)]
-    )
 
 
 def build_index(tar: Path) -> np.ndarray:
-    """Scans a tar and returns its index, one row of ``index_dtype`` for each sample in the order of the file.
+    """The index of a tar that is whole, one row of ``index_dtype`` for each sample in the order of the file.
 
     Raises:
-        DataError: the tar is truncated or damaged, a key comes back after another one, or a sample has no image.
+        DataError: the tar or its structure is damaged; ``scan_tar`` tells what can still be used.
     """
-    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
-    current = None
-    with open(tar, "rb") as file:
-        for key, extension, member in _members(tar, file):
-            if key != current and key in samples:
-                raise DataError(f"{tar}: the members of sample {key!r} are not side by side; WebDataset needs them so")
-            current = key
-            if extension in samples.setdefault(key, {}):
-                raise DataError(f"{tar}: {key}.{extension} occurs twice")
-            samples[key][extension] = member
-    rows = [_row(tar, key, members) for key, members in samples.items()]
-    return np.array(rows, dtype=index_dtype(max((len(row[0]) for row in rows), default=1)))
-
-
-def _members(tar: Path, file: BinaryIO) -> list[tuple[str, str, tuple[int, int, int]]]:
-    """(key, extension, (offset, size, crc32)) of every regular file in the tar."""
-    found = []
-    length = tar.stat().st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
-                if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    continue
-                if info.offset_data + info.size > length:
-                    raise DataError(f"{tar}: truncated inside {info.name!r}")
-                file.seek(info.offset_data)
-                crc = zlib.crc32(file.read(info.size))
-                folder, slash, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                found.append((folder + slash + stem, extension, (info.offset_data, info.size, crc)))
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{tar}: not a readable tar ({error})") from error
-    _check_end(tar, file, end, length)
-    return found
-
-
-def _check_end(tar: Path, file: BinaryIO, end: int, length: int) -> None:
-    """A broken header in the middle looks like the end of the archive to ``tarfile``; only zeros may follow it."""
-    if length - end < tarfile.BLOCKSIZE:
-        raise DataError(f"{tar}: truncated after {length} bytes, the end mark is missing")
-    file.seek(end)
-    while chunk := file.read(_COPY_BYTES):
-        if chunk.count(0) != len(chunk):
-            raise DataError(f"{tar}: damaged header at byte {end}; what follows cannot be read")
-
-
-def _row(tar: Path, key: str, members: dict[str, tuple[int, int, int]]) -> tuple:
-    formats = [extension for extension in IMAGE_EXTENSIONS if extension in members]
-    if len(formats) != 1:
-        raise DataError(f"{tar}: sample {key!r} needs exactly one image (.jpg or .png), it has {sorted(members)}")
-    label, meta = members.get(LABEL_EXTENSION, _ABSENT), members.get(META_EXTENSION, _ABSENT)
-    return key.encode(), formats[0].encode(), members[formats[0]], label, meta
+    found = scan_tar(tar)
+    if found.bad:
+        raise DataError(str(found.bad[0]))
+    return found.rows
 
 
 @dataclass(frozen=True)
@@ -114,16 +52,26 @@ class DatasetIndex:
     """int64 [shards + 1]: number of the first sample of each shard, and the count of all."""
 
     @classmethod
-    def open(cls, folder: Path) -> DatasetIndex:
+    def open(cls, folder: Path, *, bad_limit: float = 0.0) -> DatasetIndex:
         """Opens a finished folder and checks everything that costs no read of the tars.
+
+        Args:
+            bad_limit: share of the samples that may be lost with missing or truncated shards; reading one of them
+                tells that it is.
 
         Raises:
             ConfigError: there is no such folder.
-            DataError: it is unfinished, its manifest is unreadable, or shards are missing or truncated (all named).
+            DataError: it is unfinished, its manifest or an index is unreadable, or shards are missing or truncated
+                beyond the limit (all named).
         """
         manifest = Manifest.read(_manifest_of(folder))
         problems: list[str] = []
-        rows = [_open_shard(folder, record, problems) for record in manifest.shards]
+        rows = [_open_index(folder, record, problems) for record in manifest.shards]
+        losses = [_lost(folder / one.file, one, part) for one, part in zip(manifest.shards, rows, strict=True)]
+        damaged = [loss.reason for loss in losses if loss.reason]
+        lost = sum(loss.samples for loss in losses)
+        if damaged and (bad_limit == 0 or lost > bad_limit * manifest.samples):
+            problems = sorted([*damaged, *problems])
         if problems:
             fix = f"Remake what is damaged: {remake_hint(folder, manifest)}"
             raise DataError("\n".join([*problems, fix]))
@@ -159,15 +107,28 @@ def _manifest_of(folder: Path) -> Path:
     )
 
 
-def _open_shard(folder: Path, record: ShardRecord, problems: list[str]) -> np.ndarray:
-    """The index of one shard; what is wrong with the shard is added to ``problems``."""
-    tar = folder / record.file
-    index = index_path(tar)
+class _Loss(NamedTuple):
+    """What is certainly gone from a shard, and why; nothing where the file is the size it should be."""
+
+    samples: int
+    reason: str
+
+
+def _lost(tar: Path, record: ShardRecord, rows: np.ndarray) -> _Loss:
     if not tar.is_file():
-        problems.append(f"{tar} is missing")
-    elif (actual := tar.stat().st_size) != record.bytes:
-        state = "truncated" if actual < record.bytes else "not the file that was written"
-        problems.append(f"{tar} is {state}: it has {actual} bytes, {record.bytes} were written")
+        return _Loss(record.samples, f"{tar} is missing")
+    size = tar.stat().st_size
+    if size == record.bytes:
+        return _Loss(0, "")
+    state = "truncated" if size < record.bytes else "not the file that was written"
+    ends = np.maximum(*(rows[member]["offset"] + rows[member]["size"] for member in ("image", "label")))
+    reason = f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
+    return _Loss(int((ends > size).sum()), reason)
+
+
+def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.ndarray:
+    """The index of one shard; what is wrong with it is added to ``problems``."""
+    index = index_path(folder / record.file)
     try:
         content = index.read_bytes()
     except OSError as error:
@@ -177,5 +138,6 @@ def _open_shard(folder: Path, record: ShardRecord, problems: list[str]) -> np.nd
         problems.append(f"{index} is damaged: it differs from what was written (wrong SHA-256)")
         return np.empty(0, dtype=index_dtype(1))
     rows: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    assert len(rows) == record.samples
+    if len(rows) != record.samples:
+        problems.append(f"{index} has {len(rows)} samples, {record.samples} were written")
     return rows

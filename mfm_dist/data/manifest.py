@@ -50,6 +50,15 @@ class ShardRecord:
     """Number of images by size, keyed ``"<height>x<width>"``."""
     pixel_counts: dict[str, int]
     """Labelled pixels by class name, and those that carry no class under ``"ignore"``; empty without labels."""
+    classes_sha256: str = ""
+    """Of the class statistics (``class_statistics``); empty without labels, and where never counted."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Samples that were to be here and cannot be used: key -> reason."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether any pixel carries a class."""
+        return any(count for name, count in self.pixel_counts.items() if name != "ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,11 @@ class Manifest:
     def pixel_counts(self) -> dict[str, int]:
         """Labelled pixels of the whole data set by class name."""
         return _total([record.pixel_counts for record in self.shards])
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Samples that cannot be used: key -> reason."""
+        return {key: reason for record in self.shards for key, reason in record.left_out.items()}
 
     @property
     def image_sizes(self) -> dict[str, int]:
@@ -123,8 +137,15 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
         return False
     manifest = Manifest.read(folder / MANIFEST_FILE)
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return manifest.recipe == recipe and all(
-        files.get(shard.file) == shard.bytes and index_path(Path(shard.file)).name in files for shard in manifest.shards
+    sidecars = {
+        path(Path(shard.file)).name
+        for shard in manifest.shards
+        for path in (index_path, *([statistics_path] if shard.has_classes else []))
+    }
+    return (
+        manifest.recipe == recipe
+        and all(files.get(shard.file) == shard.bytes for shard in manifest.shards)
+        and sidecars <= files.keys()
     )
 
 
@@ -151,6 +172,11 @@ def conflict(folder: Path, recipe: Recipe) -> str | None:
 def index_path(tar: Path) -> Path:
     """The sidecar index of a tar."""
     return tar.with_name(f"{tar.stem}.index.npy")
+
+
+def statistics_path(tar: Path) -> Path:
+    """The class statistics of a tar."""
+    return tar.with_name(f"{tar.stem}.classes.npy")
 
 
 def remake_hint(folder: Path, manifest: Manifest) -> str:

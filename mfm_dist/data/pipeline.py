@@ -14,17 +14,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.config.schema import DataSection
+from mfm_dist.data.block_pool import BlockPool
+from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, Samples, read
+from mfm_dist.data.lanes import LaneOrder
 from mfm_dist.data.order import SampleOrder
-from mfm_dist.data.reader import Sample, SampleError, ShardReader
-from mfm_dist.data.transforms import source_crop, target_crop
+from mfm_dist.data.reader import Sample, ShardReader
+from mfm_dist.data.sampling import RareClassOrder
+from mfm_dist.data.streaming import ShardStream, StreamedSamples
 from mfm_dist.errors import DataError
-from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.rng import Stream
 
-REPLACEMENT_TRIES = 8
-"""Samples looked at for one place of a block, the first included, before the data is given up."""
 PREFETCHED_BLOCKS = 4
 """Blocks each worker keeps ready."""
 _ENDLESS = sys.maxsize
@@ -40,15 +43,14 @@ class TrainPipeline:
     def __init__(
         self,
         *,
-        source: ShardReader,
-        target: ShardReader,
+        source: ShardReader | ShardStream,
+        target: ShardReader | ShardStream,
         seed: int,
-        crop: tuple[int, int],
+        data: DataSection,
         micro_batch: int,
         rank: int,
         world_size: int,
         blocks_per_step: int,
-        workers: int,
         first_block: int = 0,
     ) -> None:
         """
@@ -56,26 +58,53 @@ class TrainPipeline:
             source: labelled samples.
             target: samples whose labels, if there are any, are never read.
             seed: key of the order and of the crops.
-            crop: height and width of every image of a block.
+            data: crop, resize, rare class sampling, lanes and the number of worker processes.
             micro_batch: source images, and as many target images, of a block.
             rank: of this process.
             world_size: number of processes; must divide ``blocks_per_step``.
             blocks_per_step: blocks that all ranks together consume in a step.
-            workers: processes that read and decode; 0 does it in this one.
             first_block: where to start or go on.
+
+        Raises:
+            ConfigError: no sample holds enough pixels of a class for rare class sampling.
+            DataError: rare class sampling is on and there are no class statistics.
         """
         assert 0 <= rank < world_size
         assert blocks_per_step % world_size == 0
-        blocks = _Blocks(source=source, target=target, seed=seed, crop=crop, micro_batch=micro_batch)
+        workers = data.workers
+
+        def samples(origin: ShardReader | ShardStream, stream: Stream) -> Samples:
+            labelled = stream is Stream.SOURCE_ORDER
+            if isinstance(origin, ShardReader):
+                order = _order(origin, stream, seed=seed, data=data, micro_batch=micro_batch)
+                return IndexedSamples(origin, order, with_label=labelled)
+            return StreamedSamples(
+                origin,
+                with_label=labelled,
+                seed=seed,
+                stream=stream,
+                start=first_block,
+                consumer=rank * max(workers, 1),
+                consumers=world_size * max(workers, 1),
+            )
+
+        self._blocks = Blocks(
+            source=samples(source, Stream.SOURCE_ORDER),
+            target=samples(target, Stream.TARGET_ORDER),
+            seed=seed,
+            data=data,
+            micro_batch=micro_batch,
+        )
+        self._workers = workers
+        self._held = blocks_per_step // world_size
         self._loader = DataLoader(
-            blocks,
+            self._blocks,
             batch_size=None,  # the data set yields whole blocks
             sampler=range(first_block + rank, _ENDLESS, world_size),
             num_workers=workers,
             prefetch_factor=PREFETCHED_BLOCKS if workers else None,
             worker_init_fn=_obey_only_the_parent,
             multiprocessing_context="fork" if workers else None,  # a spawned worker imports torch again, 2 s or more
-            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or the loader draws its worker seed from torch's global generator
         )
 
@@ -85,79 +114,37 @@ class TrainPipeline:
         Raises:
             DataError: ``REPLACEMENT_TRIES`` samples in a row cannot be used.
         """
+        # A worker has blocks that are ready, one in its hands, and some that this process has not done with yet.
+        slots = PREFETCHED_BLOCKS + 2 + -(-self._held // max(self._workers, 1))
+        pool = BlockPool(workers=self._workers, slots=slots, size=self._blocks.size)
+        self._blocks.pool = pool
         for block in self._loader:
             if isinstance(block, DataError):
                 raise block
-            yield block
+            yield block.batch(pool)
 
 
-class _Blocks(Dataset["UDABatch | DataError"]):
-    """Any block by its number."""
-
-    def __init__(
-        self, *, source: ShardReader, target: ShardReader, seed: int, crop: tuple[int, int], micro_batch: int
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.seed = seed
-        self.crop = crop
-        self.micro_batch = micro_batch
-        self.source_order = SampleOrder(count=len(source), seed=seed, stream=Stream.SOURCE_ORDER)
-        self.target_order = SampleOrder(count=len(target), seed=seed, stream=Stream.TARGET_ORDER)
-
-    def __getitem__(self, block: int) -> UDABatch | DataError:
-        """Errors are returned: an exception raised in a worker arrives with that worker's traceback as its text."""
-        try:
-            return self._build(block)
-        except DataError as error:
-            return error
-
-    def _build(self, block: int) -> UDABatch:
-        positions = range(block * self.micro_batch, (block + 1) * self.micro_batch)
-        bad: list[BadSample] = []
-        source = [self._source(position, bad) for position in positions]
-        target = [self._target(position, bad) for position in positions]
-        return UDABatch(
-            source_image=torch.stack([image for image, _ in source]),
-            source_label=torch.stack([label for _, label in source]),
-            target_image=torch.stack([image for image, _ in target]),
-            target_valid=torch.stack([valid for _, valid in target]),
-            block=block,
-            bad_samples=tuple(bad),
+def _order(reader: ShardReader, stream: Stream, *, seed: int, data: DataSection, micro_batch: int) -> Order:
+    """The order that the configuration asks for."""
+    rare = data.rare_class_sampling
+    if rare.enabled and stream is Stream.SOURCE_ORDER:
+        return RareClassOrder(
+            reader.class_statistics(),
+            class_names=reader.index.manifest.class_names,
+            temperature=rare.temperature,
+            min_pixels=rare.min_pixels,
+            seed=seed,
         )
-
-    def _source(self, position: int, bad: list[BadSample]) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = _read_or_replace(self.source, self.source_order, position, with_label=True, bad=bad)
-        assert sample.label is not None
-        return source_crop(
-            sample.image, sample.label, self.crop, keyed_generator(self.seed, Stream.SOURCE_CROP, position)
+    if data.lanes:
+        return LaneOrder(
+            reader.index.starts,
+            lanes=data.lanes,
+            window=data.lane_window,
+            micro_batch=micro_batch,
+            seed=seed,
+            stream=stream,
         )
-
-    def _target(self, position: int, bad: list[BadSample]) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = _read_or_replace(self.target, self.target_order, position, with_label=False, bad=bad)
-        return target_crop(sample.image, self.crop, keyed_generator(self.seed, Stream.TARGET_CROP, position))
-
-
-def _read_or_replace(
-    reader: ShardReader, order: SampleOrder, position: int, *, with_label: bool, bad: list[BadSample]
-) -> Sample:
-    """The sample at ``position``, or the next one of the epoch that is whole; those that are not go into ``bad``."""
-    refused: list[BadSample] = []
-    for attempt in range(min(REPLACEMENT_TRIES, order.count)):
-        found = _read(reader, order.probe(position, attempt), with_label=with_label)
-        if isinstance(found, Sample):
-            bad += refused
-            return found
-        refused.append(found)
-    listed = "\n".join(f"  {sample}" for sample in refused)
-    raise DataError(f"{len(refused)} samples in a row cannot be used, so none can stand in for another:\n{listed}")
-
-
-def _read(reader: ShardReader, number: int, *, with_label: bool) -> Sample | BadSample:
-    try:
-        return reader.read(number, with_label=with_label)
-    except SampleError as error:
-        return error.bad
+    return SampleOrder(count=len(reader), seed=seed, stream=stream)
 
 
 def _obey_only_the_parent(worker: int) -> None:  # noqa: ARG001  the loader passes the worker's number
@@ -211,7 +198,7 @@ class EvaluationSet:
             yield EvaluationItem(None, None, None)
 
     def _turn(self, number: int) -> EvaluationItem:
-        found = _read(self._reader, number, with_label=True)
+        found = read(self._reader, number, with_label=True)
         if isinstance(found, Sample):
             return EvaluationItem(number, found, None)
         return EvaluationItem(number, None, found)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mfm_dist.batch import BadSample
-from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.data.class_statistics import read_statistics
+from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
 from mfm_dist.data.index import DatasetIndex
+from mfm_dist.data.manifest import ShardRecord
 from mfm_dist.errors import DataError
 
 OPEN_FILES = 128
@@ -29,7 +30,7 @@ class Sample:
 
     key: str
     image: Tensor
-    """uint8 [3, H, W], RGB."""
+    """uint8 [3, H, W], RGB; a view of rows of triples."""
     label: Tensor | None
     """uint8 [H, W], train ids or ``IGNORE_INDEX``; None where it was not asked for."""
 
@@ -56,10 +57,28 @@ class ShardReader:
     parent had open, because ``pread`` neither moves nor needs the shared file offset.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        """Raises what ``DatasetIndex.open`` raises."""
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        decoder: str = "torchvision",
+        bad_limit: float = 0.0,
+        local_copy: Callable[[Path, ShardRecord], Path] | None = None,
+    ) -> None:
+        """
+        Args:
+            decoder: ``torchvision`` or ``simplejpeg``.
+            bad_limit: share of the samples that may be lost with missing or truncated shards.
+            local_copy: where to read a shard instead (``staging``); asked when the shard is opened.
+
+        Raises:
+            What ``DatasetIndex.open`` and ``jpeg_decoder`` raise.
+        """
         self._files: OrderedDict[int, int] = OrderedDict()
-        self.index = DatasetIndex.open(Path(folder))
+        self._decoder = decoder
+        self._decode_jpeg = jpeg_decoder(decoder)
+        self._local_copy = local_copy
+        self.index = DatasetIndex.open(Path(folder), bad_limit=bad_limit)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,51 +87,63 @@ class ShardReader:
     def num_classes(self) -> int:
         return len(self.index.manifest.class_names)
 
+    @property
+    def fingerprint(self) -> str:
+        """Two data sets share it if every number is the same sample."""
+        return self.index.manifest.fingerprint
+
+    def class_statistics(self) -> np.ndarray:
+        """uint32 [samples, classes]: pixels of each class. Raises what ``read_statistics`` raises."""
+        return read_statistics(self.index.folder, self.index.manifest)
+
     def read(self, number: int, *, with_label: bool = True) -> Sample:
         """Reads, verifies and decodes sample ``number``.
 
         Raises:
             SampleError: the bytes differ from those written, do not decode, or the label is missing or impossible.
         """
-        shard, row_number = self.index.locate(number)
-        row = self.index.rows[shard][row_number]
+        shard, row = self.index.locate(number)
+        # One call for the whole row; each field by itself would cost as much.
+        name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
+        key = name.decode(errors="replace")
         try:
-            image = _decode_image(self._bytes(shard, row["image"], "image"), row["image_format"].decode())
+            encoded, kind = self._bytes(shard, image_at, "image"), image_format.decode()
             label = None
             if with_label:
-                label = _decode_label(self._bytes(shard, row["label"], "label"))
-                _check_label(label, image, self.num_classes)
-        except _UnusableError as error:
+                payload = self._bytes(shard, label_at, "label")
+                label = decode_label(payload, self.num_classes, header_size(encoded, kind, "image"))
+            image = decode_image(encoded, kind, self._decode_jpeg)
+        except UnusableError as error:
             tar = self.index.folder / self.index.manifest.shards[shard].file
-            raise SampleError(
-                BadSample(shard=str(tar), key=row["key"].decode(), number=number, reason=str(error))
-            ) from error
-        return Sample(key=row["key"].decode(), image=image, label=label)
+            raise SampleError(BadSample(shard=str(tar), key=key, number=number, reason=str(error))) from error
+        return Sample(key=key, image=image, label=label)
 
-    def _bytes(self, shard: int, member: np.void, what: str) -> Tensor:
-        """The payload of one member, uint8 [size]."""
-        offset, size = int(member["offset"]), int(member["size"])
+    def _bytes(self, shard: int, member: tuple[int, int, int], what: str) -> np.ndarray:
+        """The payload of one member, given by offset, size and CRC-32: uint8 [size]."""
+        offset, size, crc32 = member
         if offset < 0:
-            raise _UnusableError(f"it has no {what}")
+            raise UnusableError(f"it has no {what}")
         if size == 0:
-            raise _UnusableError(f"its {what} is empty")
-        payload = bytearray(size)
+            raise UnusableError(f"its {what} is empty")
         try:
-            count = os.preadv(self._file(shard), [payload], offset)
-        except OSError as error:
-            raise _UnusableError(f"its {what} cannot be read ({error})") from error
+            payload = np.empty(size, dtype=np.uint8)
+            count = os.preadv(self._file(shard), [payload.data], offset)
+        except (OSError, MemoryError) as error:
+            raise UnusableError(f"its {what} cannot be read ({error})") from error
         if count != size:
-            raise _UnusableError(f"the shard ends inside its {what}: {count} of {size} bytes")
-        if zlib.crc32(payload) != member["crc32"]:
-            raise _UnusableError(f"its {what} differs from what was written (wrong CRC-32)")
-        return torch.frombuffer(payload, dtype=torch.uint8)
+            raise UnusableError(f"the shard ends inside its {what}: {count} of {size} bytes")
+        if zlib.crc32(payload.data) != crc32:
+            raise UnusableError(f"its {what} differs from what was written (wrong CRC-32)")
+        return payload
 
     def _file(self, shard: int) -> int:
         """The descriptor of a shard; the least recently used is closed when too many are open."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.index.folder / self.index.manifest.shards[shard].file, os.O_RDONLY)
+            record = self.index.manifest.shards[shard]
+            path = self.index.folder / record.file
+            self._files[shard] = os.open(self._local_copy(path, record) if self._local_copy else path, os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -124,45 +155,11 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "_files": OrderedDict()}
+        return {"index": self.index, "decoder": self._decoder, "local_copy": self._local_copy}
 
-
-class _UnusableError(Exception):
-    """Why a sample cannot be used; ``read`` adds which one it is."""
-
-
-def _decode_image(payload: Tensor, image_format: str) -> Tensor:
-    """uint8 [size] -> uint8 [3, H, W]."""
-    decode = decode_jpeg if image_format == "jpg" else decode_png
-    try:
-        image = decode(payload, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise _UnusableError(f"its image is no readable {image_format} ({_first_line(error)})") from error
-    if image.dtype != torch.uint8:
-        raise _UnusableError(f"its image has {image.dtype} pixels; 8 bits a channel are needed")
-    return image
-
-
-def _decode_label(payload: Tensor) -> Tensor:
-    """uint8 [size] -> uint8 [H, W]."""
-    try:
-        label = decode_png(payload, mode=ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise _UnusableError(f"its label is no readable png ({_first_line(error)})") from error
-    if label.shape[0] != 1 or label.dtype != torch.uint8:
-        raise _UnusableError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
-    return label[0]
-
-
-def _check_label(label: Tensor, image: Tensor, num_classes: int) -> None:
-    if label.shape != image.shape[1:]:
-        sizes = [f"{height}x{width}" for height, width in (label.shape, image.shape[1:])]
-        raise _UnusableError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
-    unknown = (label >= num_classes) & (label != IGNORE_INDEX)
-    if unknown.any():
-        ids = ", ".join(str(i) for i in label[unknown].unique().tolist())
-        raise _UnusableError(f"its label holds class ids {ids}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+        self._files = OrderedDict()
+        self._decoder = state["decoder"]
+        self._decode_jpeg = jpeg_decoder(self._decoder)
+        self._local_copy = state["local_copy"]

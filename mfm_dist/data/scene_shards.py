@@ -36,6 +36,7 @@ class SceneSplit:
     gap: Gap
     command: str
     class_names: tuple[str, ...] = CLASS_NAMES
+    bad_limit: float = 0.0
 
     @property
     def recipe(self) -> Recipe:

@@ -5,18 +5,14 @@ The same samples give the same files, whoever writes them and however often the 
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +22,10 @@ import webdataset
 from PIL import Image
 
 from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.data.class_statistics import count_pixels, count_shard, write_statistics
+from mfm_dist.data.files import atomic_file as atomic_file
+from mfm_dist.data.files import no_space_left
+from mfm_dist.data.files import sha256_of as sha256_of
 from mfm_dist.data.index import LABEL_EXTENSION, META_EXTENSION, build_index
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
@@ -36,14 +36,13 @@ from mfm_dist.data.manifest import (
     index_path,
     remake_hint,
     started_manifest,
+    statistics_path,
 )
 from mfm_dist.errors import DataError, StorageError
-from mfm_dist.whole_folder import fsync
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,8 @@ class RawSample:
     """uint8 [H, W], train ids or ``IGNORE_INDEX``; None for a sample without a label."""
     meta: dict[str, Any]
     """Anything JSON can hold; stored beside the image."""
+    image_file: tuple[str, bytes] | None = None
+    """Format (``jpg`` or ``png``) and bytes of a file that holds ``image``, to be stored as they are; None: a JPEG."""
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
@@ -84,7 +85,7 @@ def encode_label_png(label: np.ndarray) -> bytes:
 
 
 def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_names: tuple[str, ...]) -> ShardRecord:
-    """Writes ``<number>.tar`` and its index; each gets its name only when it is whole and on the disk.
+    """Writes ``<number>.tar``, its index and its class statistics; each gets its name when it is whole and on the disk.
 
     Raises:
         DataError: a sample is impossible.
@@ -93,11 +94,13 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
     tar = folder / f"{number:06d}.tar"
     sizes: Counter[str] = Counter()
     pixels = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+    by_sample = []
     with atomic_file(tar) as file, _tar_writer(file) as writer:
         for sample in samples:
             _check(sample, len(class_names), tar)
             writer.write(_members(sample))
             sizes["x".join(map(str, sample.image.shape[:2]))] += 1
+            by_sample.append(count_pixels(sample.label, len(class_names)))
             if sample.label is not None:
                 pixels += np.bincount(sample.label.ravel(), minlength=len(pixels))
     write_index(tar)
@@ -110,6 +113,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
         index_sha256=sha256_of(index_path(tar)),
         image_sizes=dict(sorted(sizes.items())),
         pixel_counts={**counts, "ignore": int(pixels[IGNORE_INDEX])} if pixels.any() else {},
+        classes_sha256=write_statistics(tar, np.array(by_sample)),
     )
 
 
@@ -128,7 +132,8 @@ def _tar_writer(file: BinaryIO) -> webdataset.TarWriter:
 def _members(sample: RawSample) -> dict[str, str | bytes]:
     """The members in the form TarWriter takes: extension -> bytes."""
     meta = json.dumps({"key": sample.key, **sample.meta}, sort_keys=True)
-    members: dict[str, str | bytes] = {"__key__": sample.key, "jpg": encode_jpeg(sample.image)}
+    image_format, image = sample.image_file or ("jpg", encode_jpeg(sample.image))
+    members: dict[str, str | bytes] = {"__key__": sample.key, image_format: image}
     if sample.label is not None:
         members[LABEL_EXTENSION] = encode_label_png(sample.label)
     return {**members, META_EXTENSION: meta.encode()}
@@ -190,7 +195,7 @@ class ShardSetWriter:
             tar = folder / record.file
             if tar.is_file() and tar.stat().st_size == record.bytes and sha256_of(tar) == record.sha256:
                 write_index(tar)
-                self._records[record.file] = record
+                self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, class_names))
         self._save(UNFINISHED_FILE)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
 
@@ -216,7 +221,7 @@ class ShardSetWriter:
         need = bytes_per_sample * sum(len(shard.samples) for shard in self.pending)
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            raise StorageError(_disk_full(self.folder, need, free, remake_hint(self.folder, self._manifest)))
+            raise StorageError(no_space_left(self.folder, need, free, remake_hint(self.folder, self._manifest)))
 
     def _save(self, name: str) -> None:
         self._manifest = replace(self._manifest, shards=tuple(self._records[file] for file in sorted(self._records)))
@@ -224,47 +229,16 @@ class ShardSetWriter:
             file.write(self._manifest.to_json().encode())
 
 
+def _keep_statistics(tar: Path, record: ShardRecord, class_names: tuple[str, ...]) -> str:
+    """Counts the classes of a finished tar again where their file is not the one that was written."""
+    path = statistics_path(tar)
+    if not record.has_classes or (path.is_file() and sha256_of(path) == record.classes_sha256):
+        return record.classes_sha256
+    return write_statistics(tar, count_shard(tar, build_index(tar), len(class_names)))
+
+
 def remove_shards(folder: Path) -> None:
     """Removes a data set and leaves every other file alone; the manifest goes first, so nothing looks finished."""
-    for pattern in (MANIFEST_FILE, UNFINISHED_FILE, "[0-9]*.tar", "[0-9]*.index.npy"):
+    for pattern in (MANIFEST_FILE, UNFINISHED_FILE, "[0-9]*.tar", "[0-9]*.index.npy", "[0-9]*.classes.npy"):
         for path in folder.glob(pattern):
             path.unlink()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk, and leaves nothing behind when it fails.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except BaseException as error:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            free = shutil.disk_usage(path.parent).free
-            raise StorageError(_disk_full(path, written, free, "run the same command again")) from error
-        raise
-
-
-def _disk_full(where: Path, need: int, free: int, again: str) -> str:
-    return (
-        f"no space left for {where}: it needs at least {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. "
-        f"Make room, then: {again}. Finished shards are kept"
-    )
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,12 +1,17 @@
-"""Geometry on the host, in uint8: random crop and flip. Everything photometric happens later, on the device.
+"""Geometry on the host, in uint8: resize, random crop, flip. Everything photometric happens later, on the device.
 
-The order is the published one (DAFormer, HRDA, MIC): crop, flip, pad on the right and at the bottom.
+The order is the published one (DAFormer, HRDA, MIC): resize, crop, flip, pad on the right and at the bottom. What is
+computed is less: the box of the crop is drawn first, and of the image only that box is resized.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
@@ -18,16 +23,59 @@ LARGEST_CLASS_SHARE = 0.75
 """The largest class must cover less of the valid pixels of a source crop (same origin)."""
 LABEL_STRIDE = 4
 """Classes of a crop are counted on every 4th pixel both ways, 15 times faster than on all of them."""
+RARE_CLASS_TRIES = 10
+"""New crops until there is enough of the class that the sample was drawn for (DAFormer)."""
 PAD_COLOUR = (124, 116, 104)
 """The ImageNet mean, so that padding is 0 after normalisation, up to rounding."""
 
+Box = tuple[slice, slice]
+"""Rows and columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """How large an image becomes before the crop. The defaults leave it as it is stored."""
+
+    box: tuple[int, int] | None = None
+    """Height and width, in either order, that the image fills as far as its aspect allows; None: the stored size."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Range of a further factor, drawn uniformly for each sample."""
+
+    def size(self, stored: tuple[int, int], generator: np.random.Generator) -> tuple[int, int]:
+        """Height and width for an image of ``stored`` height and width (mmcv's rule for a kept aspect)."""
+        factor = 1.0
+        if self.box is not None:
+            factor = min(max(self.box) / max(stored), min(self.box) / min(stored))
+        if self.scale != (1.0, 1.0):
+            factor *= generator.uniform(*self.scale)
+        height, width = (max(int(side * factor + 0.5), 1) for side in stored)
+        return height, width
+
+
+AS_STORED = Resize()
+
+
+class Wanted(NamedTuple):
+    """What a crop of a sample drawn for a rare class should hold."""
+
+    train_id: int
+    pixels: float
+    """More than this many pixels of the class."""
+
 
 def source_crop(
-    image: Tensor, label: Tensor, size: tuple[int, int], generator: np.random.Generator
+    image: Tensor,
+    label: Tensor,
+    size: tuple[int, int],
+    generator: np.random.Generator,
+    *,
+    resize: Resize = AS_STORED,
+    wanted: Wanted | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A random crop of more than one class, none of them above ``LARGEST_CLASS_SHARE``, flipped half of the time.
 
-    After ``CROP_TRIES`` redraws the last box is taken unchecked.
+    After ``CROP_TRIES`` redraws the last box is taken unchecked. If that crop has too little of a wanted class, crop
+    and flip are drawn again, up to ``RARE_CLASS_TRIES`` times, and the last one is kept.
 
     Args:
         image: uint8 [3, H, W].
@@ -38,41 +86,112 @@ def source_crop(
     Returns:
         uint8 [3, h, w] and uint8 [h, w].
     """
-    box = _draw_box(label, size, generator)
-    for _ in range(CROP_TRIES):
-        if _is_varied(label[box]):
-            break
-        box = _draw_box(label, size, generator)
-    image, label = image[:, box[0], box[1]], label[box]
-    if generator.random() < FLIP_PROBABILITY:
+    resized = resize.size((image.shape[1], image.shape[2]), generator)
+    label = resize_label(label, resized)
+    box, flips = _draw_varied(label, size, generator)
+    if wanted is not None:
+        for _ in range(RARE_CLASS_TRIES):
+            if np.count_nonzero(label[box].numpy() == wanted.train_id) > wanted.pixels:
+                break
+            box, flips = _draw_varied(label, size, generator)
+    image, label = resize_box(image, resized, box), label[box]
+    if flips:
         image, label = image.flip(-1), label.flip(-1)
     return _pad_image(image, size), _pad(label, size, IGNORE_INDEX)
 
 
-def target_crop(image: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+def target_crop(
+    image: Tensor,
+    size: tuple[int, int],
+    generator: np.random.Generator,
+    *,
+    resize: Resize = AS_STORED,
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> tuple[Tensor, Tensor]:
     """A plain random crop, flipped half of the time; no label of the target is ever looked at.
 
     Args:
         image: uint8 [3, H, W].
         size: height and width (h, w) of the crop; a smaller image is padded.
         generator: keyed by the sample's position.
+        margins: rows and columns of the stored image that are not valid: top, bottom, left, right.
 
     Returns:
-        uint8 [3, h, w], and bool [h, w] that is False on the padding.
+        uint8 [3, h, w], and bool [h, w] that is False on the padding and in the margins.
     """
-    rows, columns = _draw_box(image[0], size, generator)
-    image = image[:, rows, columns]
-    if generator.random() < FLIP_PROBABILITY:
-        image = image.flip(-1)
-    valid = torch.ones(image.shape[1:], dtype=torch.bool)
+    stored = (image.shape[1], image.shape[2])
+    resized = resize.size(stored, generator)
+    box = _draw_box(resized, size, generator)
+    flips = generator.random() < FLIP_PROBABILITY
+    image = resize_box(image, resized, box)
+    valid = torch.ones((), dtype=torch.bool).expand(image.shape[1:])  # no memory of its own
+    if any(margins):
+        top, bottom, left, right = margins
+        inside = torch.zeros(stored, dtype=torch.uint8)
+        inside[top : stored[0] - bottom, left : stored[1] - right] = 1
+        valid = resize_label(inside, resized)[box].bool()
+        valid = valid.flip(-1) if flips else valid
+    image = image.flip(-1) if flips else image
     return _pad_image(image, size), _pad(valid, size, False)
 
 
-def _draw_box(plane: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[slice, slice]:
-    """A uniform box of ``size`` inside a plane [H, W], or all of a side that is shorter."""
+def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [H, W] -> uint8 [H', W'], the nearest pixel by the floor rule, as published."""
+    if label.shape == size:
+        return label
+    return F.interpolate(label[None, None], size, mode="nearest")[0, 0]
+
+
+def resize_box(image: Tensor, size: tuple[int, int], box: Box) -> Tensor:
+    """A box of the resized image, computed from the pixels it needs and no other.
+
+    Bilinear without antialiasing, as published: equal to resizing the whole image with torch's ``interpolate`` and
+    cutting the box out of it.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: height and width of the whole resized image.
+        box: in that.
+
+    Returns:
+        uint8 [3, h', w'].
+    """
+    if image.shape[1:] == size:
+        return image[:, box[0], box[1]]
+    (top, below, down), (left, right, across) = (
+        _neighbours(stored, new, part) for stored, new, part in zip(image.shape[1:], size, box, strict=True)
+    )
+    first = (int(top[0]), int(left[0]))
+    pixels = image.permute(1, 2, 0)[first[0] : int(below[-1]) + 1, first[1] : int(right[-1]) + 1].to(torch.float32)
+    down, across = down.view(-1, 1, 1), across.view(1, -1, 1)
+    rows = torch.lerp(pixels.index_select(0, top - first[0]), pixels.index_select(0, below - first[0]), down)
+    resized = torch.lerp(rows.index_select(1, left - first[1]), rows.index_select(1, right - first[1]), across)
+    return resized.round_().to(torch.uint8).permute(2, 0, 1)
+
+
+def _neighbours(stored: int, new: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """For output pixels ``part`` of one axis: the stored pixel before, the one after, and the weight of the latter."""
+    places = torch.arange(new, dtype=torch.float32)[part]
+    places = ((places + 0.5) * (stored / new) - 0.5).clamp(min=0)
+    before = places.to(torch.int64)
+    return before, (before + 1).clamp(max=stored - 1), places - before
+
+
+def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Box, bool]:
+    """A box that passes the rule of ``source_crop``, and whether to flip."""
+    shape = (label.shape[0], label.shape[1])
+    box = _draw_box(shape, size, generator)
+    for _ in range(CROP_TRIES):
+        if _is_varied(label[box]):
+            break
+        box = _draw_box(shape, size, generator)
+    return box, bool(generator.random() < FLIP_PROBABILITY)
+
+
+def _draw_box(shape: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> Box:
+    """A uniform box of ``size`` inside a plane of ``shape`` [H, W], or all of a side that is shorter."""
     top, left = (
-        int(generator.integers(max(have - want, 0), endpoint=True))
-        for have, want in zip(plane.shape, size, strict=True)
+        int(generator.integers(max(have - want, 0), endpoint=True)) for have, want in zip(shape, size, strict=True)
     )
     return slice(top, top + size[0]), slice(left, left + size[1])
 
@@ -96,4 +215,6 @@ def _pad_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """[3, h', w'] -> [3, h, w] with ``PAD_COLOUR``."""
     if image.shape[1:] == size:
         return image
-    return torch.stack([_pad(plane, size, value) for plane, value in zip(image, PAD_COLOUR, strict=True)])
+    padded = torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(*size, 3).clone()
+    padded[: image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
+    return padded.permute(2, 0, 1)

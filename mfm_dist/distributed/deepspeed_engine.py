@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.engine import Engine, StepResult
-from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.gradients import part_of
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO 1 to 3. DeepSpeed owns autocast, gradient exchange, clipping and the check for non-finite gradients."""
+    """ZeRO 1 to 3. DeepSpeed owns autocast, gradient exchange and the refusal of non-finite gradients."""
 
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
         base_rates = [group["base_lr"] for group in optimizer.param_groups]
         self.module = module
         self._exchange = ExitStack()
-        self._wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        self._wrapped, prepared = self.accelerator.prepare(self._to_wrap(module), optimizer)
         self.optimizer = prepared.optimizer  # DeepSpeed's own, below accelerate's wrapper
         for group, rate in zip(self.optimizer.param_groups, base_rates, strict=True):
             assert group["base_lr"] == rate, "DeepSpeed reordered the parameter groups"
+        # ZeRO-3 would go on using a copy that it keeps resident, and never see what the EMA writes into the shard.
+        resident = [name for name, p in module.named_parameters() if getattr(p, "ds_persist", False)]
+        assert not resident, f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them"
         self._check_gradients()
 
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
@@ -49,19 +51,22 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed divides by the accumulation that it was told.
         self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
 
-    def step(self) -> StepResult:
-        assert self._pending == self.accumulation, "step() belongs after the last micro-batch of a step"
-        self._pending = 0
-        self._exchange.close()
-        self._wrapped.step()  # type: ignore[operator]
-        norm = self._wrapped.get_global_grad_norm()  # type: ignore[operator]
-        return StepResult(applied=self._wrapped.was_step_applied(), grad_norm=float(norm))  # type: ignore[operator]
-
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().clone()
+
+    @torch.no_grad()
+    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        flat = whole.flatten()
+        if self._is_stage_3:
+            piece, place = self._local_piece(parameter)
+            piece.copy_(flat[place])
+        else:
+            parameter.data.copy_(whole)
+        for place, shard, start in self._own_piece(parameter):
+            shard.data.narrow(0, start, place.stop - place.start).copy_(flat[place])
 
     @property
     def replicates_parameters(self) -> bool:
@@ -74,23 +79,17 @@ class DeepSpeedEngine(Engine):
                 master = shard.data.narrow(0, start, place.stop - place.start)
                 whole = self.replicates_parameters
                 own = parameter.data.flatten()[place] if whole else self._local_piece(parameter)[0]
-                if not torch.equal(own.float(), master):
+                if not torch.equal(own, master.to(own)):
                     unlike.append(name)
         return unlike
 
-    def _local_piece(self, parameter: nn.Parameter) -> tuple[Tensor, slice]:
-        """ZeRO-3: this rank's piece of a parameter without its padding, and where in the flat whole it belongs."""
-        shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
-        first = self.rank * shard.numel()
-        count = max(0, min(shard.numel(), parameter_numel(parameter) - first))
-        return shard.narrow(0, 0, count), slice(first, first + count)
-
     def optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
         keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
-        return {key: self._full_state(parameter, key) for key in keys}
+        return {key: self._assembled(parameter, key) for key in keys}
 
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
+            self._base.state.clear()
             return
         states = list(states)
         keys = {key for _, tensors in states for key in tensors}
@@ -101,7 +100,38 @@ class DeepSpeedEngine(Engine):
             self._base.state[shard] = state
         for parameter, tensors in states:
             for key, value in tensors.items():
-                self._set_state(parameter, key, value.to(self.device))
+                for place, shard, start in self._own_piece(parameter):
+                    own = self._base.state[shard][key].narrow(0, start, place.stop - place.start)
+                    own.copy_(value.flatten()[place])
+
+    def _to_wrap(self, module: nn.Module) -> nn.Module:
+        """What DeepSpeed is given in the module's place."""
+        return module
+
+    def _finish_backward(self) -> None:
+        self._exchange.close()
+
+    def _gradients_by_part(self) -> dict[str, list[Tensor]]:
+        zero: Any = self.optimizer
+        parts: dict[str, list[Tensor]] = {part_of(group["name"]): [] for group in zero.param_groups}
+        for index, shard in enumerate(self._flat_shards()):
+            group = zero.param_groups[zero.sub_group_to_group_id[index] if self._is_stage_3 else index]
+            held = [shard.grad] if self.config.memory.offload_optimizer else zero.averaged_gradients[index]
+            parts[part_of(group["name"])].extend(gradient for gradient in held if gradient is not None)
+        return parts
+
+    @property
+    def _replicates_gradients(self) -> bool:
+        return False
+
+    def _update(self, factors: Tensor) -> bool:
+        zero: Any = self.optimizer
+        if self.config.memory.offload_optimizer and not bool(torch.isfinite(factors).all()):
+            # With offloading DeepSpeed judges by notes taken during the backward, not by the gradients themselves.
+            zero.local_overflow = True
+            zero.norm_for_param_grads = {key: torch.tensor(torch.inf) for key in zero.norm_for_param_grads}
+        self._wrapped.step()  # type: ignore[operator]
+        return bool(self._wrapped.was_step_applied())  # type: ignore[operator]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -125,16 +155,20 @@ class DeepSpeedEngine(Engine):
     def _is_stage_3(self) -> bool:
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
 
-    def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """One optimiser tensor of one parameter, put together from the ranks' pieces. Collective."""
-        whole = torch.zeros(parameter_numel(parameter), device=self.device)
+    def _assembled(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """One optimiser tensor of one parameter, or with ``key=None`` its fp32 master, from all ranks' pieces."""
+        whole = torch.zeros(parameter_shape(parameter).numel(), device=self.device)
         for place, shard, start in self._own_piece(parameter):
-            whole[place] = self._base.state[shard][key].narrow(0, start, place.stop - place.start)
+            held = shard.data if key is None else self._base.state[shard][key]
+            whole[place] = held.narrow(0, start, place.stop - place.start).to(self.device)
         return self.sum(whole).view(parameter_shape(parameter))
 
-    def _set_state(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-        for place, shard, start in self._own_piece(parameter):
-            self._base.state[shard][key].narrow(0, start, place.stop - place.start).copy_(whole.flatten()[place])
+    def _local_piece(self, parameter: nn.Parameter) -> tuple[Tensor, slice]:
+        """ZeRO-3: this rank's piece of a parameter without its padding, and where in the flat whole it belongs."""
+        shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        first = self.rank * shard.numel()
+        count = max(0, min(shard.numel(), parameter_shape(parameter).numel() - first))
+        return shard.narrow(0, 0, count), slice(first, first + count)
 
     def _own_piece(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor, int]]:
         """Where in the flat whole this rank's piece of a parameter belongs, its fp32 shard and place in it; or nothing.
@@ -161,26 +195,3 @@ def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; under ZeRO-3 the tensor itself is empty between uses."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
-
-
-def parameter_numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter."""
-    return parameter_shape(parameter).numel()
-
-
-def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
-    """The whole of DeepSpeed's configuration; the stage is the launcher's, the rest follows from the run's."""
-    return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        # memory.lean: the engine adds up all backwards of a step by itself, for DeepSpeed they are one micro-batch.
-        "gradient_accumulation_steps": 1 if config.memory.lean else config.blocks_per_step // launch.world_size,
-        "gradient_clipping": config.train.clip_norm,
-        "zero_optimization": {
-            "stage": launch.zero_stage,
-            "overlap_comm": False,
-            "stage3_param_persistence_threshold": 0,
-        },
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 10**12,
-    }

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.gradient_check import GradientCheck
+from mfm_dist.distributed.gradients import Ceilings, clip_factors, part_of, refuse, sum_of_squares
+from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
 Result = TypeVar("Result")
@@ -26,9 +28,11 @@ class StepResult:
     """What became of one optimiser step."""
 
     applied: bool
-    """False when a gradient was not finite: the weights are then as before."""
-    grad_norm: float
-    """Global norm of the gradient before clipping."""
+    """False when the loss or a gradient was not finite or above its ceiling: the weights are then as before."""
+    loss: Tensor
+    """Mean over all micro-batches of the step, the same on every rank."""
+    grad_norms: dict[str, Tensor]
+    """Norm of the gradient before clipping, by part (encoder, decoder, Rebuilder) and ``total``."""
 
 
 class Engine:
@@ -45,6 +49,8 @@ class Engine:
         self.module: nn.Module
         self.optimizer: Optimizer
         self._pending = 0
+        self._loss = torch.zeros((), device=self.device)
+        """Sum over this rank's micro-batches of the step."""
         self._gradient_check: GradientCheck | None = None
 
     @property
@@ -57,7 +63,6 @@ class Engine:
         self.module = module.to(self.device)
         self.optimizer = optimizer
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
-        self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self._check_gradients()
 
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
@@ -80,6 +85,7 @@ class Engine:
                 self.backward(output.total)
             losses |= {**output.losses, "total": losses["total"] + output.total.detach()}
             inputs = output.inputs
+        self._loss = self._loss + losses["total"]
         if self._gradient_check is not None:
             self._gradient_check.after_micro_batch()
         return losses
@@ -88,17 +94,30 @@ class Engine:
         """Add the gradient of a loss to those of the step, which is the mean over its micro-batches."""
         (loss / self.accumulation).backward()
 
-    def step(self) -> StepResult:
-        """Clip, update, clear. A gradient that is not finite on any rank leaves the weights alone on all."""
+    def step(self, ceilings: Ceilings = Ceilings()) -> StepResult:  # noqa: B008 - it is frozen
+        """Clip, update, clear. With a loss or gradient that is not finite or too large the weights stay as they are.
+
+        Clipped by ``train.clip_parts`` and ``train.clip_norm`` here, in the same way under every engine.
+        """
         assert self._pending == self.accumulation, "step() belongs after the last micro-batch of a step"
-        self._pending = 0
-        limit = self.config.train.clip_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True))
-        applied = norm < float("inf")
-        if applied:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(applied=applied, grad_norm=norm)
+        self._finish_backward()
+        parts = self._gradients_by_part()
+        # A gradient that every rank holds whole is counted once.
+        share = 1.0 / self.world_size if self._replicates_gradients else 1.0
+        squares = [share * sum_of_squares(gradients, self.device) for gradients in parts.values()]
+        *squares, loss = self.sum(torch.stack([*squares, self._loss / (self.accumulation * self.world_size)]))
+        norms = torch.stack(squares).sqrt()
+        limits = [float(self.config.train.clip_parts.get(part, 0.0)) for part in parts]
+        factors = refuse(clip_factors(norms, limits, self.config.train.clip_norm), norms, loss, ceilings)
+        for gradients, factor in zip(parts.values(), factors, strict=True):
+            if gradients:
+                torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        self._pending, self._loss = 0, torch.zeros_like(self._loss)
+        applied = self._update(factors)
+        if not applied:  # DeepSpeed uses its buffers again and never writes their padding: no NaN may stay there
+            for gradients in parts.values():
+                torch._foreach_zero_(gradients)
+        return StepResult(applied, loss, {**dict(zip(parts, norms, strict=True)), "total": norms.norm()})
 
     def set_learning_rates(self, factor: float) -> None:
         """Give every parameter group its own base rate times ``factor``."""
@@ -145,6 +164,10 @@ class Engine:
             raise own or errors[0]
         return result
 
+    def inference_context(self) -> AbstractContextManager[Any]:
+        """What a forward outside ``micro_batch`` has to run in."""
+        return nullcontext()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
@@ -154,9 +177,19 @@ class Engine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @torch.no_grad()
+    def update_teacher(self, decay: float) -> None:
+        """teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
+        update_teacher(self._teacher_pairs(), decay)
+
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """A whole parameter, wherever its pieces are. Collective."""
+        """A whole parameter in full precision, wherever its pieces are. Collective."""
         return parameter.detach()
+
+    @torch.no_grad()
+    def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Put back what ``full_parameter`` gave, after ``prepare``."""
+        parameter.copy_(whole)
 
     @property
     def replicates_parameters(self) -> bool:
@@ -179,6 +212,34 @@ class Engine:
             if self._counts_steps:
                 state["step"] = torch.tensor(float(applied))
             self.optimizer.state[parameter] = state
+
+    def _finish_backward(self) -> None:
+        """After the last backward of a step: all gradients are exchanged."""
+
+    def _gradients_by_part(self) -> dict[str, list[Tensor]]:
+        """What this rank holds of the step's gradient, by part of the module."""
+        parts: dict[str, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            held = [p.grad for p in group["params"] if p.grad is not None]
+            parts.setdefault(part_of(group["name"]), []).extend(held)
+        return parts
+
+    @property
+    def _replicates_gradients(self) -> bool:
+        """Whether every rank holds every gradient whole."""
+        return True
+
+    def _update(self, factors: Tensor) -> bool:
+        """Step the optimiser with the gradients as they are now, unless they are not finite; whether it did."""
+        applied = bool(torch.isfinite(factors).all())
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return applied
+
+    def _teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each student parameter and the teacher's that follows it."""
+        return list(cast(Any, self.module).teacher_pairs())
 
     def _check_gradients(self) -> None:
         if self.config.debug.check_gradients:

@@ -5,10 +5,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mfm_dist.config.schema import RunConfig
+
+ZERO_SETTINGS = frozenset({
+    "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance",
+})  # fmt: skip
+"""What a DeepSpeed file of the launcher may set: how ZeRO exchanges and what it holds, never what it computes."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,8 @@ class Launch:
     rank: int
     zero_stage: int | None
     """DeepSpeed's ZeRO stage, None without DeepSpeed."""
+    zero_settings: Mapping[str, Any] = field(default_factory=dict)
+    """``zero_optimization`` of the launcher's DeepSpeed file, if there is one."""
     local_world_size: int = 1
     """Processes on this machine."""
     use_cpu: bool = False
@@ -30,7 +43,9 @@ class Launch:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
         """Read the variables that torchrun and ``accelerate launch`` set."""
         deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if deepspeed else None
+        settings = _zero_settings(environment)[0] if deepspeed else {}
+        named = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        stage = int(settings.get("stage", named)) if deepspeed else None
         launcher: Literal["torchrun", "accelerate"] | None = None
         if "TORCHELASTIC_RUN_ID" in environment:
             launcher = "torchrun"
@@ -40,6 +55,7 @@ class Launch:
             world_size=int(environment.get("WORLD_SIZE", "1")),
             rank=int(environment.get("RANK", "0")),
             zero_stage=stage,
+            zero_settings=settings,
             local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
             use_cpu=environment.get("ACCELERATE_USE_CPU", "false").lower() == "true",
             launcher=launcher,
@@ -58,21 +74,47 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
         ),
         "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", ("none",), "train.clip_norm"),
     }
-    for variable, (field, neutral, key) in stands_in_config.items():
+    for variable, (entry, neutral, key) in stands_in_config.items():
         value = environment.get(variable, neutral[0])
         if value.lower() not in neutral:
-            problems.append(f"the launch file sets {field}: {value}; leave it out, {key} of the run decides it")
-    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in environment:
-        problems.append(
-            "the launch file names a deepspeed_config_file; give zero_stage instead, the rest is written here"
-        )
+            problems.append(f"the launch file sets {entry}: {value}; leave it out, {key} of the run decides it")
+    problems += _zero_settings(environment)[1]
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if environment.get(variable, "false").lower() == "true":
             problems.append(f"{name} is not supported: use DDP (distributed_type: MULTI_GPU) or DeepSpeed ZeRO 1 to 3")
-    if Launch.from_environment(environment).zero_stage == 0:
-        problems.append(
-            "zero_stage: 0 lets a non-finite gradient into the weights, reports no gradient norm and cannot put off "
-            "its exchange of gradients, which memory.lean needs; it shards nothing, so use DDP "
-            "(configs/accelerate/cpu_ddp.yaml) or ZeRO 1 to 3"
-        )
     return problems
+
+
+def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
+    """What the run asks for and this launch cannot do right, each with what to use."""
+    problems = []
+    sharded = launch.zero_stage in (1, 2, 3)
+    if config.train.precision == "bf16_weights" and launch.zero_stage not in (2, 3):
+        problems.append(
+            "train.precision=bf16_weights needs ZeRO-2 or 3, which keep the fp32 weights that a bf16 optimiser step "
+            "would lose: launch with configs/accelerate/*_zero2.yaml or *_zero3.yaml, or use bf16, which is autocast"
+        )
+    if config.memory.offload_optimizer and not sharded:
+        problems.append("memory.offload_optimizer needs ZeRO 1 to 3: choose such a launch file, or turn it off")
+    return problems
+
+
+def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """``zero_optimization`` of the DeepSpeed file that a launch file names, and what is wrong with that file."""
+    name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name is None:
+        return {}, []
+    try:
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
+        settings = dict(content.pop("zero_optimization"))
+        stage = int(settings["stage"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        return {}, [f"deepspeed_config_file={name} does not give zero_optimization with a stage ({what})"]
+    problems = [
+        f"{name} sets {key!r}, which the run's configuration decides: leave it out"
+        for key in (*content, *sorted(set(settings) - ZERO_SETTINGS))
+    ]
+    if stage not in range(4):
+        problems.append(f"{name}: zero_optimization.stage={stage}, there are 0, 1, 2 and 3")
+    return settings, problems

@@ -3,7 +3,8 @@
 Faults of accelerate and DeepSpeed that are avoided here, each measured:
 
 * ``accelerator.backward`` under DeepSpeed also steps, so DeepSpeed's own ``backward`` and ``step`` are called.
-* DeepSpeed clips at 1.0 when nothing is said, so the clip is always said.
+* DeepSpeed clips at 1.0 when nothing is said, so it is told 0; clipping is the engine's own.
+* DeepSpeed's step at ZeRO-0 does not refuse a non-finite gradient, so the engine steps there itself.
 * A resident ZeRO-3 parameter would hide the teacher's update, so nothing is kept resident (threshold 0).
 * DeepSpeed compiles a shared-memory kernel for inference at the first start, 55 s and a stale lock after a kill;
   it is switched off.
@@ -19,10 +20,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DeepSpeedPlugin
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from mfm_dist.distributed.bf16_engine import BF16Engine
+from mfm_dist.distributed.deepspeed_config import deepspeed_config
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
+from mfm_dist.distributed.zero0_engine import Zero0Engine
 from mfm_dist.errors import ConfigError
 
 
@@ -34,7 +38,12 @@ def start_engine(config: RunConfig) -> Engine:
             is not installed.
     """
     launch = Launch.from_environment()
-    problems = [*launch_problems(), *config.world_problems(launch.world_size), *tracker_problems(config)]
+    problems = [
+        *launch_problems(),
+        *combination_problems(config, launch),
+        *config.world_problems(launch.world_size),
+        *tracker_problems(config),
+    ]
     if problems:
         raise ConfigError(problems)
     # More processes than GPUs would share one, which NCCL refuses: such a launch means the CPU.
@@ -56,17 +65,24 @@ def start_engine(config: RunConfig) -> Engine:
         # The launcher lists the fields of its file here, and the plugin refuses a configuration beside any of them.
         # launch_problems has read what they say.
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launch))
         _switch_off_inference_kernel()
         backend = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
         accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=backend)
-        engine = DeepSpeedEngine(accelerator, config)
+        engine = _deepspeed_engine(config, launch)(accelerator, config)
     if engine.world_size != launch.world_size:
         raise ConfigError(
             f"the launcher started {launch.world_size} processes that do not know of each other (distributed_type NO "
             "or MULTI_CPU): use distributed_type MULTI_GPU, which is DDP on CPUs too, or DEEPSPEED"
         )
     return engine
+
+
+def _deepspeed_engine(config: RunConfig, launch: Launch) -> type[Engine]:
+    if launch.zero_stage == 0:
+        return Zero0Engine
+    return BF16Engine if config.train.precision == "bf16_weights" else DeepSpeedEngine
 
 
 def _switch_off_inference_kernel() -> None:

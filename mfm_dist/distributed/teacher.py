@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 
-def local_pairs(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors of student and teacher that this rank holds: whole parameters, or ZeRO-3's shards of them.
-
-    Both modules are of one shape and sit in one engine, so ZeRO-3 cuts them alike and no communication is needed.
-    """
-    student_parameters = dict(student.named_parameters())
-    for name, teacher_parameter in teacher.named_parameters():
-        pair = tuple(getattr(p, "ds_tensor", p).data for p in (student_parameters[name], teacher_parameter))
-        assert pair[0].shape == pair[1].shape, f"{name}: student and teacher are sharded differently"
-        yield pair[0], pair[1]
+def held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, or ZeRO-3's shard."""
+    return getattr(parameter, "ds_tensor", parameter).data
 
 
 @torch.no_grad()
-def update_teacher(student: nn.Module, teacher: nn.Module, decay: float) -> None:
+def update_teacher(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, parameters only.
 
-    Buffers are left alone: the teacher's BatchNorm normalises with batch statistics and never reads them.
+    Student and teacher are of one shape and sit in one engine, so ZeRO-3 cuts them alike and no communication is
+    needed. Buffers are left alone: the teacher's BatchNorm normalises with batch statistics and never reads them.
+
+    Args:
+        pairs: each student parameter and the teacher's that follows it, all fp32.
     """
-    pairs = list(local_pairs(student, teacher))
-    torch._foreach_lerp_([t for _, t in pairs], [s for s, _ in pairs], 1.0 - decay)
+    pieces = [(held(student), held(teacher)) for student, teacher in pairs]
+    assert all(s.shape == t.shape and t.dtype == torch.float32 for s, t in pieces), "student and teacher are cut apart"
+    torch._foreach_lerp_([t for _, t in pieces], [s for s, _ in pieces], 1.0 - decay)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.config.schema import SelfTrainingSection
+from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, jitter_batch
 
 IMAGE_MEAN = (123.675, 116.28, 103.53)
 """ImageNet mean of RGB in 0..255, used by every UDA code base."""
@@ -47,34 +49,57 @@ def normalise(image: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[f
     return (image.to(torch.float32, memory_format=torch.channels_last) - means) / stds
 
 
-def strong_augment(image: Tensor, settings: SelfTrainingSection, generator: np.random.Generator) -> Tensor:
+def strong_augment(
+    image: Tensor,
+    settings: SelfTrainingSection,
+    generator: np.random.Generator,
+    scope: Literal["image", "batch"] = "image",
+) -> Tensor:
     """Jitter and blur a normalised batch [B, 3, H, W] into a new tensor.
 
-    Whether to jitter and whether to blur is one draw for the whole micro-batch; factors, their order and the blur's
-    sigma are drawn for each image (DACS, DAFormer).
+    Whether to jitter and whether to blur is one draw for the whole micro-batch, the factors are drawn for each image.
+
+    Args:
+        scope: what the order of the colour changes and the blur's sigma are drawn for: each image (the mixed images
+            of DACS and DAFormer) or the batch (the masked images of MIC).
     """
     jitters, blurs = generator.random(2) < (settings.jitter_prob, settings.blur_prob)
     if jitters:
         mean, std = _channel_constants(image)
-        rgb = (image * std + mean) / 255.0
-        rgb = torch.stack([_jitter_one(one, settings.jitter_strength, generator) for one in rgb])
-        image = (rgb * 255.0 - mean) / std
+        order = generator.permutation(4) if scope == "batch" else None
+        factors = [_draw_factors(settings.jitter_strength, generator, order) for _ in image]
+        if settings.augment_form == "fast":
+            image = jitter_batch(image, factors, mean, std)
+        else:
+            rgb = (image * std + mean) / 255.0
+            rgb = torch.stack([_jitter_one(one, drawn) for one, drawn in zip(rgb, factors, strict=True)])
+            image = (rgb * 255.0 - mean) / std
     if blurs:
-        image = torch.stack([gaussian_blur(one, generator.uniform(*BLUR_SIGMA)) for one in image])
+        sigmas = generator.uniform(*BLUR_SIGMA, size=1 if scope == "batch" else len(image))
+        sigmas = np.broadcast_to(sigmas, len(image))
+        if settings.augment_form == "fast":
+            return blur_batch(image, sigmas)
+        image = torch.stack([gaussian_blur(one, sigma) for one, sigma in zip(image, sigmas, strict=True)])
     return image
 
 
-def _jitter_one(rgb: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
-    """The four colour changes on one image [3, H, W] in 0..1, in a drawn order."""
+def _draw_factors(strength: float, generator: np.random.Generator, order: np.ndarray | None) -> ColourFactors:
+    """What changes one image, in this order, or else in a drawn one."""
     brightness, contrast, saturation = generator.uniform(1 - strength, 1 + strength, size=3)
     turn = generator.uniform(-strength, strength)
+    drawn = generator.permutation(4) if order is None else order
+    return ColourFactors(brightness, contrast, saturation, turn, tuple(drawn.tolist()))
+
+
+def _jitter_one(rgb: Tensor, factors: ColourFactors) -> Tensor:
+    """The four colour changes on one image [3, H, W] in 0..1."""
     changes = (
-        lambda x: adjust_brightness(x, brightness),
-        lambda x: adjust_contrast(x, contrast),
-        lambda x: adjust_saturation(x, saturation),
-        lambda x: adjust_hue(x, turn),
+        lambda x: adjust_brightness(x, factors.brightness),
+        lambda x: adjust_contrast(x, factors.contrast),
+        lambda x: adjust_saturation(x, factors.saturation),
+        lambda x: adjust_hue(x, factors.turn),
     )
-    for which in generator.permutation(4):
+    for which in factors.order:
         rgb = changes[which](rgb)
     return rgb
 

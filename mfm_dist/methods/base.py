@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from enum import IntEnum
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from mfm_dist.methods.self_training import PseudoTarget, cross_entropy
+from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
 
 
@@ -25,6 +27,8 @@ class StepInputs:
     """float32 [B, 3, H, W], normalised, neither mixed nor augmented."""
     pseudo: PseudoTarget | None
     """The teacher's answer to ``target_image``; None where nothing asks for it."""
+    initial_feature: Tensor | None = None
+    """The initial encoder's last map of ``source_image``, [B, C, h, w]; None where nothing asks for it."""
     seed: int
     """Seed of the run."""
     block: int
@@ -33,28 +37,95 @@ class StepInputs:
     """Position of each sample: key of what is drawn once per sample."""
 
 
-Term = Callable[[Segmentor, StepInputs], Tensor]
-"""From the student and the inputs to one scalar loss. Every term is a forward of its own, because BatchNorm's batch
-statistics are part of the published algorithms."""
+class Pass(IntEnum):
+    """The student forwards of a step. The value is part of the key of what a forward draws for itself."""
+
+    SOURCE = 0
+    MIXED = 1
+    MASKED = 2
+    MFM = 3
+    MFM_SOURCE = 4
+
+    @property
+    def label(self) -> str:
+        """The name of its loss in metrics."""
+        return self.name.lower()
+
+
+class Loss(NamedTuple):
+    """One summand of the total loss."""
+
+    value: Tensor
+    """Scalar with its graph; logged as it is."""
+    weight: float = 1.0
+    """What it is multiplied with in the total."""
+
+
+class Term(Protocol):
+    """From the student and the inputs to losses by name, all of one forward. Every term is a forward of its own,
+    because BatchNorm's batch statistics are part of the published algorithms."""
+
+    def __call__(self, student: Segmentor, inputs: StepInputs, /) -> dict[str, Loss]: ...
+
+
+class Classified(NamedTuple):
+    """A supervised forward."""
+
+    losses: dict[str, Loss]
+    features: list[Tensor]
+    """Encoder maps of the image as the encoder sees it whole."""
+
+
+class Classify(Protocol):
+    """How images [B, 3, H, W] are classified and compared with labels [B, H, W], each pixel weighed by [B, H, W]."""
+
+    def __call__(
+        self,
+        student: Segmentor,
+        inputs: StepInputs,
+        which: Pass,
+        image: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        /,
+    ) -> Classified: ...
+
+
+def classify(
+    student: Segmentor,
+    inputs: StepInputs,  # noqa: ARG001 - where two resolutions are trained, it keys a draw
+    which: Pass,
+    image: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    /,
+) -> Classified:
+    """Cross-entropy at one resolution."""
+    features = student.encode(image)
+    logits = resize(student.decode(features), image.shape[-2:])
+    return Classified({which.label: Loss(cross_entropy(logits, label, weight))}, features)
 
 
 class Method(ABC):
     """A UDA method. One file of this folder is one method and has a ``build(config)`` that returns it."""
 
-    needs_teacher: ClassVar[bool]
+    needs_teacher: bool
     """Whether a term reads ``StepInputs.pseudo``."""
+    needs_initial_encoder: bool = False
+    """Whether a term reads ``StepInputs.initial_feature``."""
     supervised_on: ClassVar[Literal["source", "target"]] = "source"
     """The domain whose labels train the student."""
+    classify: Classify = staticmethod(classify)
+    """How every term of the method classifies."""
 
     @abstractmethod
     def terms(self) -> Mapping[str, Term]:
-        """Loss terms by name, in the order they run. The total loss is their sum.
+        """Loss terms by name, in the order they run. The total loss is their weighted sum.
 
         The last one must reach every parameter of the student: under DDP with ``memory.lean`` it is in its backward
         that the ranks exchange gradients.
         """
 
-
-def source_term(student: Segmentor, inputs: StepInputs) -> Tensor:
-    """L_sup: supervised cross-entropy on labelled images."""
-    return cross_entropy(student(inputs.source_image), inputs.source_label)
+    def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+        """L_sup: supervised cross-entropy on labelled images."""
+        return self.classify(student, inputs, Pass.SOURCE, inputs.source_image, inputs.source_label).losses

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig, SelfTrainingSection
 from mfm_dist.methods.augment import strong_augment
-from mfm_dist.methods.base import Method, StepInputs, Term, source_term
-from mfm_dist.methods.self_training import NUM_LABEL_VALUES, cross_entropy, draw_class_masks, mix
+from mfm_dist.methods.base import Classify, Loss, Method, Pass, StepInputs, Term, classify
+from mfm_dist.methods.self_training import NUM_LABEL_VALUES, draw_class_masks, mix
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_generator
 
@@ -20,17 +20,18 @@ class DACS(Method):
 
     needs_teacher = True
 
-    def __init__(self, settings: SelfTrainingSection) -> None:
+    def __init__(self, settings: SelfTrainingSection, classify: Classify = classify) -> None:
         self.settings = settings
+        self.classify = classify
 
     def terms(self) -> Mapping[str, Term]:
-        return {"source": source_term, "mixed": self.mixed_term}
+        return {"source": self.source_term, "mixed": self.mixed_term}
 
-    def mixed_term(self, student: Segmentor, inputs: StepInputs) -> Tensor:
+    def mixed_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
         """L_mix: source i is pasted onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
         assert inputs.pseudo is not None
         image, label, weight = mixed_batch(inputs, self.settings)
-        return cross_entropy(student(image), label, weight)
+        return self.classify(student, inputs, Pass.MIXED, image, label, weight).losses
 
 
 @torch.no_grad()

@@ -1,55 +1,170 @@
-"""Masked Feature Modeling (arXiv 2509.13801): the auxiliary term that attaches to any method."""
+"""Masked Feature Modeling (arXiv 2509.13801): the auxiliary term that attaches to any method.
+
+``mfm_term`` with default settings is the paper's; every other branch is a row of one of its ablation tables.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.config.schema import MFMSection
-from mfm_dist.methods.base import StepInputs
+from mfm_dist.methods.base import Pass, StepInputs
+from mfm_dist.methods.gradients import fixed, touched, without_gradient
+from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder, draw_mask
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, torch_generator
 
+PATCH = 4
+"""Side in pixels of the patches that ``mfm.rebuilds: pixels`` regresses, the stride of the finest encoder map."""
 
-def mfm_term(student: Segmentor, rebuilder: Rebuilder, inputs: StepInputs, settings: MFMSection) -> Tensor:
+Encode = Callable[[Tensor], list[Tensor]]
+"""From an image [B, 3, H, W] to encoder maps."""
+
+
+class View(NamedTuple):
+    """What the term looks at."""
+
+    image: Tensor
+    """float32 [B, 3, h, w], clean: neither mixed nor augmented."""
+    label: Tensor
+    """int64 [B, H, W]."""
+    weight: Tensor
+    """float32 [B, H, W]."""
+
+
+def mfm_term(
+    student: Segmentor,
+    rebuilder: Rebuilder | None,
+    inputs: StepInputs,
+    settings: MFMSection,
+    *,
+    grid: tuple[int, int],
+    teacher: Encode,
+    which: Pass = Pass.MFM,
+) -> Tensor:
     """L_mfm: hide part of the target's features, rebuild it, and classify the result as the teacher does.
 
     f_t = E(x_t); f_r = R(f_t); cross-entropy of D(f_r) with the pseudo-label, weighted by the pseudo-weight. The
     image is clean (neither mixed nor augmented), and encoder, decoder and Rebuilder all receive gradients.
+
+    Args:
+        rebuilder: None where hidden features stay empty.
+        grid: rows and columns of the mask.
+        teacher: the teacher's encoder, without gradients.
+        which: ``Pass.MFM`` for the target, ``Pass.MFM_SOURCE`` for the source, whose labels are given.
     """
-    assert inputs.pseudo is not None
-    features = student.encode(inputs.target_image)
-    mask = keyed_masks(inputs, rebuilder.grid, settings.mask_ratio)
+    view = view_of(student, inputs, settings, which)
+    features = student.encode(view.image)
+    mask = keyed_masks(inputs, grid, settings.mask_ratio, domain=int(which is Pass.MFM_SOURCE))
+    if settings.rebuilds != "classes":
+        assert rebuilder is not None
+        loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
+        return loss + touched(student.heads, features)
+
+    if settings.trains == "decoder":
+        features = [without_gradient(feature) for feature in features]
     rebuilt = rebuild(student, rebuilder, features, mask)
-    logits = student.decode(rebuilt)
-    weight = inputs.pseudo.weight
+    if settings.trains == "encoder":
+        with fixed(student.decoder):
+            logits = student.decode(rebuilt)
+        not_reached = student.heads
+    else:
+        logits = student.decode(rebuilt)
+        not_reached = student.heads[1:]
+    weight = view.weight
     if settings.loss_on == "hidden":
         # Divided by the hidden share, so that lambda weighs a hidden pixel the same at any mask ratio.
         hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight.dtype)
         weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
-    return cross_entropy(logits, inputs.pseudo.label, weight)
+    return cross_entropy(logits, view.label, weight) + touched(not_reached, features)
 
 
-def keyed_masks(inputs: StepInputs, grid: tuple[int, int], mask_ratio: float) -> Tensor:
-    """bool [B, rows, cols] on the inputs' device, True = hidden; each sample's mask is keyed by its position."""
+def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, which: Pass) -> View:
+    """Image, label and weight of a domain; under HRDA the whole crop down-scaled, or the detail window of this pass."""
+    if which is Pass.MFM_SOURCE:
+        label = inputs.source_label.long()
+        image, weight = inputs.source_image, torch.ones_like(label, dtype=torch.float32)
+    else:
+        assert inputs.pseudo is not None
+        image, label, weight = inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight
+    if settings.view == "context":
+        return View(student.context(image), label, weight)
+    assert isinstance(student, HRDASegmentor)
+    box = draw_detail_box(student, inputs, which)
+    return View(box.crop(image), box.crop(label), box.crop(weight))
+
+
+def keyed_masks(inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, domain: int = 0) -> Tensor:
+    """bool [B, rows, cols] on the inputs' device, True = hidden; each sample's mask is keyed by its position.
+
+    Args:
+        domain: 0 for the target, 1 for the source, whose samples have the same positions.
+    """
     masks = [
-        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position))
+        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, domain))
         for position in inputs.positions
     ]
     return torch.cat(masks).to(inputs.target_image.device)
 
 
-def rebuild(student: Segmentor, rebuilder: Rebuilder, features: list[Tensor], mask: Tensor) -> list[Tensor]:
-    """The encoder's maps with the hidden cells of those that the decoder reads replaced by rebuilt ones."""
+def rebuild(student: Segmentor, rebuilder: Rebuilder | None, features: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """The encoder's maps with the hidden cells of those that the decoder reads replaced by rebuilt ones.
+
+    Without a Rebuilder they are 0.
+    """
     read = student.decoder_inputs
-    rebuilt = rebuilder(features[-1], [features[index] for index in read], mask)
+    visible = [features[index] for index in read]
+    if rebuilder is None:
+        rebuilt = [map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1), 0.0) for map_ in visible]
+    else:
+        rebuilt = rebuilder(features[-1], visible, mask)
     complete = list(features)
     for index, feature in zip(read, rebuilt, strict=True):
         complete[index] = feature
     return complete
+
+
+def regression_loss(
+    student: Segmentor,
+    rebuilder: Rebuilder,
+    view: View,
+    features: list[Tensor],
+    mask: Tensor,
+    *,
+    settings: MFMSection,
+    teacher: Encode,
+) -> Tensor:
+    """Mean squared error of the rebuilt part against what was there, averaged over maps.
+
+    The paper does not say how its regression is normalised. Here each position of the target has mean 0 and deviation
+    1 over its channels, as masked autoencoders regress pixels.
+    """
+    if settings.rebuilds == "pixels":
+        maps = targets = [F.pixel_unshuffle(view.image, PATCH)]  # [B, 3 x PATCH x PATCH, h, w]
+    else:
+        complete = teacher(view.image) if settings.rebuilds == "teacher_features" else features
+        maps = [features[index] for index in student.decoder_inputs]
+        targets = [complete[index] for index in student.decoder_inputs]
+    rebuilt = rebuilder(features[-1], maps, mask)
+    errors = [hidden_error(ours, theirs.detach(), mask) for ours, theirs in zip(rebuilt, targets, strict=True)]
+    return torch.stack(errors).mean()
+
+
+def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over hidden positions and channels of the squared error of two maps [B, C, h, w]; 0 if none is hidden."""
+    normalised = F.layer_norm(target.float().movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
+    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1)
+    # Selected, not multiplied with: visible places hold the encoder's own values, of any size.
+    error = torch.where(hidden, rebuilt.float() - normalised, 0.0).square()
+    return error.sum() / (hidden.sum() * target.shape[1]).clamp_min(1)
 
 
 def enlarge_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

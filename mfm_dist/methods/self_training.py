@@ -27,6 +27,10 @@ class PseudoTarget:
     """int64 [B, H, W]: the teacher's class of every pixel; none is dropped for low confidence."""
     weight: Tensor
     """float32 [B, H, W]: the pseudo-weight, one value for the whole micro-batch, 0 where not valid."""
+    confidence: Tensor
+    """float32 [B, H, W]: the probability of that class."""
+    valid: Tensor
+    """bool [B, H, W]: False in margins and on padding."""
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -53,8 +57,20 @@ def pseudo_target(logits: Tensor, valid: Tensor, threshold: float) -> PseudoTarg
     """
     # fp32: near 1 bfloat16 has steps of 0.004, which would blur a threshold of 0.968.
     probability, label = logits.float().softmax(dim=1).max(dim=1)
-    confident_share = (probability >= threshold).float().mean()
-    return PseudoTarget(label=label, weight=confident_share * valid)
+    weight = pseudo_weight(probability, valid, threshold)
+    return PseudoTarget(label=label, weight=weight, confidence=probability, valid=valid)
+
+
+def pseudo_weight(confidence: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """float32 [B, H, W]: the share of all pixels held at ``threshold`` at least; 0 where not ``valid``."""
+    return (confidence >= threshold).float().mean() * valid
+
+
+def without_margins(valid: Tensor, top: int, bottom: int) -> Tensor:
+    """``valid`` [B, H, W] with this many rows at the top and at the bottom made False (DAFormer, UDA_FACTS 2.5)."""
+    rows = torch.arange(valid.shape[1], device=valid.device)
+    inside = (rows >= top) & (rows < valid.shape[1] - bottom)
+    return valid & inside[:, None]
 
 
 def ema_decay_at(update: int, ema_decay: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import Method, Term, source_term
+from mfm_dist.methods.base import Method, Term
 
 
 class SourceOnly(Method):
@@ -14,7 +14,7 @@ class SourceOnly(Method):
     needs_teacher = False
 
     def terms(self) -> Mapping[str, Term]:
-        return {"source": source_term}
+        return {"source": self.source_term}
 
 
 def build(config: RunConfig) -> Method:  # noqa: ARG001 - no setting of its own

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.pyramid import SimplePyramid
 
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
 """What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
@@ -36,12 +37,17 @@ class Backbone(nn.Module):
     any other                   the timm model of that name, untouched
     ==========================  ===================================================================================
 
+    A plain vision transformer (ViT, DINOv2 and their like) has maps of one stride; the option pyramid=true makes four
+    of its last one, at strides 4, 8, 16 and 32 (``SimplePyramid``, which no weights file fills). Its positions are
+    made for one image size: dynamic_img_size=true interpolates them for others, dynamic_img_pad=true takes sizes that
+    are no multiple of a patch. Swin takes other sizes than img_size with strict_img_size=false.
+
     Args:
         name: one of the above; ``timm.list_models()`` lists the rest.
         pretrained: fetch timm's own weights (needs a network or a filled cache; there are none for MiT).
         weights: a local file instead, safetensors or torch, in timm's names or those of the original release (such
             as SegFormer's ``mit_b5.pth``). A classifier in it is left out. Pickled code is never run.
-        options: further arguments of ``timm.create_model``; they win over ``MIT_OPTIONS``.
+        options: ``pyramid``, and further arguments of ``timm.create_model``, which win over ``MIT_OPTIONS``.
 
     Attributes:
         channels: channels of each map, fine to coarse.
@@ -61,6 +67,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         architecture, arguments = _resolve(name, dict(options or {}))
+        pyramid = arguments.pop("pyramid", False)
+        if not isinstance(pyramid, bool):
+            raise ConfigError(f"model.backbone_options: pyramid must be true or false, got {pyramid!r}")
         if pretrained and weights is not None:
             raise ConfigError(f"model.pretrained is true and model.weights is {weights}: choose one of them")
         if pretrained and name != architecture:
@@ -80,12 +89,18 @@ class Backbone(nn.Module):
         self.strides: tuple[int, ...] = tuple(net.feature_info.reduction())
         # Swin and its like compute in [B, H, W, C]; the purely convolutional families do not even say.
         self._channels_come_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.pyramid = SimplePyramid(self.channels[-1], self.strides[-1]) if pyramid else None
+        if self.pyramid is not None:
+            self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Normalised image [B, 3, H, W] -> maps, the i-th [B, channels[i], H / strides[i], W / strides[i]]."""
         maps = self.net(image)
         if self._channels_come_last:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
+        if self.pyramid is not None:
+            height, width = image.shape[-2:]
+            maps = self.pyramid(maps[-1], (height, width))
         return maps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,13 +21,21 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ConvNormReLU(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU; the output has the input's height and width.
+    """Convolution, BatchNorm, ReLU; the output has the input's height and width.
 
-    The weights are Kaiming-normal (fan-out, ReLU), as in the published DAFormer and HRDA decoders.
+    The weights are Kaiming-normal (fan-out, ReLU), as in the published DAFormer and HRDA decoders. With ``norm`` the
+    convolution has no bias; without, it has one and the BatchNorm is missing.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, dilation: int = 1, depthwise: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        dilation: int = 1,
+        depthwise: bool = False,
+        norm: bool = True,
     ) -> None:
         conv = nn.Conv2d(
             in_channels,
@@ -35,20 +44,36 @@ class ConvNormReLU(nn.Sequential):
             padding=dilation * (kernel // 2),
             dilation=dilation,
             groups=in_channels if depthwise else 1,
-            bias=False,
+            bias=not norm,
         )
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        super().__init__(conv, *([nn.BatchNorm2d(out_channels)] if norm else []), nn.ReLU(inplace=True))
 
 
 class SeparableConv(nn.Sequential):
-    """A 3x3 depthwise convolution, then a 1x1 convolution, each with BatchNorm and ReLU."""
+    """A 3x3 depthwise convolution, then a 1x1 convolution, each with BatchNorm (if ``norm``) and ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, dilation: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, dilation: int, norm: bool = True) -> None:
         super().__init__(
-            ConvNormReLU(in_channels, in_channels, 3, dilation=dilation, depthwise=True),
-            ConvNormReLU(in_channels, out_channels, 1),
+            ConvNormReLU(in_channels, in_channels, 3, dilation=dilation, depthwise=True, norm=norm),
+            ConvNormReLU(in_channels, out_channels, 1, norm=norm),
         )
+
+
+def embed_all(embeddings: nn.ModuleList, features: list[Tensor]) -> Tensor:
+    """Each map through its linear layer and to the finest map's size, then side by side: [B, sum of widths, h, w].
+
+    Args:
+        embeddings: a ``Linear`` for each map.
+        features: maps, fine to coarse; h and w are those of the first.
+    """
+    embedded = []
+    for embedding, feature in zip(embeddings, features, strict=True):
+        tokens = embedding(feature.permute(0, 2, 3, 1))  # [B, h_i, w_i, width]
+        embedded.append(resize(tokens.permute(0, 3, 1, 2), features[0].shape[-2:]))
+    return torch.cat(embedded, dim=1)
 
 
 def init_classifier(conv: nn.Conv2d) -> nn.Conv2d:

@@ -13,7 +13,13 @@ from mfm_dist.models.layers import resize
 
 
 class Segmentor(nn.Module):
-    """Semantic segmentation in two halves, so that a method can work on the features in between."""
+    """Semantic segmentation in two halves, so that a method can work on the features in between.
+
+    Attributes:
+        window: height and width in pixels of the windows in which a longer image is predicted; None: in one piece.
+    """
+
+    window: tuple[int, int] | None = None
 
     def __init__(self, backbone: Backbone, decoder: nn.Module) -> None:
         super().__init__()
@@ -24,6 +30,15 @@ class Segmentor(nn.Module):
     def decoder_inputs(self) -> tuple[int, ...]:
         """Indices of the encoder maps that the decoder reads."""
         return tuple(self.decoder.inputs)  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """All that is trained beside the encoder."""
+        return [self.decoder]
+
+    def context(self, image: Tensor) -> Tensor:
+        """The image [B, 3, H, W] as the encoder sees it whole: itself."""
+        return image
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Normalised image [B, 3, H, W] -> encoder maps, fine to coarse, the i-th [B, channels[i], h_i, w_i]."""

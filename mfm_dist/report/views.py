@@ -130,12 +130,14 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel] | str:
     rebuilder, student, config = networks.trained.rebuilder, networks.trained.student, networks.config
     if rebuilder is None:
         return "There are no hidden cells and no rebuilt features: MFM is off in this run."
+    if config.mfm.rebuilds != "classes":
+        return f"Rebuilt features are not classified in this run: it rebuilds {config.mfm.rebuilds.replace('_', ' ')}."
     image = subject.sample.image
     box = _central_box((image.shape[1], image.shape[2]), config.data.crop)
     crop = image[:, box[0], box[1]]
     generator = torch_generator(config.seed, Stream.MFM_MASK, subject.number)
     mask = draw_mask(1, rebuilder.grid, config.mfm.mask_ratio, generator)
-    features = student.encode(normalise(crop[None]))
+    features = student.encode(student.context(normalise(crop[None])))
     logits = resize(student.decode(rebuild(student, rebuilder, features, mask)), crop.shape[1:])
 
     outside = torch.ones(image.shape[1:], dtype=torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,19 +39,19 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
             source=ShardReader(config.data.root / config.data.source),
             target=ShardReader(config.data.root / config.data.target),
             seed=config.seed,
-            crop=config.data.crop,
+            data=replace(config.data, workers=workers),
             micro_batch=config.train.micro_batch,
             rank=rank,
             world_size=world_size,
             blocks_per_step=config.blocks_per_step,
-            workers=workers,
         )
         for _, batch in zip(range(STEPS * config.blocks_per_step // world_size), pipeline, strict=False):
+            label, valid = batch.source_label.long().flip(0), batch.target_valid
             inputs = StepInputs(
                 source_image=normalise(batch.source_image),
                 source_label=batch.source_label,
                 target_image=normalise(batch.target_image),
-                pseudo=PseudoTarget(batch.source_label.long().flip(0), batch.target_valid.float()),
+                pseudo=PseudoTarget(label, valid.float(), valid.float(), valid),
                 seed=config.seed,
                 block=batch.block,
                 positions=batch.positions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student
+from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm
+from mfm_dist.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
 from mfm_dist.inference import predict_labels
+from mfm_dist.methods.augment import normalise
 from mfm_dist.metrics import confusion_matrix, mean_iou_percent
+from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.stopping import Stopped
+from tests.conftest import tiny_overrides
 
 
 class Collected(OneProcess):
@@ -109,3 +115,102 @@ def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_conf
     assert turns == [0, 1, 2]
     assert student.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+ABSENT = ("terrain", "truck", "train")
+"""Not in SYNTHIA."""
+
+
+def slow_means(label: Tensor, prediction: Tensor, names: list[str], *, ignore_others: bool) -> float:
+    """Class by class from the pixels: hits over the union."""
+    keep = {CLASS_NAMES.index(name) for name in names}
+    counted = [
+        (int(true), int(guess))
+        for true, guess in zip(label.flatten(), prediction.flatten(), strict=True)
+        if int(true) != IGNORE_INDEX and (not ignore_others or int(true) in keep)
+    ]
+    values = []
+    for index in keep:
+        hits = sum(true == guess == index for true, guess in counted)
+        union = sum(index in (true, guess) for true, guess in counted)
+        if union:
+            values.append(100 * hits / union)
+    return sum(values) / len(values)
+
+
+def some_pixels() -> tuple[Tensor, Tensor]:
+    """A label, ignored pixels in it, and a prediction that is right half of the time."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 19, (40, 50), generator=generator)
+    guess = torch.randint(0, 19, (40, 50), generator=generator)
+    prediction = torch.where(torch.rand(40, 50, generator=generator) < 0.5, label, guess)
+    label[:3] = IGNORE_INDEX
+    return label, prediction
+
+
+@pytest.mark.parametrize(("class_set", "left_out"), [("synthia16", ()), ("synthia13", ("wall", "fence", "pole"))])
+def test_means_for_synthia_in_both_conventions(class_set: str, left_out: tuple[str, ...]) -> None:
+    label, prediction = some_pixels()
+    names = [name for name in CLASS_NAMES if name not in (*ABSENT, *left_out)]
+    assert len(names) == int(class_set.removeprefix("synthia"))
+    means = means_over(class_set, confusion_matrix(label, prediction, 19))
+    assert means == {
+        f"miou_{class_set}": pytest.approx(slow_means(label, prediction, names, ignore_others=False)),
+        f"miou_{class_set}_others_ignored": pytest.approx(slow_means(label, prediction, names, ignore_others=True)),
+    }
+    assert means[f"miou_{class_set}"] < means[f"miou_{class_set}_others_ignored"]
+
+
+def test_the_mean_over_16_is_19_sixteenths_of_that_over_19_where_nothing_absent_is_predicted() -> None:
+    """UDA_FACTS 8: the three classes score 0 in the mean over 19."""
+    label, prediction = some_pixels()
+    for name in ABSENT:
+        prediction[prediction == CLASS_NAMES.index(name)] = 0
+    confusion = confusion_matrix(label, prediction, 19)
+    assert means_over("synthia16", confusion)["miou_synthia16"] == pytest.approx(mean_iou_percent(confusion) * 19 / 16)
+
+
+def test_the_sets_asked_for_are_in_the_results(tiny_config: RunConfig, scenes: Path) -> None:
+    items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1)
+    scores, _ = evaluate(build_student(tiny_config), items, Collected(), step=0, class_sets=("synthia16",))
+    assert set(scores.means) == {"miou_synthia16", "miou_synthia16_others_ignored"}
+    assert json.loads(scores.to_json())["means"] == pytest.approx(scores.means)
+    assert scores.numbers()["eval/miou_synthia16"] == scores.means["miou_synthia16"]
+    assert "miou_synthia16 " in scores.table()
+
+
+def hrda_student(scenes: Path) -> Segmentor:
+    options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32"]
+    return build_student(load_config(None, [*tiny_overrides(scenes, Path("unused")), *options]))
+
+
+def test_a_segmenter_with_a_window_predicts_by_the_mean_of_half_overlapping_ones(scenes: Path) -> None:
+    student = hrda_student(scenes)
+    student.eval()
+    image = ShardReader(scenes / "camera_val").read(0).image[:, :32, :72]
+    scaled = normalise(image[None])
+    total, count = torch.zeros(1, 19, 32, 72), torch.zeros(72)
+    with torch.no_grad():
+        for left in (0, 16, 32, 40):
+            total[..., left : left + 32] += student(scaled[..., left : left + 32])
+            count[left : left + 32] += 1
+        expected = (total / count).argmax(dim=1)[0]
+    assert torch.equal(predict_labels(student, image, torch.device("cpu")), expected)
+
+
+def test_ranks_with_images_of_several_sizes_make_as_many_forwards(scenes: Path) -> None:
+    """Another rank's image needs 24 windows in every turn: here as many forwards run, and the scores stay."""
+
+    class WithALargeImageElsewhere(Collected):
+        def maximum(self, values: Tensor) -> Tensor:
+            return values.clamp_min(24)
+
+    student = hrda_student(scenes)
+    forwards: list[int] = []
+    student.register_forward_hook(lambda *_: forwards.append(1))
+    items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=2)
+    alone, among = (evaluate(student, items, ranks, step=0)[0] for ranks in (Collected(), WithALargeImageElsewhere()))
+    own = 3 * 7  # 64 x 128 in windows of 32, half overlapping
+    assert len(forwards) == 3 * own + 3 * 24
+    assert alone.to_json() == among.to_json()
+    assert "sliding windows of 32x32" in alone.protocol

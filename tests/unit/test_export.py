@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mfm_dist.checkpoint import find_latest, load_modules, load_student, load_te
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
-from mfm_dist.exported import TrainedSegmentor
+from mfm_dist.exported import TrainedSegmentor, read_about
 from mfm_dist.inference import predict_labels
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.mfm import rebuild
@@ -66,8 +67,8 @@ def test_it_has_exactly_the_parameters_of_the_plain_segmenter(exported: Path, tr
         return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
     model, plain = mfm_dist.load(exported), plain_segmentor(trained_run)
-    assert shapes(model) == shapes(plain)
-    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert shapes(model.segmentor) == shapes(plain)
+    assert [n for n, _ in model.segmentor.named_parameters()] == [n for n, _ in plain.named_parameters()]
     count = sum(p.numel() for p in model.parameters())
     assert count == sum(p.numel() for p in plain.parameters())
     rebuilder = trained_module(trained_run).rebuilder
@@ -132,11 +133,11 @@ def test_the_teacher_has_its_own_parameters_and_the_students_statistics(trained_
     assert model.about.miou is None
     assert trained.teacher is not None
     theirs = dict(trained.teacher.segmentor.named_parameters())
-    assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.segmentor.named_parameters())
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), trained.student.parameters(), strict=True))
     buffers = dict(trained.student.named_buffers())
     assert any(isinstance(layer, _BatchNorm) for layer in model.modules())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.segmentor.named_buffers())
 
 
 def test_loading_needs_neither_network_nor_the_training_libraries(exported: Path) -> None:
@@ -234,6 +235,22 @@ def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, 
 def _change(folder: Path, **values: object) -> None:
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, **values}))
+
+
+def test_a_segmenter_of_two_resolutions_is_exported_with_its_attention_and_window(
+    exported: Path, tmp_path: Path
+) -> None:
+    options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32", "model.backbone=test_resnet"]
+    options += ["model.backbone_options={out_indices: [1, 2, 3, 4]}", "model.decoder_options={width: 16}"]
+    student = build_student(load_config(None, options)).eval()
+    two = {"attention": "segformer", "attention_options": {"width": 8}, "crop": (32, 32)}
+    export.write_export(TrainedSegmentor(student, replace(read_about(exported), **two)), tmp_path / "hrda")
+    model = mfm_dist.load(tmp_path / "hrda")
+    image = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
+    assert torch.equal(model.predict(image), predict_labels(student, image, CPU))
+    with torch.no_grad():
+        assert torch.equal(model(normalise(image[None])), student(normalise(image[None])))
+    assert {name for name, _ in model.segmentor.named_children()} == {"backbone", "decoder", "attention"}
 
 
 def test_onnx_gives_the_same_logits_at_any_size(trained_run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
-from mfm_dist.distributed.deepspeed_engine import deepspeed_config
+from mfm_dist.distributed.deepspeed_config import deepspeed_config
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError

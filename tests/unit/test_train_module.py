@@ -14,7 +14,8 @@ from mfm_dist.evaluation import batch_norm_buffers
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mfm import keyed_masks, rebuild
-from mfm_dist.train_module import TrainModule, batch_norm_untracked
+from mfm_dist.models.batch_norm import batch_norm_untracked
+from mfm_dist.train_module import TrainModule
 
 SMALL = [
     "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",

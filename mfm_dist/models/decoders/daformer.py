@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.models.layers import ConvNormReLU, SeparableConv, init_classifier, resize
+from mfm_dist.models.layers import ConvNormReLU, SeparableConv, embed_all, init_classifier
 
 
 class DAFormer(nn.Module):
@@ -46,12 +46,7 @@ class DAFormer(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Encoder maps, fine to coarse -> logits [B, num_classes, H / stride, W / stride]."""
-        finest = features[0].shape[-2:]
-        embedded = []
-        for embedding, feature in zip(self.embeddings, features, strict=True):
-            tokens = embedding(feature.permute(0, 2, 3, 1))  # [B, h, w, width]
-            embedded.append(resize(tokens.permute(0, 3, 1, 2), finest))
-        stacked = torch.cat(embedded, dim=1)  # [B, width x maps, H / stride, W / stride]
+        stacked = embed_all(self.embeddings, features)  # [B, width x maps, H / stride, W / stride]
         context = torch.cat([branch(stacked) for branch in self.branches], dim=1)
         return self.classifier(self.dropout(self.bottleneck(context)))
 

@@ -124,10 +124,10 @@ def test_a_manifest_of_another_format_is_told(shard_folder: ShardFolder) -> None
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([("a.label.png", b"x")], "sample 'a' needs exactly one image"),
-        ([("a.jpg", b"x"), ("a.png", b"x")], "sample 'a' needs exactly one image"),
+        ([("a.label.png", b"x")], "sample 'a': it needs exactly one image"),
+        ([("a.jpg", b"x"), ("a.png", b"x")], "sample 'a': it needs exactly one image"),
         ([("a.jpg", b"x"), ("a.jpg", b"x")], r"a\.jpg occurs twice"),
-        ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.json", b"x")], "'a' are not side by side"),
+        ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.json", b"x")], "sample 'a': its members are not side by side"),
     ],
 )
 def test_impossible_tars_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], reason: str) -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.methods.self_training import cross_entropy, draw_class_masks, ema_decay_at, mix, pseudo_target
+from mfm_dist.methods.self_training import (
+    cross_entropy,
+    draw_class_masks,
+    ema_decay_at,
+    mix,
+    pseudo_target,
+    pseudo_weight,
+    without_margins,
+)
 
 
 def slow_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None) -> float:
@@ -71,6 +79,20 @@ def test_pseudo_weight_is_the_confident_share_of_all_pixels_zero_in_margins() ->
     assert target.label[0, :2].eq(1).all()
     assert torch.equal(target.weight[:, :-1], torch.full((2, 3, 4), 8 / 32))
     assert not target.weight[:, -1].any()
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(0, 0), (2, 3), (0, 1), (3, 0)])
+def test_margins_are_rows_of_every_crop_and_the_share_is_taken_over_all_pixels(top: int, bottom: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(2, 8, 4, generator=generator)
+    padding = torch.rand(2, 8, 4, generator=generator) < 0.9
+    weight = pseudo_weight(confidence, without_margins(padding, top, bottom), threshold=0.5)
+    share = sum(float(value) >= 0.5 for value in confidence.flatten()) / confidence.numel()
+    for b in range(2):
+        for y in range(8):
+            for x in range(4):
+                counts = top <= y < 8 - bottom and bool(padding[b, y, x])
+                assert float(weight[b, y, x]) == pytest.approx(share if counts else 0.0)
 
 
 def test_pseudo_threshold_is_not_blurred_by_bfloat16() -> None:

@@ -1,0 +1,197 @@
+"""One block: its samples taken, cropped and put into a single piece of memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.config.schema import DataSection
+from mfm_dist.data.block_pool import BlockPool
+from mfm_dist.data.reader import Sample, SampleError, ShardReader
+from mfm_dist.data.sampling import RareClassOrder
+from mfm_dist.data.transforms import Resize, Wanted, source_crop, target_crop
+from mfm_dist.errors import DataError, StorageError
+from mfm_dist.rng import Stream, keyed_generator
+
+REPLACEMENT_TRIES = 8
+"""Samples looked at for one place of a block, the first included, before the data is given up."""
+BYTES_PER_PIXEL = 3 + 1 + 3 + 1
+"""Source image and label, target image and validity."""
+
+
+class Order(Protocol):
+    """Which sample stands at a position."""
+
+    @property
+    def count(self) -> int:
+        """Samples there are."""
+
+    def probe(self, position: int, attempt: int) -> int:
+        """The number of the sample; each further ``attempt`` names another one in its place."""
+
+
+class Taken(NamedTuple):
+    """A sample, and the class it was drawn for under rare class sampling."""
+
+    sample: Sample
+    wanted: int | None
+
+
+class Samples(Protocol):
+    """Where a block takes its samples from."""
+
+    def take(self, position: int, bad: list[BadSample]) -> Taken:
+        """The sample at ``position``, or the one in its place; those that cannot be used go into ``bad``."""
+
+
+class IndexedSamples:
+    """Samples that can be read by number, in a given order."""
+
+    def __init__(self, reader: ShardReader, order: Order, *, with_label: bool) -> None:
+        self.reader = reader
+        self.order = order
+        self.with_label = with_label
+
+    def take(self, position: int, bad: list[BadSample]) -> Taken:
+        """Raises DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
+        refused: list[BadSample] = []
+        for attempt in range(min(REPLACEMENT_TRIES, self.order.count)):
+            found = read(self.reader, self.order.probe(position, attempt), with_label=self.with_label)
+            if isinstance(found, Sample):
+                bad += refused
+                wanted = self.order.wanted(position, attempt) if isinstance(self.order, RareClassOrder) else None
+                return Taken(found, wanted)
+            refused.append(found)
+        raise nothing_to_use(refused)
+
+
+def read(reader: ShardReader, number: int, *, with_label: bool) -> Sample | BadSample:
+    """The sample, or why it cannot be used."""
+    try:
+        return reader.read(number, with_label=with_label)
+    except SampleError as error:
+        return error.bad
+
+
+def nothing_to_use(refused: list[BadSample]) -> DataError:
+    listed = "\n".join(f"  {sample}" for sample in refused)
+    return DataError(f"{len(refused)} samples in a row cannot be used, so none can stand in for another:\n{listed}")
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block as it travels between processes: all pixels in one piece of memory."""
+
+    pixels: Tensor | int
+    """uint8 [B * h * w * ``BYTES_PER_PIXEL``], or the slot of a ``BlockPool`` that holds it."""
+    shape: tuple[int, int, int]
+    """B, h, w."""
+    block: int
+    bad_samples: tuple[BadSample, ...]
+
+    def batch(self, pool: BlockPool) -> UDABatch:
+        """The block, in page-locked memory where there is a GPU."""
+        pixels = self.pixels if isinstance(self.pixels, Tensor) else pool.lend(self.pixels)
+        if torch.cuda.is_available():
+            pixels = pixels.pin_memory()
+        return unpacked(pixels, self.shape, self.block, self.bad_samples)
+
+
+def unpacked(
+    pixels: Tensor, shape: tuple[int, int, int], block: int, bad_samples: tuple[BadSample, ...] = ()
+) -> UDABatch:
+    """Views of the pixels of a block; images are [B, 3, h, w] with their channels innermost in memory."""
+    size, height, width = shape
+    plane = math.prod(shape)
+    source_image, source_label, target_image, target_valid = pixels.split([3 * plane, plane, 3 * plane, plane])
+    images = (one.view(size, height, width, 3).permute(0, 3, 1, 2) for one in (source_image, target_image))
+    return UDABatch(
+        source_image=next(images),
+        source_label=source_label.view(shape),
+        target_image=next(images),
+        target_valid=target_valid.view(torch.bool).view(shape),
+        block=block,
+        bad_samples=bad_samples,
+    )
+
+
+class Blocks(Dataset["PackedBlock | DataError"]):
+    """Any block by its number."""
+
+    def __init__(self, *, source: Samples, target: Samples, seed: int, data: DataSection, micro_batch: int) -> None:
+        self.source = source
+        self.target = target
+        self.seed = seed
+        self.crop = data.crop
+        self.shape = (micro_batch, *data.crop)
+        self.size = math.prod(self.shape) * BYTES_PER_PIXEL
+        """Bytes of a block."""
+        self.pool: BlockPool | None = None
+        """Where blocks are put; each gets memory of its own without one, and where all of it is in use."""
+        self.source_resize = Resize(box=data.source_resize, scale=data.scale_range)
+        self.target_resize = Resize(box=data.target_resize, scale=data.scale_range)
+        self.target_margins = data.target_margins
+        self.wanted_pixels = data.rare_class_sampling.min_pixels * data.rare_class_sampling.min_crop_ratio
+
+    def __getitem__(self, block: int) -> PackedBlock | DataError:
+        """Errors are returned: an exception raised in a worker arrives with that worker's traceback as its text."""
+        try:
+            return self._build(block)
+        except DataError as error:
+            return error
+        except StorageError as error:  # of the disk that shards are copied to
+            return DataError(str(error))
+
+    def _build(self, block: int) -> PackedBlock:
+        slot = self.pool.take() if self.pool else None
+        pixels = torch.empty(self.size, dtype=torch.uint8) if slot is None or not self.pool else self.pool.fill(slot)
+        try:
+            bad = self._fill(unpacked(pixels, self.shape, block))
+        except (DataError, StorageError):
+            if slot is not None and self.pool:
+                self.pool.give_back(slot)
+            raise
+        return PackedBlock(pixels if slot is None else slot, self.shape, block, bad)
+
+    def _fill(self, batch: UDABatch) -> tuple[BadSample, ...]:
+        """Puts the pixels of a block into its place; returns the samples that could not be used."""
+        bad: list[BadSample] = []
+        for position, image, label in zip(batch.positions, batch.source_image, batch.source_label, strict=True):
+            image_crop, label_crop = self._source(position, bad)
+            image.copy_(image_crop)
+            label.copy_(label_crop)
+        for position, image, valid in zip(batch.positions, batch.target_image, batch.target_valid, strict=True):
+            image_crop, valid_crop = self._target(position, bad)
+            image.copy_(image_crop)
+            valid.copy_(valid_crop)
+        return tuple(bad)
+
+    def _source(self, position: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
+        sample, train_id = self.source.take(position, bad)
+        assert sample.label is not None
+        return source_crop(
+            sample.image,
+            sample.label,
+            self.crop,
+            keyed_generator(self.seed, Stream.SOURCE_CROP, position),
+            resize=self.source_resize,
+            wanted=None if train_id is None else Wanted(train_id, self.wanted_pixels),
+        )
+
+    def _target(self, position: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
+        return target_crop(
+            self.target.take(position, bad).sample.image,
+            self.crop,
+            keyed_generator(self.seed, Stream.TARGET_CROP, position),
+            resize=self.target_resize,
+            margins=self.target_margins,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pool": None}  # memory shared by a fork cannot be sent

@@ -1,0 +1,158 @@
+"""From the bytes of a member to pixels, never trusting them: sizes are read from the header before anything is decoded.
+
+Decoded images are views [3, H, W] of rows of RGB triples, as the decoders leave them. Keeping that layout up to the
+device makes cropping and stacking copies of whole rows; turning it round on the host costs a fifth of the decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.errors import ConfigError
+
+LARGEST_IMAGE = 1 << 26
+"""Pixels of the largest image that is decoded, 64 Mi: twice the largest of any street data set. A header may claim
+four billion pixels in a file of a few bytes."""
+
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_JPEG_START = b"\xff\xd8"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""JPEG markers that start a frame (SOF0 to SOF15); the three left out mean something else."""
+_ALONE = frozenset([0x01, *range(0xD0, 0xD9)])
+"""JPEG markers without a length."""
+
+JpegDecoder = Callable[[Tensor], Tensor]
+"""uint8 [size] -> uint8 [3, H, W], RGB. Raises RuntimeError or ValueError for bytes it cannot decode."""
+
+
+class UnusableError(Exception):
+    """Why a sample cannot be used; the reader adds which one it is."""
+
+
+def jpeg_decoder(name: str) -> JpegDecoder:
+    """The decoder that ``data.decoder`` names.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if name == "torchvision":
+        return _torchvision_jpeg
+    assert name == "simplejpeg"
+    if find_spec("simplejpeg") is None:
+        raise ConfigError("data.decoder=simplejpeg: it is not installed; pip install simplejpeg, or use torchvision")
+    decode = import_module("simplejpeg").decode_jpeg
+
+    def simplejpeg(payload: Tensor) -> Tensor:
+        return torch.from_numpy(decode(payload.numpy(), colorspace="RGB")).permute(2, 0, 1)
+
+    return simplejpeg
+
+
+def _torchvision_jpeg(payload: Tensor) -> Tensor:
+    image: Tensor = decode_jpeg(payload, mode=ImageReadMode.RGB)
+    return image
+
+
+def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = _torchvision_jpeg) -> Tensor:
+    """uint8 [size] -> uint8 [3, H, W], RGB, a view of rows of triples.
+
+    Raises:
+        UnusableError: the bytes are no 8-bit image of that format, or claim too many pixels.
+    """
+    check_size("image", header_size(payload, image_format, "image"))
+    try:
+        encoded = torch.from_numpy(payload)
+        image = decode(encoded) if image_format == "jpg" else decode_png(encoded, mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        raise UnusableError(f"its image is no readable {image_format} ({_first_line(error)})") from error
+    if image.dtype != torch.uint8:
+        raise UnusableError(f"its image has {image.dtype} pixels; 8 bits a channel are needed")
+    return image
+
+
+def decode_label(payload: np.ndarray, num_classes: int, image_size: tuple[int, int]) -> Tensor:
+    """uint8 [size] -> uint8 [H, W], checked.
+
+    Raises:
+        UnusableError: the bytes are no 8-bit grey PNG of ``image_size`` (height, width), or an id is no class.
+    """
+    size = header_size(payload, "png", "label")
+    check_size("label", size)
+    if size != image_size:
+        sizes = [f"{height}x{width}" for height, width in (size, image_size)]
+        raise UnusableError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
+    try:
+        label = decode_png(torch.from_numpy(payload), mode=ImageReadMode.UNCHANGED)
+    except RuntimeError as error:
+        raise UnusableError(f"its label is no readable png ({_first_line(error)})") from error
+    if label.shape[0] != 1 or label.dtype != torch.uint8:
+        raise UnusableError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
+    check_ids(label[0].numpy(), num_classes)
+    return label[0]
+
+
+def check_ids(label: np.ndarray, num_classes: int) -> None:
+    """Raises UnusableError when a label, uint8 [H, W], holds an id that is neither a class nor ``IGNORE_INDEX``."""
+    signed = label.view(np.int8)  # 255 is -1 then, and what is allowed lies side by side; no copy is made
+    if signed.min() >= IGNORE_INDEX - 256 and signed.max() < num_classes:
+        return
+    unknown = np.setdiff1d(np.unique(label), [*range(num_classes), IGNORE_INDEX])
+    ids = ", ".join(map(str, unknown.tolist()))
+    raise UnusableError(f"its label holds class ids {ids}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX}")
+
+
+def check_size(what: str, size: tuple[int, int]) -> None:
+    """Raises UnusableError when a header claims no pixel or more than ``LARGEST_IMAGE``."""
+    height, width = size
+    if not 0 < height * width <= LARGEST_IMAGE:
+        raise UnusableError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_IMAGE} are decoded")
+
+
+def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int, int]:
+    """Height and width that the header of a PNG or JPEG claims; decodes nothing.
+
+    Raises:
+        UnusableError: it is no such file.
+    """
+    content = payload.data
+    size = _jpeg_size(content) if image_format == "jpg" else _png_size(content)
+    if size is None:
+        raise UnusableError(f"its {what} is no readable {image_format} (no header)")
+    return size
+
+
+def _png_size(content: memoryview) -> tuple[int, int] | None:
+    """The first chunk of a PNG holds width and height."""
+    if len(content) < 24 or content[:8] != _PNG_START or content[12:16] != b"IHDR":
+        return None
+    return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
+
+
+def _jpeg_size(content: memoryview) -> tuple[int, int] | None:
+    """Goes from marker to marker, each with its length, up to the start of the frame."""
+    if content[:2] != _JPEG_START:
+        return None
+    at = 2
+    while at + 9 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in _FRAMES:
+            return int.from_bytes(content[at + 5 : at + 7], "big"), int.from_bytes(content[at + 7 : at + 9], "big")
+        if marker == 0xFF:  # any number of these may fill up
+            at += 1
+        elif marker in _ALONE:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

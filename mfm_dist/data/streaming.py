@@ -1,0 +1,194 @@
+"""Shards that can only be read from end to end: ``pipe:``, ``s3:``, ``hf:`` and ``http:`` sources, through webdataset.
+
+There is no index to check against, no random access and no exact resume. Shards are divided between ranks and their
+workers anew in every epoch and shuffled through a buffer; a run that resumes begins a new pass in a new order, so it
+may see some samples sooner again and others later. World size and workers change the order too. Where any of this
+matters, stage the shards instead (``data.scratch``) or read them in lanes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import get_worker_info
+from webdataset import WebDataset
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tarfile_samples
+
+from mfm_dist.batch import BadSample
+from mfm_dist.data.blocks import REPLACEMENT_TRIES, Taken, nothing_to_use
+from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
+from mfm_dist.data.reader import Sample
+from mfm_dist.data.tar_scan import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from mfm_dist.errors import DataError
+from mfm_dist.rng import Stream, keyed_generator
+
+SHUFFLE_BUFFER = 200
+"""Samples of a consumer that are shuffled among themselves, still encoded: about 30 MB."""
+
+
+class ShardStream:
+    """Shards behind a URL in which braces stand for several: ``s3://bucket/{000000..000099}.tar``."""
+
+    def __init__(self, url: str, *, samples: int, num_classes: int, decoder: str = "torchvision") -> None:
+        """
+        Args:
+            samples: how many there are in all; nothing but the share of bad ones depends on it.
+            decoder: as for ``ShardReader``.
+
+        Raises:
+            ConfigError: the decoder is not installed.
+        """
+        jpeg_decoder(decoder)
+        self.url = url
+        self.samples = samples
+        self.num_classes = num_classes
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the URL; what lies behind it is not known before it is read."""
+        return hashlib.sha256(self.url.encode()).hexdigest()
+
+    @property
+    def shards(self) -> list[str]:
+        """A URL for each shard, as webdataset opens it."""
+        return [_readable(url) for url in expand_urls(self.url)]
+
+    def decode(self, members: dict[str, bytes], *, with_label: bool) -> Sample:
+        """One sample from its members by extension. Raises UnusableError."""
+        formats = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+        if len(formats) != 1:
+            raise UnusableError("it needs exactly one image (.jpg or .png)")
+        encoded = _array(members[formats[0]], "image")
+        label = None
+        if with_label:
+            if LABEL_EXTENSION not in members:
+                raise UnusableError("it has no label")
+            payload = _array(members[LABEL_EXTENSION], "label")
+            label = decode_label(payload, self.num_classes, header_size(encoded, formats[0], "image"))
+        image = decode_image(encoded, formats[0], jpeg_decoder(self.decoder))
+        return Sample(key=str(members["__key__"]), image=image, label=label)
+
+
+def _array(payload: bytes, what: str) -> np.ndarray:
+    if not payload:
+        raise UnusableError(f"its {what} is empty")
+    return np.frombuffer(bytearray(payload), dtype=np.uint8)  # a copy that torch may write to, or it warns
+
+
+def _readable(url: str) -> str:
+    """webdataset has no client for s3; the command of Amazon's does as well."""
+    return f"pipe:aws s3 cp '{url}' -" if url.startswith("s3:") else url
+
+
+def plain_webdataset(tars: list[str]) -> Iterator[dict[str, Any]]:
+    """The members of every sample as webdataset itself gives them, in the order of the tars; to compare with."""
+    yield from WebDataset(tars, shardshuffle=False)
+
+
+class StreamedSamples:
+    """The part of a stream that one consumer, a worker of a rank, takes; every pass divides the stream anew."""
+
+    def __init__(
+        self,
+        origin: ShardStream,
+        *,
+        with_label: bool,
+        seed: int,
+        stream: Stream,
+        start: int,
+        consumer: int,
+        consumers: int,
+    ) -> None:
+        """
+        Args:
+            start: key of the first pass, another for every start of a run.
+            consumer: number of this rank's first worker.
+            consumers: workers of all ranks.
+        """
+        self.origin = origin
+        self.with_label = with_label
+        self.seed = seed
+        self.stream = stream
+        self.start = start
+        self.consumer = consumer
+        self.consumers = consumers
+        self._members: Iterator[dict[str, Any] | BadSample] | None = None
+
+    def take(self, position: int, bad: list[BadSample]) -> Taken:  # noqa: ARG002  a stream has no positions
+        """The next sample of this consumer that can be used.
+
+        Raises:
+            DataError: ``REPLACEMENT_TRIES`` samples one after the other cannot be used, or a pass yields none.
+        """
+        if self._members is None:
+            worker = get_worker_info()
+            self._members = self._shuffled(self.consumer + (worker.id if worker else 0))
+        refused: list[BadSample] = []
+        while len(refused) < REPLACEMENT_TRIES:
+            found = next(self._members)
+            if isinstance(found, BadSample):
+                bad.append(found)
+                continue
+            try:
+                sample = self.origin.decode(found, with_label=self.with_label)
+            except UnusableError as error:
+                key, shard = found["__key__"], found["__url__"]
+                refused.append(BadSample(shard=shard, key=key, number=zlib.crc32(key.encode()), reason=str(error)))
+                continue
+            bad += refused
+            return Taken(sample, None)
+        raise nothing_to_use(refused)
+
+    def _shuffled(self, consumer: int) -> Iterator[dict[str, Any] | BadSample]:
+        """All passes, through the buffer."""
+        draws = keyed_generator(self.seed, Stream.STREAM_ORDER, self.start, consumer)
+        passes = self._passes(consumer)
+        buffer = list(islice(passes, SHUFFLE_BUFFER))
+        for members in passes:
+            place = int(draws.integers(len(buffer)))
+            members, buffer[place] = buffer[place], members
+            yield members
+
+    def _passes(self, consumer: int) -> Iterator[dict[str, Any] | BadSample]:
+        shards = self.origin.shards
+        empty_passes = 0
+        for epoch in count(self.start):
+            order = keyed_generator(self.seed, self.stream, epoch).permutation(len(shards))
+            empty_passes += 1
+            for members in self._one_pass([shards[number] for number in order], consumer, epoch):
+                if isinstance(members, dict):
+                    empty_passes = 0
+                yield members
+            if empty_passes > self.consumers:
+                raise DataError(f"{self.origin.url}: not one sample in a whole pass; does the command work by itself?")
+
+    def _one_pass(self, shards: list[str], consumer: int, epoch: int) -> Iterator[dict[str, Any] | BadSample]:
+        """Whole shards where there are enough, else every n-th sample of one; which n-th changes with the epoch, so
+        that no consumer is without for long."""
+        troubles: list[BadSample] = []
+        group = consumer % len(shards)
+        step = len(range(group, self.consumers, len(shards))) if self.consumers > len(shards) else 1
+        own = [shards[group]] if step > 1 else shards[consumer :: self.consumers]
+
+        def note(error: Exception) -> bool:
+            """In place of webdataset's own handlers, which sleep half a second each time."""
+            troubles.append(BadSample(shard=url, key="", number=-1, reason=f"{type(error).__name__}: {error.args[0]}"))
+            return True
+
+        for url in own:
+            samples = tarfile_samples(iter([{"url": url}]), handler=note)
+            for number, members in enumerate(samples):
+                if (number + epoch) % step == consumer // len(shards) % step:
+                    yield members
+            yield from troubles
+            troubles.clear()

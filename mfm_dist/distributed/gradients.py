@@ -1,0 +1,61 @@
+"""From the gradients of one step to a factor for each part of them: clipping, and steps that must not be applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLIP_EPSILON = 1e-6
+"""Added to a norm before a limit is divided by it, as torch's and DeepSpeed's clipping do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What a step may not exceed if it is to be applied."""
+
+    loss: float = math.inf
+    """Mean loss of the global batch."""
+    grad_norm: float = math.inf
+    """Global norm before clipping."""
+
+
+def part_of(group_name: str) -> str:
+    """The part of the module that an optimiser group belongs to: ``encoder_norm`` is of the ``encoder``."""
+    return group_name.removesuffix("_norm")
+
+
+def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """float32 scalar; 0 where this rank holds none of them."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum().to(device)
+
+
+def clip_factors(norms: Tensor, limits: Sequence[float], global_limit: float) -> Tensor:
+    """What to multiply the gradient of each part with: [parts], at most 1.
+
+    Args:
+        norms: [parts], before clipping.
+        limits: largest norm of each part by itself; 0 for none.
+        global_limit: largest norm of all parts together, after that; 0 for none.
+    """
+    each = torch.tensor([limit or math.inf for limit in limits], device=norms.device)
+    factors = (each / (norms + CLIP_EPSILON)).clamp(max=1.0)
+    total = (norms * factors).norm()
+    return factors * ((global_limit or math.inf) / (total + CLIP_EPSILON)).clamp(max=1.0)
+
+
+def refuse(factors: Tensor, norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
+    """The factors, or NaN in their place if the step must not be applied.
+
+    A NaN reaches every gradient on every rank, and what is not finite no engine applies. Nothing here waits for the
+    device.
+    """
+    good = torch.isfinite(loss) & (loss <= ceilings.loss)
+    total = norms.norm()
+    good &= torch.isfinite(total) & (total <= ceilings.grad_norm)
+    return torch.where(good, factors, math.nan)

@@ -1,0 +1,240 @@
+"""What slurm/train_mfm.sh does not decide in shell: one job of a batch system, over all its attempts and lives.
+
+    prepare   once a life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
+    plan      before each attempt: on how many of the nodes to train; prints their number
+    verdict   after each attempt: prints done, again, stop, or requeue and the nodes to stay away from;
+              its exit code is the job's
+
+A *life* is the time from one start of the job by Slurm to the next, an *attempt* one start of the training. The folder
+of a job holds code/, config.yaml, node-N.log (what was printed on each node), attempts.jsonl and summary.log. Needs no
+torch, so it answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.config.loader import dump_config, load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, ConfigError, UserError
+from mfm_dist.outcome import OUTCOME
+from mfm_dist.whole_folder import write_atomically
+
+SAME_STEP_FAILURES = 3
+"""Failures in a row without a new checkpoint after which a job gives up."""
+SAME_STEP_ATTEMPTS = 10
+"""The same for attempts of any kind: stopped by a signal every time, before the first step of its own."""
+SNAPSHOT = ("mfm_dist", "configs", "slurm", "setup.py", "constraints.txt")
+FAILURE = re.compile(r"^(\[rank\d+\]: *)?([\w.]*(Error|Exception)\b.*|hung: .*|.*exitcode *: -?\d.*)$")
+"""Lines of a log that say why a process ended: Python's last line of a traceback, the watchdog's, torchrun's."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the three; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mfm_dist.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare")
+    command.add_argument("--job", required=True, help="its number")
+    command.add_argument("--array-task", type=int, help="train with this seed, in a run folder of its own")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command = commands.add_parser("plan")
+    command.add_argument("--nodes", type=int, required=True, help="allocated")
+    command.add_argument("--processes", type=int, required=True, help="on each of them")
+    command.add_argument("folder", type=Path)
+    command = commands.add_parser("verdict")
+    command.add_argument("--signalled", action="store_true", help="the end of the job was announced")
+    command.add_argument("--cancelled", action="store_true", help="the job is being ended from outside")
+    command.add_argument("--lost", default="", help="nodes that do not answer any more, separated by commas")
+    command.add_argument("folder", type=Path)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "prepare":
+            print(prepare(arguments.config, arguments.overrides, job=arguments.job, seed=arguments.array_task))
+        elif arguments.command == "plan":
+            print(plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes))
+        else:
+            word, code = verdict(
+                arguments.folder,
+                signalled=arguments.signalled,
+                cancelled=arguments.cancelled,
+                lost=[node for node in arguments.lost.split(",") if node],
+            )
+            print(word)
+            return code
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # what cannot be noted cannot be counted, and the training could not save either
+        print(f"{error}: free some space, then submit the same command again", file=sys.stderr)
+        return EXIT_STORAGE
+    return 0
+
+
+def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int | None) -> Path:
+    """The job's folder, with the code and the configuration as they were when it started for the first time.
+
+    Raises:
+        ConfigError: with everything that is wrong about the configuration.
+    """
+    config = load_config(config_file, overrides)
+    if seed is not None:
+        config.seed = seed
+        config.run.folder = config.run.folder / f"seed_{seed}"
+    folder = config.run.folder / "jobs" / job
+    if not (folder / "config.yaml").exists():
+        for name in SNAPSHOT:
+            source, target = Path(name), folder / "code" / name
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            elif source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", dump_config(config))
+    return folder
+
+
+def plan(folder: Path, *, nodes: int, processes: int) -> int:
+    """The largest number of nodes, of those there are, that can share the global batch evenly. Begins an attempt.
+
+    Raises:
+        ConfigError: if not even one node can.
+    """
+    config = load_config(folder / "config.yaml")
+    blocks = config.blocks_per_step
+    fitting = [count for count in range(1, nodes + 1) if not config.world_problems(count * processes)]
+    if not fitting:
+        raise ConfigError(config.world_problems(processes))
+    used = fitting[-1]
+    batch = f"train.global_batch={config.train.global_batch}"
+    if used < nodes:
+        say(folder, f"{nodes} nodes are there, {used} used: {batch} cannot be shared evenly by more of them")
+    say(
+        folder,
+        f"attempt {len(_attempts(folder)) + 1}: {used} node(s) x {processes} process(es), {batch} = {blocks} "
+        f"micro-batches of {config.train.micro_batch}, {blocks // (used * processes)} a process and step; "
+        f"from step {_saved_step(config)}",
+    )
+    for name in (OUTCOME, "preflight.json"):  # those of the attempt before
+        (config.run.folder / name).unlink(missing_ok=True)
+    for number in range(used):
+        with (folder / f"node-{number}.log").open("a", encoding="utf-8") as log:
+            log.write(f"{_attempt_line(folder)}\n")
+    return used
+
+
+def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
+    """What to do after an attempt, and the exit code for the case that it is to stop."""
+    config = load_config(folder / "config.yaml")
+    outcome = _outcome(config, folder.name)
+    step = _saved_step(config)
+    code = outcome.get("code")
+    reason = str(outcome.get("reason", "ended without a word (killed, or a bug)"))
+    away = list(lost)
+    kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_CORRUPT, None) else "ended"
+    if code is None and (signalled or cancelled):
+        kind, reason = "stopped", "asked to stop before training began"
+    if code is None and (preflight := _preflight(config)):
+        reason, nodes = "preflight: " + "; ".join(preflight["problems"]), preflight["nodes"]
+        kind, code, away = ("failed", None, away + nodes) if nodes else ("ended", int(preflight["code"]), away)
+    if lost:
+        reason += f"; nodes that do not answer: {', '.join(lost)}"
+    attempts = [*_attempts(folder), {"time": time.time(), "kind": kind, "code": code, "reason": reason, "step": step}]
+    _write_attempts(folder, attempts)
+    say(folder, f"attempt {len(attempts)} {kind} at step {outcome.get('step', '?')}, saved up to {step}: {reason}")
+
+    if kind == "ended":
+        return ("done" if code == EXIT_DONE else "stop"), int(code or 0)
+    if cancelled:
+        say(folder, "ended from outside; if Slurm does not start it again by itself, the same command goes on")
+        return "stop", EXIT_STOPPED
+    in_a_row = [attempt for attempt in attempts if attempt["step"] == step]
+    failures = [attempt for attempt in in_a_row if attempt["kind"] == "failed"]
+    if len(failures) >= SAME_STEP_FAILURES or len(in_a_row) >= SAME_STEP_ATTEMPTS:
+        say(folder, _diagnosis(folder, in_a_row, step))
+        return "stop", 1
+    if kind == "stopped" or away or signalled:
+        return f"requeue {','.join(dict.fromkeys(away))}".strip(), 0
+    return "again", 0
+
+
+def say(folder: Path, text: str) -> None:
+    """A line for the job's summary and for whoever reads its output."""
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+    print(line, file=sys.stderr, flush=True)
+    with (folder / "summary.log").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def _diagnosis(folder: Path, attempts: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Why it is of no use to go on."""
+    lines = [
+        f"GIVING UP: {len(attempts)} attempts in a row brought no checkpoint beyond step {step}. Started once more it "
+        f"would do the same; mend the cause below, then submit the same command, which goes on from step {step}."
+    ]
+    lines += [f"  attempt: {attempt['reason']}" for attempt in attempts[-SAME_STEP_FAILURES:]]
+    for log in sorted(folder.glob("node-*.log")):
+        found = first_failure(log.read_text(encoding="utf-8", errors="replace"))
+        lines.append(f"  {log.name}: {found or 'no error in it'}")
+    return "\n".join([*lines, f"  all of it: {folder}"])
+
+
+def first_failure(log: str) -> str | None:
+    """The first line that names an error, in what a log holds of the last attempt; later ones follow from it."""
+    last = log.rpartition("=== attempt ")[2]
+    return next((line.strip()[:300] for line in last.splitlines() if FAILURE.match(line.strip())), None)
+
+
+def _preflight(config: RunConfig) -> dict[str, Any]:
+    """What the preflight of this attempt found wrong; empty if nothing, or if there was none."""
+    with suppress(OSError, ValueError):
+        report: dict[str, Any] = json.loads((config.run.folder / "preflight.json").read_text(encoding="utf-8"))
+        return report if report["problems"] else {}
+    return {}
+
+
+def _outcome(config: RunConfig, job: str) -> dict[str, Any]:
+    """How the training of this attempt ended; empty if it could not say, or if the outcome is of another job."""
+    with suppress(OSError, ValueError):
+        outcome = json.loads((config.run.folder / OUTCOME).read_text(encoding="utf-8"))
+        if isinstance(outcome, dict) and outcome.get("job") == job:
+            return outcome
+    return {}
+
+
+def _saved_step(config: RunConfig) -> int:
+    """Where the next start would go on; 0 where nothing is saved."""
+    with suppress(OSError, ValueError):
+        name = (config.run.folder / "checkpoints" / "latest").read_text(encoding="utf-8")
+        return int(name.strip().removeprefix("step_"))
+    return 0
+
+
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    with suppress(OSError):
+        return [json.loads(line) for line in (folder / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def _write_attempts(folder: Path, attempts: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(folder / "attempts.jsonl", "".join(json.dumps(attempt) + "\n" for attempt in attempts))
+
+
+def _attempt_line(folder: Path) -> str:
+    return f"=== attempt {len(_attempts(folder)) + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')} ==="
+
+
+if __name__ == "__main__":
+    sys.exit(main())

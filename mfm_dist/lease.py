@@ -1,0 +1,190 @@
+"""One run folder, one job: who writes to it says so in ``lease.json``, and goes on saying so.
+
+Not a lock of the file system, which network file systems promise and do not always keep. The heartbeat is the file's
+time, given and compared by the file system's own clock. A lease is taken over
+
+* at once by the same Slurm job, which was requeued, and where its process ran on this host and is gone;
+* when its heartbeat stands still for ``STALE_SECONDS``.
+
+A start that meets a heartbeat that moves is refused. Two that start in the same instant may both believe that they
+hold the lease; the one whose lease was overwritten finds out at its next heartbeat and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.errors import EXIT_CONFIG, ConfigError, StorageError
+
+LEASE = "lease.json"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 100.0
+"""More than the minute for which NFS may show an old time of a file."""
+
+
+def end_process(reason: str) -> None:
+    """Nothing is saved: whoever has the folder now goes on from the last checkpoint."""
+    os.write(sys.stderr.fileno(), f"{reason}\n".encode())
+    os._exit(EXIT_CONFIG)
+
+
+class Lease:
+    """A run folder's lease, held from ``take`` to ``release``, which the end of a ``with`` calls."""
+
+    def __init__(self, folder: Path, text: str, on_lost: Callable[[str], object]) -> None:
+        self._path = folder / LEASE
+        self._text = text
+        self._on_lost = on_lost
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, daemon=True, name="lease").start()
+
+    @classmethod
+    def take(
+        cls,
+        folder: Path,
+        *,
+        on_lost: Callable[[str], object] = end_process,
+        say: Callable[[str], object] = print,
+        environment: Mapping[str, str] = os.environ,
+    ) -> Lease:
+        """Wait until the folder is free, or known to be in use.
+
+        Args:
+            on_lost: called in a thread, with a sentence, if another start holds the lease now; must end the process.
+
+        Raises:
+            ConfigError: if another job or process is at work in this folder.
+            StorageError: if the folder cannot be written.
+        """
+        owner = {
+            "job": environment.get("SLURM_JOB_ID"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "token": uuid.uuid4().hex,
+        }
+        text = json.dumps(owner) + "\n"
+        path = folder / LEASE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _wait_until_free(path, owner, say)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise _in_use(path, _read(path)) from None
+        except OSError as error:
+            raise StorageError(f"run.folder={folder} cannot be written: {error}") from error
+        return cls(folder, text, on_lost)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the next start have the folder at once."""
+        self._released.set()
+        with suppress(OSError):
+            if self._path.read_text(encoding="utf-8") == self._text:
+                self._path.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                held = self._path.read_text(encoding="utf-8") == self._text
+                if held:
+                    os.utime(self._path)
+            except FileNotFoundError:
+                held = False
+            except OSError:
+                continue  # the disk is away; whoever writes will say so
+            if not held and not self._released.is_set():
+                self._on_lost(f"{_describe(_read(self._path))} has taken over {self._path.parent}; this start ends")
+                return
+
+
+def _wait_until_free(path: Path, owner: Mapping[str, Any], say: Callable[[str], object]) -> None:
+    """Return when there is no lease any more; removes one that nobody keeps."""
+    patience = time.monotonic() + STALE_SECONDS
+    first, told = _heartbeat(path), False
+    while first is not None:
+        holder = _read(path)
+        same_job = owner["job"] is not None and holder.get("job") == owner["job"]
+        here = holder.get("host") == owner["host"] and holder.get("job") is None and owner["job"] is None
+        process = holder.get("process")
+        alive = isinstance(process, int) and _is_alive(process)
+        if same_job or (here and not alive) or time.monotonic() > patience or _age(path) > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+            say(f"taking over {path.parent} from {_describe(holder)}")
+            return
+        now = _heartbeat(path)
+        if now is None:
+            return
+        if now != first or here:
+            raise _in_use(path, holder)
+        if not told:
+            say(f"waiting up to {STALE_SECONDS:.0f} s to see whether {_describe(holder)} still holds {path.parent}")
+            told = True
+        time.sleep(0.5)
+
+
+def _in_use(path: Path, holder: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"run.folder={path.parent} is in use by {_describe(holder)}: wait until it has ended, or choose another "
+        f"run.folder. If it is gone for certain, remove {path}"
+    )
+
+
+def _describe(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "somebody who left no name"
+    job = f"Slurm job {holder['job']}" if holder.get("job") else f"process {holder.get('process')}"
+    return f"{job} on {holder.get('host')}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Whose lease it is; empty where that cannot be read."""
+    with suppress(OSError, ValueError):
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(holder, dict):
+            return holder
+    return {}
+
+
+def _heartbeat(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _age(path: Path) -> float:
+    """Seconds since the last heartbeat, by the clock of the file system."""
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,85 @@
+"""DAFormer (Hoyer et al., CVPR 2022, arXiv 2111.14887): DACS that keeps the encoder near its ImageNet features.
+
+The method's third part, rare class sampling, is a matter of the data: ``data.rare_class_sampling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.config.schema import DAFormerSection, RunConfig, SelfTrainingSection
+from mfm_dist.methods.base import Classify, Loss, Method, Pass, StepInputs, Term, classify
+from mfm_dist.methods.dacs import DACS
+from mfm_dist.models.segmentor import Segmentor
+
+THING_CLASSES = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
+"""Lights, signs, people and vehicles: the classes that ImageNet knows as objects (DAFormer)."""
+
+
+class DAFormer(Method):
+    """L = L_sup + L_mix + weight * L_fd; the feature distance shares the forward of L_sup."""
+
+    needs_teacher = True
+    needs_initial_encoder = True
+
+    def __init__(
+        self, settings: DAFormerSection, self_training: SelfTrainingSection, classify: Classify = classify
+    ) -> None:
+        self.settings = settings
+        self.dacs = DACS(self_training, classify)
+        self.classify = classify
+
+    def terms(self) -> Mapping[str, Term]:
+        return {**self.dacs.terms(), "source": self.source_term}
+
+    def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+        """L_sup, and L_fd on the same features."""
+        assert inputs.initial_feature is not None
+        label = inputs.source_label
+        losses, features = self.classify(student, inputs, Pass.SOURCE, inputs.source_image, label)
+        last = features[-1]
+        mask = thing_mask(label, (last.shape[-2], last.shape[-1]), self.settings.feature_distance_share)
+        distance = feature_distance(last, inputs.initial_feature, mask)
+        return {**losses, "feature_distance": Loss(distance, self.settings.feature_distance_weight)}
+
+
+@torch.no_grad()
+def thing_mask(label: Tensor, size: tuple[int, int], share: float) -> Tensor:
+    """Which positions of a feature map lie on an object: one of ``THING_CLASSES`` has this share of their pixels.
+
+    Args:
+        label: integer [B, H, W]; ``IGNORE_INDEX`` counts as one class more, which is no thing.
+        size: rows and columns (h, w) of the map; a position covers H // h by W // w pixels.
+        share: of a position's pixels that its most frequent class must have at least, 0.75 as published.
+
+    Returns:
+        bool [B, h, w].
+    """
+    (rows, columns), (height, width) = size, label.shape[-2:]
+    high, wide = height // rows, width // columns
+    cells = label[:, : rows * high, : columns * wide].unflatten(2, (columns, wide)).unflatten(1, (rows, high))
+    # One class after another: a one-hot of the whole label would take 20 times its memory.
+    values = (*range(len(CLASS_NAMES)), IGNORE_INDEX)
+    counts = torch.stack([(cells == value).sum(dim=(2, 4)) for value in values], dim=1)  # [B, classes + 1, h, w]
+    count, winner = counts.max(dim=1)
+    is_thing = torch.zeros(len(values), dtype=torch.bool, device=label.device)
+    is_thing[list(THING_CLASSES)] = True
+    return is_thing[winner] & (count >= share * high * wide)
+
+
+def feature_distance(feature: Tensor, initial: Tensor, mask: Tensor) -> Tensor:
+    """Mean Euclidean distance of two maps [B, C, h, w] over the positions of ``mask`` [B, h, w]; 0 if there is none.
+
+    The published code takes the mean of nothing there, which logs NaN and has no gradient either.
+    """
+    distance = torch.linalg.vector_norm(feature.float() - initial.float(), dim=1)
+    return (distance * mask).sum() / mask.sum().clamp_min(1)
+
+
+def build(config: RunConfig) -> Method:
+    """The method as configured."""
+    return DAFormer(config.daformer, config.self_training)

@@ -1,0 +1,58 @@
+"""Keeping a loss from training a part of the networks, while its backward still reaches every parameter.
+
+A parameter that a backward leaves out would be updated by ZeRO-3 with its previous gradient, and DDP with
+``memory.lean`` would not exchange it: what must not learn gets a gradient of 0 instead of none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_dist.models.batch_norm import batch_norm_untracked
+
+
+def without_gradient(feature: Tensor) -> Tensor:
+    """The same values; the gradient that flows back from here is 0."""
+    stopped: Tensor = _WithoutGradient.apply(feature)
+    return stopped
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tensor:  # noqa: ARG004 - torch passes it
+        return feature.view_as(feature)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return torch.zeros_like(gradient)
+
+
+@contextmanager
+def fixed(module: nn.Module) -> Iterator[None]:
+    """In here gradients pass through a module to its input, and its own parameters get none."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def touched(heads: Sequence[nn.Module], features: list[Tensor]) -> Tensor:
+    """The scalar 0, whose backward gives a gradient of 0 to every parameter of these decoders.
+
+    They run on a corner of the encoder's maps, which costs next to nothing.
+    """
+    corner = [feature.detach()[..., :2, :2] for feature in features]
+    total = features[-1].new_zeros((), dtype=torch.float32)
+    for head in heads:
+        with batch_norm_untracked(head):
+            total = total + 0.0 * head(corner).float().sum()
+    return total

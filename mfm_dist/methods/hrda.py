@@ -1,0 +1,66 @@
+"""HRDA (Hoyer et al., ECCV 2022, arXiv 2204.13132): DAFormer on large crops, seen at two resolutions.
+
+The network is ``models/hrda.py``. What changes in the method is how an image is classified, in every term; the teacher
+classifies with sliding windows, as at inference.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.methods.base import Classified, Loss, Method, Pass, StepInputs
+from mfm_dist.methods.daformer import DAFormer
+from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.windows import Box
+from mfm_dist.rng import Stream, keyed_generator
+
+
+def classify_at_two_resolutions(
+    student: Segmentor,
+    inputs: StepInputs,
+    which: Pass,
+    image: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    /,
+    *,
+    detail_weight: float,
+) -> Classified:
+    """(1 - w) * cross-entropy of the fused logits + w * that of the detail window's, one window for the batch."""
+    assert isinstance(student, HRDASegmentor)
+    box = draw_detail_box(student, inputs, which)
+    seen = student.look(image, box)
+    detail = cross_entropy(seen.detail, box.crop(label), None if weight is None else box.crop(weight))
+    losses = {
+        which.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
+        f"{which.label}_detail": Loss(detail, detail_weight),
+    }
+    return Classified(losses, seen.features)
+
+
+def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, which: Pass) -> Box:
+    """The detail window of one forward of one micro-batch."""
+    height, width = inputs.target_image.shape[-2:]
+    generator = keyed_generator(inputs.seed, Stream.DETAIL_BOX, inputs.block, which)
+    return detail_box((height, width), student.detail_size, student.box_step, generator)
+
+
+def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Box:
+    """A window at a multiple of ``step`` pixels. As published, the last place of all is never drawn (UDA_FACTS 5)."""
+    top, left = (
+        step * int(generator.integers(max(1, (side - part + 1) // step)))
+        for side, part in zip(size, window, strict=True)
+    )
+    return Box(top, left, *window)
+
+
+def build(config: RunConfig) -> Method:
+    """The method as configured."""
+    classify = partial(classify_at_two_resolutions, detail_weight=config.hrda.detail_loss_weight)
+    return DAFormer(config.daformer, config.self_training, classify)

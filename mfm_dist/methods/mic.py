@@ -1,0 +1,110 @@
+"""MIC (Hoyer et al., CVPR 2023, arXiv 2212.01322): the student must find in a masked image what the teacher saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_dist.config.schema import MICSection, RunConfig, SelfTrainingSection
+from mfm_dist.methods import dacs, daformer, hrda, source_only
+from mfm_dist.methods.augment import strong_augment
+from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
+from mfm_dist.methods.self_training import pseudo_weight
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.rng import Stream, keyed_generator, torch_generator
+
+
+class MIC(Method):
+    """L of another method + weight * L_mask."""
+
+    def __init__(self, settings: MICSection, self_training: SelfTrainingSection, base: Method) -> None:
+        self.settings = settings
+        self.self_training = self_training
+        self.base = base
+        self.classify = base.classify
+        self.needs_teacher = base.needs_teacher or settings.mode != "separatesrc"
+        self.needs_initial_encoder = base.needs_initial_encoder
+
+    def terms(self) -> Mapping[str, Term]:
+        return {**self.base.terms(), "masked": self.masked_term}
+
+    def masked_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+        """L_mask, over all pixels, masked or not."""
+        image, label, weight = masked_batch(inputs, self.settings, self.self_training)
+        losses = self.classify(student, inputs, Pass.MASKED, image, label, weight).losses
+        # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
+        return {name: Loss(loss.value, loss.weight * self.settings.loss_weight) for name, loss in losses.items()}
+
+
+@torch.no_grad()
+def masked_batch(
+    inputs: StepInputs, settings: MICSection, self_training: SelfTrainingSection
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images of ``settings.mode``, augmented if asked for, with blocks of them hidden.
+
+    Returns:
+        image float32 [B', 3, H, W], label int64 [B', H, W] and pixel weight float32 [B', H, W].
+    """
+    source, target = chosen_images(len(inputs.source_image), settings.mode)
+    images = [inputs.source_image[:source], inputs.target_image[:target]]
+    labels = [inputs.source_label[:source].long()]
+    weights = [torch.ones_like(labels[0], dtype=torch.float32)]
+    if target:
+        assert inputs.pseudo is not None
+        labels.append(inputs.pseudo.label[:target])
+        weights.append(_target_weight(inputs, settings)[:target])
+    image = torch.cat(images)
+    if settings.augment:
+        generator = keyed_generator(inputs.seed, Stream.MIC_AUGMENT, inputs.block)
+        image = strong_augment(image, self_training, generator, scope="batch")
+    height, width = image.shape[-2:]
+    positions = [(position, 0) for position in inputs.positions[:source]]
+    positions += [(position, 1) for position in inputs.positions[:target]]
+    visible = [
+        visible_blocks((height, width), settings, torch_generator(inputs.seed, Stream.MIC_MASK, position, domain))
+        for position, domain in positions
+    ]
+    # Hidden is 0 after normalisation, the ImageNet mean colour.
+    image = image * torch.stack(visible).unsqueeze(1).to(image.device)
+    return image, torch.cat(labels), torch.cat(weights)
+
+
+def chosen_images(batch: int, mode: str) -> tuple[int, int]:
+    """How many images of a micro-batch are masked: (source, target), each counted from the first.
+
+    ``separate`` takes half of each domain, so that as many images are masked as there are of one domain. The
+    published code knows it for two images only, where it is one of each; so it is here for one.
+    """
+    if mode == "separatesrc":
+        return batch, 0
+    if mode == "separatetrg":
+        return 0, batch
+    half = max(1, batch // 2)
+    return half, max(1, batch - half)
+
+
+def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch.Generator) -> Tensor:
+    """float32 [H, W], 1 where the image stays visible.
+
+    Blocks of about ``block`` pixels are hidden independently of one another, so the share varies.
+    """
+    grid = [max(1, round(side / settings.block)) for side in size]
+    kept = torch.rand(grid, generator=generator) > settings.mask_ratio
+    return F.interpolate(kept[None, None].float(), size, mode="nearest")[0, 0]
+
+
+def _target_weight(inputs: StepInputs, settings: MICSection) -> Tensor:
+    """The pseudo-weight [B, H, W] of the step, or by a threshold of its own."""
+    assert inputs.pseudo is not None
+    if settings.pseudo_threshold is None:
+        return inputs.pseudo.weight
+    return pseudo_weight(inputs.pseudo.confidence, inputs.pseudo.valid, settings.pseudo_threshold)
+
+
+def build(config: RunConfig) -> Method:
+    """The method as configured."""
+    bases = {"source_only": source_only, "dacs": dacs, "daformer": daformer, "hrda": hrda}
+    return MIC(config.mic, config.self_training, bases[config.mic.on].build(config))

@@ -1,0 +1,156 @@
+"""HRDA's segmenter (Hoyer et al., ECCV 2022, arXiv 2204.13132): one encoder and decoder at two resolutions.
+
+The context is the whole image at half its resolution, the detail a window of it, a quarter of its area, at full
+resolution. A second decoder reads the context and says for each place and class which of both to believe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfm_dist.errors import ConfigError
+from mfm_dist.models.decoders import build_decoder
+from mfm_dist.models.layers import resize
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+
+SCALE = 2
+"""The context has one pixel for so many of the image, in each direction (HRDA)."""
+
+
+class TwoResolutions(NamedTuple):
+    """What a forward with one detail window gives."""
+
+    features: list[Tensor]
+    """Encoder maps of the context."""
+    fused: Tensor
+    """Logits [B, C, H / stride, W / stride]; outside the window the context speaks alone."""
+    detail: Tensor
+    """Logits of the window, [B, C, height / stride, width / stride]."""
+
+
+class HRDASegmentor(Segmentor):
+    """A plain segmenter of which two resolutions of an image are asked, and the attention that fuses the answers.
+
+    ``encode`` and ``decode`` are the plain segmenter's, at whatever resolution they are given. Which detail window is
+    looked at in training is an argument; nothing about it is kept here.
+
+    Args:
+        segmentor: the encoder and the decoder of both resolutions.
+        attention: a decoder with the same ``stride`` and as many classes.
+        window: height and width of the training crop, in pixels; longer images are predicted in windows of it.
+
+    Attributes:
+        detail_size: height and width of a detail window, in pixels.
+
+    Raises:
+        ConfigError: attention or window do not fit the decoder.
+    """
+
+    def __init__(self, segmentor: Segmentor, attention: nn.Module, window: tuple[int, int]) -> None:
+        super().__init__(segmentor.backbone, segmentor.decoder)
+        self.attention = attention
+        self.window = window
+        self.detail_size = (window[0] // SCALE, window[1] // SCALE)
+        self.stride = int(self.decoder.stride)  # type: ignore[arg-type]
+        problems = []
+        if attention.stride != self.stride:
+            problems.append(
+                f"hrda.attention has stride {attention.stride}, model.decoder {self.stride}: they must be equal; "
+                "take segformer beside daformer and segformer, deeplabv2 (with attention_options={}) beside deeplabv2"
+            )
+        if any(side % (2 * SCALE * self.stride) for side in window):
+            problems.append(
+                f"data.crop={window[0]}x{window[1]}: HRDA halves it and slides by a quarter, on a grid of "
+                f"{self.stride} pixels, so both sides must be multiples of {2 * SCALE * self.stride}"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.decoder, self.attention]
+
+    @property
+    def box_step(self) -> int:
+        """Pixels between the places that a detail window may have, so that it lies on the context's grid, too.
+
+        The published step is 8, which for a decoder of stride 8 puts the window half a cell beside the attention.
+        """
+        return SCALE * self.stride
+
+    def context(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 3, H / 2, W / 2]."""
+        return resize(image, [side // SCALE for side in image.shape[-2:]])
+
+    def look(self, image: Tensor, box: Box) -> TwoResolutions:
+        """An image [B, 3, H, W] at both resolutions, the detail in one window of it."""
+        features = self.encode(self.context(image))
+        coarse, attention = self.decode(features), self.attend(features)
+        detail = self.decode(self.encode(box.crop(image)))
+        cell = box.scaled_down(SCALE * self.stride)
+        rows, columns = coarse.shape[-2:]
+        inside = cell.paste(cell.crop(attention), (rows, columns))  # 0 outside the window
+        pasted = box.scaled_down(self.stride).paste(detail, (SCALE * rows, SCALE * columns))
+        return TwoResolutions(features, fuse(coarse, inside, pasted), detail)
+
+    def attend(self, features: list[Tensor]) -> Tensor:
+        """Encoder maps of the context -> how much of the detail to believe, 0..1, [B, C, h, w]."""
+        return torch.sigmoid(self.attention(features))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] -> logits [B, C, H, W], the detail from windows that slide over all of it."""
+        height, width = image.shape[-2:]
+        grid = SCALE * self.stride
+        # To whole cells of the context; 0 is the mean colour.
+        padded = F.pad(image, (0, -width % grid, 0, -height % grid))
+        features = self.encode(self.context(padded))
+        fused = fuse(self.decode(features), self.attend(features), self._detail_everywhere(padded))
+        return resize(fused, padded.shape[-2:])[..., :height, :width]
+
+    def _detail_everywhere(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, C, H / stride, W / stride], all windows in one forward."""
+        size = (image.shape[-2], image.shape[-1])
+        step = (self.detail_size[0] // 2, self.detail_size[1] // 2)
+        boxes = sliding_boxes(size, self.detail_size, step)
+        logits = self.decode(self.encode(torch.cat([box.crop(image) for box in boxes])))
+        cells = [box.scaled_down(self.stride) for box in boxes]
+        return average_windows(list(logits.chunk(len(boxes))), cells, (size[0] // self.stride, size[1] // self.stride))
+
+
+def at_two_resolutions(
+    segmentor: Segmentor,
+    *,
+    attention: str,
+    options: Mapping[str, object],
+    num_classes: int,
+    window: tuple[int, int],
+) -> HRDASegmentor:
+    """HRDA's segmenter from a plain one and the name and options of the decoder that is its attention.
+
+    Raises:
+        ConfigError: no such decoder, or what does not fit.
+    """
+    backbone = segmentor.backbone
+    try:
+        scale_attention = build_decoder(attention, backbone.channels, backbone.strides, num_classes, options)
+    except ConfigError as error:
+        raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
+    return HRDASegmentor(segmentor, scale_attention, window)
+
+
+def fuse(coarse: Tensor, attention: Tensor, detail: Tensor) -> Tensor:
+    """(1 - a) * coarse + a * detail at the detail's resolution, with coarse and a enlarged bilinearly (HRDA).
+
+    Args:
+        coarse: logits of the context [B, C, h, w].
+        attention: a, [B, C, h, w] in 0..1.
+        detail: logits [B, C, 2 h, 2 w].
+    """
+    size = detail.shape[-2:]
+    return resize((1 - attention) * coarse, size) + resize(attention, size) * detail

@@ -1,0 +1,106 @@
+"""Losses and gradients that must not reach the weights: all ranks skip the same steps, and go back together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import run_train, tiny_overrides
+
+PLANTED = "tests.distributed.train_with_bad_gradients"
+LENGTH = ["train.steps=12", "checkpoint.every=2", "checkpoint.keep=10", "debug.audit_every=1", "eval.every=100"]
+"""A step is two micro-batches: with two processes, the odd ones are on rank 1."""
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in events(run) if event["event"] == kind]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {f"{f.stem}/{name}": t for f in checkpoint.glob("*.safetensors") for name, t in load_file(f).items()}
+
+
+def disturbed(run: Path, scenes: Path, blocks: str, kind: str, *overrides: str, launch: str | None) -> Any:
+    arguments = [*tiny_overrides(scenes, run), *LENGTH, *overrides]
+    return run_train(arguments, launch=launch, module=PLANTED, environment={"BAD_BLOCKS": blocks, "BAD_KIND": kind})
+
+
+@pytest.mark.parametrize(
+    ("launch", "kind", "overrides"),
+    [
+        ("cpu_ddp", "loss", []),
+        ("cpu_zero2", "gradient", ["memory.offload_optimizer=true"]),
+        ("cpu_zero3", "gradient", []),
+    ],
+)
+def test_all_ranks_skip_and_go_back_together(
+    launch: str, kind: str, overrides: list[str], scenes: Path, tmp_path: Path
+) -> None:
+    """One bad step on rank 1 (block 3 is of step 1), then five in a row (blocks 11 to 19, steps 5 to 9)."""
+    run = tmp_path / "run"
+    completed = disturbed(run, scenes, "3,11,13,15,17,19", kind, *overrides, launch=launch)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    skipped = of_kind(run, "skipped_step")
+    assert [event["step"] for event in skipped] == [2, 6, 7, 8, 9, 10]
+    reason = "loss not finite on rank 1" if kind == "loss" else "gradient of encoder, decoder, rebuilder not finite"
+    assert all(event["reason"].startswith(reason) for event in skipped)
+    (back,) = of_kind(run, "rollback")
+    assert (back["step"], back["to_step"]) == (10, 4), "the last checkpoint from before the trouble"
+    state = json.loads((run / "checkpoints" / "step_00000012" / "state.json").read_text())["progress"]
+    # Steps 0 to 9, then 4 to 11 with data that nobody has seen yet.
+    assert state["block"] == 2 * (10 + 8)
+    assert state["applied"] == 3 + 8
+    assert all(bool(t.isfinite().all()) for t in tensors(run / "checkpoints" / "step_00000012").values())
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13)), "what was given up is forgotten"
+
+
+def test_going_back_restores_every_bit(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    before = disturbed(run, scenes, "1000", "loss", "train.steps=4", launch=None)
+    assert before.returncode == 0, before.stderr[-3000:]
+    shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "before")
+    # Two steps in which the weights move, then five that are not applied.
+    after = disturbed(run, scenes, "11,13,15,17,19", "loss", "checkpoint.every=100", launch=None)
+    assert after.returncode == 0, after.stderr[-3000:]
+    assert [event["to_step"] for event in of_kind(run, "rollback")] == [4]
+    saved_again = run / "checkpoints" / "step_00000004"
+    assert json.loads((saved_again / "state.json").read_text())["progress"]["block"] == 20
+    restored, original = tensors(saved_again), tensors(tmp_path / "before")
+    assert restored.keys() == original.keys()
+    assert all(torch.equal(restored[name], original[name]) for name in original)
+
+
+def test_a_run_that_does_not_recover_ends_with_a_diagnosis(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bad = ",".join(map(str, range(8, 100)))
+    completed = disturbed(run, scenes, bad, "loss", "stability.rollback_after=2", launch=None)
+    assert completed.returncode == 5, completed.stderr[-3000:]
+    assert [event["to_step"] for event in of_kind(run, "rollback")] == [4, 4, 4]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["code"] == 5
+    assert "The run went back 3 times and came here again" in outcome["reason"]
+    assert "loss not finite on rank 0" in completed.stderr
+
+
+def test_a_spike_is_skipped(scenes: Path, tmp_path: Path) -> None:
+    """Ten times the median of the last three steps; the planted loss is a thousand times what it was."""
+    rule = ["stability.spike_factor=10", "stability.spike_window=3"]
+    run = tmp_path / "run"
+    completed = disturbed(run, scenes, "2,11", "spike", *rule, launch=None)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    skipped = of_kind(run, "skipped_step")
+    assert [event["step"] for event in skipped] == [6], "at block 2 there was too little to compare with"
+    assert "stability.spike_factor times the median" in skipped[0]["reason"]
+    state = json.loads((run / "checkpoints" / "step_00000012" / "state.json").read_text())["progress"]
+    assert len(state["losses"]) == len(state["grad_norms"]) == 3

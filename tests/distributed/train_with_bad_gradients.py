@@ -1,0 +1,31 @@
+"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient (BAD_KIND)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+from mfm_dist import train
+from mfm_dist.train_module import StepOutput, TrainModule
+
+BAD = {int(block) for block in os.environ["BAD_BLOCKS"].split(",")}
+KIND = os.environ["BAD_KIND"]
+
+honest_forward = TrainModule.forward
+
+
+def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepOutput:
+    output = honest_forward(self, batch, *arguments)
+    if batch.block not in BAD:
+        return output
+    if KIND == "gradient":  # the loss itself looks well
+        output.total.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+    return replace(output, total=output.total * {"loss": float("nan"), "spike": 1000.0}[KIND])
+
+
+if __name__ == "__main__":
+    TrainModule.forward = forward_with_faults  # type: ignore[method-assign]
+    sys.exit(train.main(sys.argv[1:]))

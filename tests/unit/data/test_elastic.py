@@ -1,0 +1,103 @@
+"""The same samples and crops for any world size and workers, across a resume that changes both, with every sampling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.config.schema import DataSection, RareClassSection
+from mfm_dist.data.pipeline import TrainPipeline
+from mfm_dist.data.reader import ShardReader
+from tests.unit.data.small_shards import write_set
+from tests.unit.data.test_pipeline import assert_equal, damage
+
+BLOCKS_PER_STEP = 8
+PLAIN = DataSection(crop=(16, 24), workers=0)
+SETTINGS = {
+    "plain": PLAIN,
+    "rare classes": replace(PLAIN, rare_class_sampling=RareClassSection(enabled=True, temperature=0.1, min_pixels=100)),
+    "lanes": replace(PLAIN, lanes=8, lane_window=3),
+    "resized": replace(PLAIN, source_resize=(28, 40), scale_range=(0.7, 1.5), target_margins=(2, 3, 4, 5)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("elastic")
+    source = write_set(root / "source", count=23, shard_size=5)
+    target = write_set(root / "target", count=11, shard_size=4, labelled=False)
+    damage(source, 3, 11)
+    damage(target, 7)
+    return source, target
+
+
+def blocks(
+    folders: tuple[Path, Path], data: DataSection, *, steps: range, world_size: int, workers: int = 0
+) -> list[UDABatch]:
+    """The blocks of some steps, of all ranks, by their number."""
+    found = []
+    for rank in range(world_size):
+        pipeline = TrainPipeline(
+            source=ShardReader(folders[0]),
+            target=ShardReader(folders[1]),
+            seed=5,
+            data=replace(data, workers=workers),
+            micro_batch=2,
+            rank=rank,
+            world_size=world_size,
+            blocks_per_step=BLOCKS_PER_STEP,
+            first_block=steps.start * BLOCKS_PER_STEP,
+        )
+        found += islice(pipeline, len(steps) * BLOCKS_PER_STEP // world_size)
+    return sorted(found, key=lambda block: block.block)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_blocks_are_equal_for_every_world_size_and_a_resume_that_changes_it(
+    folders: tuple[Path, Path], name: str
+) -> None:
+    data = SETTINGS[name]
+    expected = blocks(folders, data, steps=range(5), world_size=1)
+    assert any(block.bad_samples for block in expected)
+    assert len({tuple(block.source_label.flatten().tolist()) for block in expected}) == len(expected)
+    for world_size in (2, 4, 8):
+        assert_equal(blocks(folders, data, steps=range(5), world_size=world_size), expected)
+    resumed = blocks(folders, data, steps=range(2), world_size=4)
+    resumed += blocks(folders, data, steps=range(2, 5), world_size=2)
+    assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_workers_change_nothing(folders: tuple[Path, Path], name: str, workers: int) -> None:
+    data = SETTINGS[name]
+    expected = blocks(folders, data, steps=range(1, 4), world_size=1)
+    assert_equal(blocks(folders, data, steps=range(1, 4), world_size=2, workers=workers), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_few_or_unequal_shards_are_covered_without_a_hang(
+    tmp_path: Path, shards: int, world_size: int, workers: int
+) -> None:
+    if workers and (world_size, shards) not in ((1, 1), (4, 1), (2, 3), (4, 7)):
+        pytest.skip("processes take time; these four stand for the others")
+    folder = write_set(tmp_path / "few", count=4 * shards, shard_size=4, height=16, width=16)
+    data = DataSection(crop=(16, 16), workers=workers)
+    found = []
+    for rank in range(world_size):
+        pipeline = TrainPipeline(
+            source=ShardReader(folder), target=ShardReader(folder), seed=0, data=data,
+            micro_batch=1, rank=rank, world_size=world_size, blocks_per_step=4,
+        )  # fmt: skip
+        found += islice(pipeline, 4 * shards // world_size)
+    labels = {ShardReader(folder).read(n).label.numpy().tobytes() for n in range(4 * shards)}  # type: ignore[union-attr]
+    flipped = {ShardReader(folder).read(n).label.flip(-1).numpy().tobytes() for n in range(4 * shards)}  # type: ignore[union-attr]
+    seen = [block.source_label.numpy().tobytes() for block in found]
+    assert len(seen) == len(set(seen)) == 4 * shards
+    assert set(seen) <= labels | flipped

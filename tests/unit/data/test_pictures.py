@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_png
+
+from mfm_dist.data.pictures import (
+    UnusableError,
+    fitted,
+    lookup_table,
+    png_kind,
+    read_ids,
+    read_picture,
+    resize_label,
+    to_train_ids,
+)
+from tests.unit.data import downloads
+
+
+def encoded(picture: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("colours", "kind"), [(2, "1-bit"), (4, "2-bit"), (16, "4-bit"), (35, "8-bit")])
+def test_palettes_of_any_depth_give_their_index(colours: int, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "label.png"
+    downloads.save_palette(path, downloads.blocks(0, [*range(colours)]), colours)
+    assert png_kind(path.read_bytes()) == f"{kind} palette"
+    assert read_ids(path.read_bytes(), [f"{kind} palette"]).tolist() == downloads.slow_ids(path)
+
+
+def test_the_traps_are_real() -> None:
+    """If these readers ever change, pictures.py may become simpler."""
+    ids = downloads.blocks(0, [0, 1, 2, 3])
+    indexed = Image.fromarray(ids.astype(np.uint8))
+    indexed.putpalette([0] * 12)
+    payload = torch.frombuffer(bytearray(encoded(indexed, "PNG")), dtype=torch.uint8)
+    assert not np.array_equal(decode_png(payload, mode=ImageReadMode.UNCHANGED)[0].numpy(), ids)
+    grey = downloads.png(struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0), b"\x00\x1b")  # 2 bits each: 0 1 2 3
+    assert np.array(Image.open(io.BytesIO(grey)).convert("L")).tolist() != [[0, 1, 2, 3]]
+
+
+def test_ids_beyond_8_bits() -> None:
+    ids = np.array([[0, 255, 256, 40000]], dtype=np.uint16)
+    found = read_ids(encoded(Image.fromarray(ids), "PNG"), ["16-bit grey"])
+    assert found.dtype == np.uint16
+    assert found.tolist() == ids.tolist()
+
+
+def test_a_label_of_another_kind_is_refused_with_what_it_is() -> None:
+    colours = encoded(Image.fromarray(downloads.picture(0)), "PNG")
+    with pytest.raises(UnusableError, match="is 8-bit RGB; expected is 16-bit RGB: was it converted"):
+        read_ids(colours, ["16-bit RGB"])
+    with pytest.raises(UnusableError, match="is no PNG; expected"):
+        read_ids(encoded(Image.fromarray(downloads.picture(0)), "JPEG"), ["8-bit grey"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format", "stored"),
+    [
+        ("RGB", "PNG", "png"),
+        ("L", "PNG", "png"),
+        ("P", "PNG", None),
+        ("RGBA", "PNG", None),
+        ("RGB", "JPEG", "jpg"),
+        ("L", "JPEG", "jpg"),
+        ("CMYK", "JPEG", None),
+        ("RGB", "BMP", None),
+        ("RGB", "WEBP", None),
+        ("RGB", "TIFF", None),
+    ],
+)
+def test_pictures_of_many_kinds_become_rgb(mode: str, image_format: str, stored: str | None) -> None:
+    original = Image.fromarray(downloads.picture(3)).convert(mode)
+    image, may_store = read_picture(encoded(original, image_format))
+    assert may_store == stored
+    assert image.shape == (*downloads.SIZE, 3)
+    assert image.dtype == np.uint8
+    expected = np.array(original.convert("RGB")).astype(int)
+    assert np.abs(image - expected).mean() < (20 if image_format in ("JPEG", "WEBP") else 0.01)
+
+
+def test_a_picture_that_a_camera_marked_as_turned_is_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    content = encoded(Image.fromarray(downloads.picture(0)), "PNG", exif=exif)
+    image, stored = read_picture(content)
+    assert stored is None
+    assert np.array_equal(image, np.rot90(downloads.picture(0), -1))
+
+
+@pytest.mark.parametrize("depth", ["16-bit RGB", "16-bit grey"])
+def test_deeper_pictures_are_refused(depth: str, tmp_path: Path) -> None:
+    ids = downloads.blocks(0, [1000, 2000])
+    if depth == "16-bit RGB":
+        downloads.save_rgb16(tmp_path / "deep.png", ids, ids)
+    else:
+        Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UnusableError, match="more than 8 bits"):
+        read_picture((tmp_path / "deep.png").read_bytes())
+
+
+def test_a_flipped_bit_anywhere_in_a_png_is_found() -> None:
+    content = encoded(Image.fromarray(downloads.picture(0)), "PNG")
+    generator = np.random.default_rng(0)
+    for at in [*generator.integers(8, len(content) - 12, 40), len(content) - 20]:
+        broken = bytearray(content)
+        broken[at] ^= 1 << generator.integers(8)
+        with pytest.raises(UnusableError):
+            read_picture(bytes(broken))
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "expected"),
+    [
+        ((1052, 1914), (1280, 720), (704, 1280)),  # as published, not 720
+        ((1046, 1914), (1280, 720), (700, 1280)),
+        ((1052, 1914), (2560, 1440), (1407, 2560)),
+        ((760, 1280), (1280, 760), (760, 1280)),
+        ((1024, 2048), (1024, 512), (512, 1024)),
+        ((1080, 1920), (960, 540), (540, 960)),
+        ((1914, 1052), (1280, 720), (1280, 704)),  # upright
+    ],
+)
+def test_sizes_are_the_published_ones(size: tuple[int, int], box: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert fitted(size, box) == fitted(size, box[::-1]) == expected
+
+
+def test_labels_shrink_as_torch_does_it() -> None:
+    label = np.random.default_rng(0).integers(256, size=(1052, 1914), dtype=np.uint8)
+    ours = resize_label(label, (704, 1280))
+    theirs = torch.nn.functional.interpolate(torch.from_numpy(label)[None, None], size=(704, 1280), mode="nearest")
+    assert np.array_equal(ours, theirs[0, 0].numpy())
+
+
+def test_unknown_ids_are_named() -> None:
+    table = lookup_table({0: 255, 7: 3, 60000: 1})
+    assert to_train_ids(np.array([[0, 7, 60000]], dtype=np.uint16), table).tolist() == [[255, 3, 1]]
+    with pytest.raises(UnusableError, match="the ids 1, 8, which"):
+        to_train_ids(np.array([[8, 7, 1]], dtype=np.uint8), table)

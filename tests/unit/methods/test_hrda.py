@@ -1,0 +1,83 @@
+"""HRDA's detail window and its loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.build import build_train_module
+from mfm_dist.methods.augment import normalise
+from mfm_dist.methods.base import Pass
+from mfm_dist.methods.hrda import detail_box, draw_detail_box
+from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.rng import keyed_generator
+from mfm_dist.train_module import TrainModule
+from tests.unit.test_train_module import block, config_with, inputs_of
+
+
+def hrda(*overrides: str) -> TrainModule:
+    options = ["method.name=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false", "data.crop=64"]
+    return build_train_module(config_with(*options, *overrides))
+
+
+def test_offsets_are_the_multiples_of_eight_up_to_504() -> None:
+    boxes = [detail_box((1024, 1024), (512, 512), 8, keyed_generator(0, 16, n)) for n in range(4000)]
+    for side in ([box.top for box in boxes], [box.left for box in boxes]):
+        assert set(side) == set(range(0, 505, 8))
+    assert {(box.height, box.width) for box in boxes} == {(512, 512)}
+    assert {box.top for box in (detail_box((32, 64), (32, 32), 8, keyed_generator(0, 16, n)) for n in range(9))} == {0}
+
+
+def test_each_pass_of_each_block_has_a_window_of_its_own() -> None:
+    module = hrda()
+    assert isinstance(module.student, HRDASegmentor)
+
+    def boxes(number: int) -> list[object]:
+        assert isinstance(module.student, HRDASegmentor)
+        inputs = inputs_of(module, block(number))
+        return [draw_detail_box(module.student, inputs, which) for which in Pass]
+
+    drawn = [tuple(boxes(number)) for number in range(8)]
+    assert drawn == [tuple(boxes(number)) for number in range(8)]
+    assert len(set(drawn)) == 8
+    assert len({box for row in drawn for box in row}) > 8
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.4])
+def test_the_source_loss_is_fused_and_detail_in_their_shares(weight: float) -> None:
+    module = hrda(f"hrda.detail_loss_weight={weight}", "daformer.feature_distance_weight=0")
+    module.student.eval()  # no dropout and no batch statistics: forwards can be repeated
+    student, batch = module.student, block()
+    assert isinstance(student, HRDASegmentor)
+    inputs = inputs_of(module, batch)
+    box = draw_detail_box(student, inputs, Pass.SOURCE)
+    seen = student.look(normalise(batch.source_image), box)
+    label = batch.source_label
+    detail = label[:, box.top : box.top + 32, box.left : box.left + 32]
+    expected = (1 - weight) * cross_entropy(seen.fused, label) + weight * cross_entropy(seen.detail, detail)
+    assert torch.allclose(module(batch, 0.0, "source").total, expected)
+
+
+def test_the_window_weighs_pixels_as_the_crop_does() -> None:
+    """With every pixel of the target at weight 0, the mixed detail loss counts pasted source pixels alone."""
+    module = hrda("self_training.pseudo_threshold=1", "self_training.jitter_prob=0", "self_training.blur_prob=0")
+    batch = block()
+    nothing = UDABatch(**{**vars(batch), "source_label": torch.full_like(batch.source_label, 255)})
+    losses = module(nothing, 0.0).losses
+    assert losses["mixed_detail"].item() == losses["mixed"].item() == 0.0
+    assert module(batch, 0.0).losses["mixed_detail"].item() > 0.0
+
+
+def test_the_teacher_slides_and_the_distance_is_on_the_context() -> None:
+    module = hrda()
+    assert module.teacher is not None
+    assert isinstance(module.teacher.segmentor, HRDASegmentor)
+    inputs = module.step_inputs(block())
+    assert inputs.initial_feature is not None
+    assert inputs.initial_feature.shape[-2:] == (1, 1)  # stride 32 of the context's 32 pixels
+    assert inputs.pseudo is not None
+    with torch.no_grad():
+        logits = module.teacher(inputs.target_image)
+    assert torch.equal(inputs.pseudo.label, logits.argmax(1))

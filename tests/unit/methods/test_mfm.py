@@ -1,0 +1,209 @@
+"""The ablations of MFM: what each one computes, and what it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfm_dist.build import build_train_module
+from mfm_dist.config.loader import load_config
+from mfm_dist.errors import ConfigError
+from mfm_dist.methods.augment import normalise
+from mfm_dist.methods.base import Pass
+from mfm_dist.methods.gradients import fixed, touched, without_gradient
+from mfm_dist.methods.hrda import draw_detail_box
+from mfm_dist.methods.mfm import enlarge_mask, hidden_error, keyed_masks, rebuild
+from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.train_module import TrainModule
+from tests.unit.test_train_module import block, config_with
+
+EVERY_PIXEL = "self_training.pseudo_threshold=0"
+
+
+def module_with(*overrides: str) -> TrainModule:
+    return build_train_module(config_with(EVERY_PIXEL, *overrides))
+
+
+def value_of(module: TrainModule, term: str = "mfm") -> float:
+    module.student.eval()  # without dropout a forward can be repeated
+    return module(block(), 1.0, term).total.item()
+
+
+def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder() -> None:
+    module = module_with("mfm.rebuild=false", "method.name=source_only")
+    assert module.rebuilder is None
+    value = value_of(module)
+    inputs = module.step_inputs(block())
+    mask = keyed_masks(inputs, (4, 4), 0.4)
+    features = module.student.encode(inputs.target_image)
+    for before, after in zip(features, rebuild(module.student, None, features, mask), strict=True):
+        hidden = enlarge_mask(mask, before.shape[-2:])[:, None]
+        assert torch.equal(after, before * ~hidden)
+    assert inputs.pseudo is not None
+    logits = module.student.decode(rebuild(module.student, None, features, mask))
+    assert value == pytest.approx(cross_entropy(logits, inputs.pseudo.label).item())
+
+
+def test_the_source_is_classified_by_its_labels_without_a_pseudo_weight() -> None:
+    module = build_train_module(config_with("mfm.domain=source", "method.name=source_only"))
+    value = value_of(module, "mfm_source")
+    inputs = module.step_inputs(block())
+    features = module.student.encode(inputs.source_image)
+    mask = keyed_masks(inputs, (4, 4), 0.4, domain=1)
+    assert not torch.equal(mask, keyed_masks(inputs, (4, 4), 0.4))
+    logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
+    assert value == pytest.approx(cross_entropy(logits, inputs.source_label).item())
+
+
+def test_both_domains_are_the_two_terms_of_each() -> None:
+    both = module_with("mfm.domain=both")
+    assert both.term_names == ("source", "mixed", "mfm_source", "mfm")
+    assert value_of(both, "mfm") == value_of(module_with("mfm.domain=target"), "mfm")
+    assert value_of(both, "mfm_source") == value_of(module_with("mfm.domain=source"), "mfm_source")
+
+
+def slow_error(rebuilt: Tensor, target: Tensor, hidden: Tensor) -> float:
+    """Position by position; the target is normalised over its channels."""
+    errors = []
+    for b, y, x in hidden.nonzero().tolist():
+        values = target[b, :, y, x].double()
+        normal = (values - values.mean()) / (values.var(unbiased=False) + 1e-5).sqrt()
+        errors += ((rebuilt[b, :, y, x].double() - normal) ** 2).tolist()
+    return sum(errors) / len(errors)
+
+
+def test_regression_counts_hidden_places_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rebuilt, target = torch.randn(2, 2, 6, 8, 8, generator=generator)
+    mask = torch.rand(2, 4, 4, generator=generator) < 0.4
+    hidden = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert hidden_error(rebuilt, target, mask).item() == pytest.approx(slow_error(rebuilt, target, hidden), rel=1e-5)
+    assert hidden_error(rebuilt, target, torch.zeros_like(mask)).item() == 0.0
+
+
+@pytest.mark.parametrize("rebuilds", ["teacher_features", "student_features", "pixels"])
+def test_what_is_regressed_is_what_was_hidden(rebuilds: str) -> None:
+    module = module_with(f"mfm.rebuilds={rebuilds}", "method.name=source_only")
+    with torch.no_grad():
+        for parameter in module.student.parameters():
+            parameter.mul_(1.05)  # or the teacher's features would be the student's
+    value = value_of(module)
+    image = normalise(block().target_image)
+    inputs = module.step_inputs(block())
+    assert module.teacher is not None
+    assert module.rebuilder is not None
+    mask = keyed_masks(inputs, (4, 4), 0.4)
+    features = module.student.encode(image)
+    targets = {
+        "student_features": features,
+        "teacher_features": module.teacher.segmentor.encode(image),
+        "pixels": [F.pixel_unshuffle(image, 4)],
+    }[rebuilds]
+    maps = targets if rebuilds == "pixels" else features
+    rebuilt = module.rebuilder(features[-1], maps, mask)
+    errors = [hidden_error(ours, theirs, mask) for ours, theirs in zip(rebuilt, targets, strict=True)]
+    assert value == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
+
+
+def test_pixels_are_rebuilt_in_patches_of_the_images_own_order() -> None:
+    module = module_with("mfm.rebuilds=pixels")
+    assert module.rebuilder is not None
+    [projector] = module.rebuilder.projectors
+    patches = F.pixel_unshuffle(normalise(block().target_image), 4)
+    assert projector(torch.zeros(2, 32, 4, 4)).shape[1] == patches.shape[1] == 48
+
+
+def gradients(*overrides: str) -> dict[str, Tensor]:
+    module = module_with("method.name=source_only", *overrides)
+    module(block(), 1.0, "mfm").total.backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_what_the_term_trains_is_a_matter_of_gradients_alone() -> None:
+    """Each part learns exactly what it would learn in the whole, or exactly nothing."""
+    both, encoder, decoder = (gradients(f"mfm.trains={part}") for part in ("both", "encoder", "decoder"))
+    assert both.keys() == encoder.keys() == decoder.keys()
+    for name, gradient in both.items():
+        part = name.removeprefix("student.").partition(".")[0]
+        for found, trained in ((encoder, "backbone"), (decoder, "decoder")):
+            if part in (trained, "rebuilder"):
+                assert torch.equal(found[name], gradient), name
+            else:
+                assert not found[name].any(), name
+    assert both["student.decoder.classifier.weight"].any()
+    assert any(gradient.any() for name, gradient in both.items() if name.startswith("student.backbone."))
+
+
+def test_the_loss_is_the_same_whatever_it_trains() -> None:
+    values = {value_of(module_with(f"mfm.trains={part}")) for part in ("both", "encoder", "decoder")}
+    assert len(values) == 1
+
+
+@pytest.mark.parametrize("overrides", [["mfm.trains=encoder"], ["mfm.rebuilds=pixels"], ["method.name=hrda"]])
+def test_reaching_every_parameter_counts_nothing_twice_in_batch_norm(overrides: list[str]) -> None:
+    options = ["hrda.attention_options={width: 8}", "data.crop=64"]
+    module = module_with(*overrides, *options)
+    decoder, before = module.student.decoder, []
+    for name, buffer in decoder.named_buffers():
+        before.append((name, buffer, buffer.clone()))
+    module(block(), 1.0, "mfm")
+    expected = 0 if "mfm.rebuilds=pixels" in overrides else 1
+    counted = {int(b - a) for name, b, a in before if name.endswith("num_batches_tracked")}
+    assert counted == {expected}
+
+
+def test_stopped_gradients_are_zero_and_values_stay() -> None:
+    x = torch.randn(3, requires_grad=True)
+    y = without_gradient(x)
+    assert torch.equal(x, y)
+    (y * 2).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+def test_a_fixed_module_passes_gradients_on() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
+    with fixed(layer):
+        layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()
+    assert layer.weight.grad is None
+    assert layer.weight.requires_grad
+
+
+def test_touching_gives_zero_gradients_and_leaves_statistics_alone() -> None:
+    module = build_train_module(config_with())
+    features = [feature.detach() for feature in module.student.encode(normalise(block().target_image))]
+    before = [b.clone() for b in module.student.decoder.buffers()]
+    total = touched([module.student.decoder], features)
+    total.backward()
+    assert total.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in module.student.decoder.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, module.student.decoder.buffers(), strict=True))
+
+
+def test_the_detail_view_classifies_the_window_at_full_resolution() -> None:
+    module = module_with(
+        "method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "mfm.view=detail", "mfm.mask_ratio=0"
+    )
+    value = value_of(module)
+    inputs = module.step_inputs(block())
+    assert isinstance(module.student, HRDASegmentor)
+    assert inputs.pseudo is not None
+    box = draw_detail_box(module.student, inputs, Pass.MFM)
+    logits = module.student.decode(module.student.encode(box.crop(inputs.target_image)))
+    assert value == pytest.approx(cross_entropy(logits, box.crop(inputs.pseudo.label)).item(), rel=1e-5)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mfm\.rebuild=false leaves nothing"):
+        load_config(None, ["mfm.rebuild=false", "mfm.rebuilds=pixels"])
+    with pytest.raises(ConfigError, match=r"mfm\.trains=encoder is about the decoder"):
+        load_config(None, ["mfm.trains=encoder", "mfm.rebuilds=student_features"])
+    with pytest.raises(ConfigError, match="leave some"):
+        load_config(
+            None, ["self_training.pseudo_weight_ignore_top=300", "self_training.pseudo_weight_ignore_bottom=212"]
+        )

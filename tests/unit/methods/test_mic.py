@@ -1,0 +1,139 @@
+"""MIC's masks and the batch it masks, against slow references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mfm_dist.build import build_train_module
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import MICSection
+from mfm_dist.errors import ConfigError
+from mfm_dist.methods.augment import strong_augment
+from mfm_dist.methods.base import StepInputs
+from mfm_dist.methods.mic import chosen_images, masked_batch, visible_blocks
+from mfm_dist.methods.self_training import PseudoTarget, without_margins
+from mfm_dist.rng import Stream, keyed_generator, torch_generator
+from tests.unit.test_train_module import block, config_with
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "grid"), [((512, 512), 32, (16, 16)), ((1024, 1024), 64, (16, 16)), ((1080, 1920), 64, (17, 30))]
+)
+def test_the_grid_has_as_many_blocks_as_published(size: tuple[int, int], side: int, grid: tuple[int, int]) -> None:
+    visible = visible_blocks(size, MICSection(block=side, mask_ratio=0.5), torch.Generator().manual_seed(0))
+    kept = torch.rand(grid, generator=torch.Generator().manual_seed(0)) > 0.5
+    rows = torch.arange(size[0]) * grid[0] // size[0]
+    columns = torch.arange(size[1]) * grid[1] // size[1]
+    assert torch.equal(visible.bool(), kept[rows][:, columns])
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(0.0, 1.0), (0.7, 0.3), (1.0, 0.0)])
+def test_blocks_are_hidden_with_the_mask_ratio_each_by_itself(ratio: float, share: float) -> None:
+    settings = MICSection(block=1, mask_ratio=ratio)
+    visible = torch.stack([visible_blocks((16, 16), settings, torch.Generator().manual_seed(n)) for n in range(200)])
+    assert visible.mean().item() == pytest.approx(share, abs=0.01)
+    if 0 < ratio < 1:
+        assert visible.mean(dim=(1, 2)).std().item() > 0.01  # no exact count
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "expected"),
+    [
+        ("separatetrg", 3, (0, 3)), ("separatesrc", 3, (3, 0)), ("separate", 2, (1, 1)), ("separate", 1, (1, 1)),
+        ("separate", 3, (1, 2)), ("separate", 4, (2, 2)),
+    ],
+)  # fmt: skip
+def test_each_mode_masks_its_images(mode: str, batch: int, expected: tuple[int, int]) -> None:
+    assert chosen_images(batch, mode) == expected
+
+
+def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
+    generator = torch.Generator().manual_seed(count)
+    shape = (count, 32, 32)
+    valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
+    confidence = torch.rand(shape, generator=generator)
+    return StepInputs(
+        source_image=torch.randn(count, 3, 32, 32, generator=generator),
+        source_label=torch.randint(0, 19, shape, generator=generator, dtype=torch.uint8),
+        target_image=torch.randn(count, 3, 32, 32, generator=generator),
+        pseudo=PseudoTarget(
+            torch.randint(0, 19, shape, generator=generator), threshold_share * valid, confidence, valid
+        ),
+        seed=3,
+        block=5,
+        positions=range(5 * count, 6 * count),
+    )
+
+
+@pytest.mark.parametrize("mode", ["separatetrg", "separatesrc", "separate"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_masked_batch_is_the_images_times_their_masks(mode: str, count: int) -> None:
+    inputs = inputs_of(count)
+    config = load_config(None, ["mic.augment=false", f"mic.mode={mode}", "mic.block=8"])
+    image, label, weight = masked_batch(inputs, config.mic, config.self_training)
+    source, target = chosen_images(count, mode)
+    assert len(image) == source + target
+    assert inputs.pseudo is not None
+    for index in range(source + target):
+        domain, i = (0, index) if index < source else (1, index - source)
+        visible = visible_blocks((32, 32), config.mic, torch_generator(3, Stream.MIC_MASK, 5 * count + i, domain))
+        clean = (inputs.source_image, inputs.target_image)[domain][i]
+        assert torch.equal(image[index], clean * visible)
+        if domain == 0:
+            assert torch.equal(label[index], inputs.source_label[i].long())
+            assert weight[index].eq(1).all()
+        else:
+            assert torch.equal(label[index], inputs.pseudo.label[i])
+            assert torch.equal(weight[index], inputs.pseudo.weight[i])  # 0 in the margins
+
+
+def test_augmentation_comes_before_the_mask_and_leaves_the_batch_alone() -> None:
+    inputs = inputs_of()
+    before = inputs.target_image.clone()
+    config = load_config(
+        None, ["mic.block=8", "self_training.jitter_prob=1", "self_training.blur_prob=1", "mic.mask_ratio=0.5"]
+    )
+    image, _, _ = masked_batch(inputs, config.mic, config.self_training)
+    assert torch.equal(inputs.target_image, before)
+    draws = keyed_generator(3, Stream.MIC_AUGMENT, 5)
+    augmented = strong_augment(before, config.self_training, draws, scope="batch")
+    hidden = image == 0
+    assert 0.2 < hidden.float().mean() < 0.8
+    assert torch.equal(image[~hidden], augmented[~hidden])
+    assert not torch.equal(augmented, before)
+
+
+def test_a_threshold_of_its_own_gives_a_weight_of_its_own() -> None:
+    inputs = inputs_of()
+    assert inputs.pseudo is not None
+    shared = load_config(None, [])
+    every = load_config(None, ["mic.pseudo_threshold=0"])
+    half = load_config(None, ["mic.pseudo_threshold=0.5"])
+    weights = [masked_batch(inputs, c.mic, c.self_training)[2] for c in (shared, every, half)]
+    share = (inputs.pseudo.confidence >= 0.5).float().mean()
+    assert torch.equal(weights[0], inputs.pseudo.weight)
+    assert torch.equal(weights[1], inputs.pseudo.valid.float())
+    assert torch.equal(weights[2], share * inputs.pseudo.valid)
+
+
+def test_the_weight_scales_every_loss_of_the_masked_pass() -> None:
+    options = ["method.name=mic", "mic.on=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false"]
+    module = build_train_module(config_with(*options, "data.crop=64", "mic.block=16", "mic.loss_weight=0.5"))
+    output = module(block(), 0.0, "masked")
+    losses = output.losses
+    expected = 0.5 * (0.9 * losses["masked"] + 0.1 * losses["masked_detail"])
+    assert torch.allclose(output.total, expected)
+
+
+def test_masked_images_without_a_teacher() -> None:
+    """Supervised use: masked labelled images, and nothing else."""
+    config = config_with("method.name=mic", "mic.on=source_only", "mic.mode=separatesrc", "mfm.enabled=false")
+    module = build_train_module(config)
+    assert module.teacher is None
+    assert set(module(block(), 0.0).losses) == {"source", "masked"}
+
+
+def test_a_base_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"mic\.on: expected one of source_only, dacs, daformer, hrda"):
+        load_config(None, ["mic.on=hrd"])

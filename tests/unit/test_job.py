@@ -1,0 +1,137 @@
+"""What becomes of a batch job after each attempt: from outcome.json and checkpoints, never from a launcher's code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mfm_dist import job
+from mfm_dist.errors import ConfigError
+from tests.conftest import REPOSITORY
+
+CONFIG = REPOSITORY / "tests" / "defaults.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of job 7, prepared in a clone of one file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mfm_dist").mkdir()
+    (tmp_path / "mfm_dist" / "train.py").write_text("# as submitted")
+    return job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=8"], job="7", seed=None)
+
+
+def run_of(folder: Path) -> Path:
+    return folder.parent.parent
+
+
+def ended(folder: Path, *, saved: int, outcome: dict[str, Any] | None, **told: Any) -> tuple[str, int]:
+    """An attempt that saved up to a step and then said what it could."""
+    job.plan(folder, nodes=2, processes=1)
+    checkpoints = run_of(folder) / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    (checkpoints / "latest").write_text(f"step_{saved:08d}\n")
+    if outcome is not None:
+        outcome = {"reason": "told", "step": saved, "job": "7"} | outcome
+        (run_of(folder) / "outcome.json").write_text(json.dumps(outcome))
+    return job.verdict(folder, **({"signalled": False, "cancelled": False, "lost": []} | told))
+
+
+def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
+    again = job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], job="7", seed=None)
+    assert again == folder == tmp_path / "my run" / "jobs" / "7"
+    assert (folder / "code" / "mfm_dist" / "train.py").read_text() == "# as submitted"
+    assert "global_batch: 8" in (folder / "config.yaml").read_text()
+
+
+def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = job.prepare(CONFIG, [f"run.folder={tmp_path / 'sweep'}", "seed=1"], job="8", seed=3)
+    assert other == tmp_path / "sweep" / "seed_3" / "jobs" / "8"
+    assert "seed: 3" in (other / "config.yaml").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("nodes", "processes", "used"), [(1, 1, 1), (2, 1, 2), (3, 1, 2), (5, 1, 4), (3, 2, 2)])
+def test_plan_takes_the_most_nodes_that_share_four_micro_batches(
+    folder: Path, nodes: int, processes: int, used: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.plan(folder, nodes=nodes, processes=processes) == used
+    told = capsys.readouterr().err
+    assert (f"{nodes} nodes are there, {used} used" in told) == (used < nodes)
+    assert f"8 = 4 micro-batches of 2, {4 // (used * processes)} a process and step" in told
+
+
+def test_plan_refuses_processes_that_fit_no_number_of_nodes(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="8 processes cannot share evenly"):
+        job.plan(folder, nodes=2, processes=8)
+
+
+@pytest.mark.parametrize(
+    ("code", "decision"),
+    [(0, ("done", 0)), (2, ("stop", 2)), (3, ("stop", 3)), (4, ("stop", 4)), (5, ("stop", 5)),
+     (75, ("requeue", 0)), (76, ("again", 0)), (77, ("again", 0))],
+)  # fmt: skip
+def test_every_exit_code_leads_on(folder: Path, code: int, decision: tuple[str, int]) -> None:
+    assert ended(folder, saved=1, outcome={"code": code}) == decision
+
+
+def test_who_ended_without_a_word_starts_again(folder: Path) -> None:
+    assert ended(folder, saved=1, outcome=None) == ("again", 0)
+    # An outcome of another job, which was refused this folder, is none of this one's.
+    assert ended(folder, saved=2, outcome={"code": 2, "job": "8"}) == ("again", 0)
+
+
+def test_lost_nodes_and_announced_ends_need_a_requeue(folder: Path) -> None:
+    assert ended(folder, saved=1, outcome=None, lost=["n2", "n3"]) == ("requeue n2,n3", 0)
+    assert ended(folder, saved=2, outcome={"code": 76}, signalled=True) == ("requeue", 0)
+    assert ended(folder, saved=3, outcome={"code": 75}, cancelled=True) == ("stop", 75)
+    assert ended(folder, saved=4, outcome=None, cancelled=True) == ("stop", 75)
+    assert ended(folder, saved=4, outcome={"code": 0}, signalled=True, cancelled=True) == ("done", 0)
+
+
+def test_the_third_failure_at_one_step_is_the_last(folder: Path) -> None:
+    for saved in (0, 0, 5, 5):
+        assert ended(folder, saved=saved, outcome=None)[0] == "again"
+    with (folder / "node-1.log").open("a") as log:
+        log.write("=== attempt 6\nTraceback\n[rank1]: RuntimeError: CUDA error: an illegal access\nValueError: later\n")
+    assert ended(folder, saved=5, outcome=None) == ("stop", 1)
+    summary = (folder / "summary.log").read_text()
+    assert "GIVING UP: 3 attempts in a row brought no checkpoint beyond step 5" in summary
+    assert "node-0.log: no error in it" in summary
+
+
+def test_signals_in_between_do_not_hide_a_crash_loop_and_are_no_failures(folder: Path) -> None:
+    for _ in range(4):
+        assert ended(folder, saved=5, outcome={"code": 75})[0] == "requeue"
+    assert ended(folder, saved=5, outcome=None)[0] == "again"
+    assert ended(folder, saved=5, outcome={"code": 75})[0] == "requeue"
+    assert ended(folder, saved=5, outcome={"code": 76})[0] == "again"
+    assert ended(folder, saved=5, outcome={"code": 77}) == ("stop", 1)
+
+
+def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> None:
+    decisions = [ended(folder, saved=5, outcome={"code": 75})[0] for _ in range(job.SAME_STEP_ATTEMPTS)]
+    assert decisions == ["requeue"] * (job.SAME_STEP_ATTEMPTS - 1) + ["stop"]
+
+
+@pytest.mark.parametrize(("nodes", "decision"), [([], ("stop", 2)), (["n2"], ("requeue n2", 0))])
+def test_what_preflight_found(folder: Path, nodes: list[str], decision: tuple[str, int]) -> None:
+    job.plan(folder, nodes=2, processes=1)
+    report = {"code": 2, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes}
+    (run_of(folder) / "preflight.json").write_text(json.dumps(report))
+    assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == decision
+    assert "preflight: n2: its scratch is full" in (folder / "summary.log").read_text()
+    job.plan(folder, nodes=2, processes=1)
+    assert not (run_of(folder) / "preflight.json").exists()
+
+
+def test_the_first_error_of_the_last_attempt_is_the_cause() -> None:
+    log = "=== attempt 1\nValueError: old\n=== attempt 2\nloss 3\nTraceback (most recent call last):\n  File x\n"
+    assert job.first_failure(log) is None
+    cause = "[rank3]: torch.OutOfMemoryError: CUDA out of memory"
+    assert job.first_failure(f"{log}{cause}\ntorch.distributed.ChildFailedError: \n") == cause
+    assert job.first_failure(f"{log}  exitcode  : -9 (pid: 12)\n") == "exitcode  : -9 (pid: 12)"

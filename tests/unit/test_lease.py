@@ -1,0 +1,134 @@
+"""Who may write to a run folder: one start at a time, also after kills, requeues and on other hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mfm_dist import lease, train
+from mfm_dist.errors import ConfigError, StorageError
+from mfm_dist.lease import LEASE, Lease
+from tests.conftest import DEFAULTS, tiny_overrides
+
+SLURM_7 = {"SLURM_JOB_ID": "7"}
+SLURM_8 = {"SLURM_JOB_ID": "8"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 1.5)
+
+
+@pytest.fixture
+def lost() -> Iterator[list[str]]:
+    """What leases said that were taken over."""
+    told: list[str] = []
+    yield told
+    assert told == []
+
+
+def leave_behind(folder: Path, **owner: object) -> None:
+    """A lease whose holder was killed just now."""
+    folder.mkdir(exist_ok=True)
+    (folder / LEASE).write_text(json.dumps({"job": None, "host": "elsewhere", "process": 1, "token": "x"} | owner))
+
+
+def take(folder: Path, environment: dict[str, str] | None = None, told: list[str] | None = None) -> Lease:
+    told = [] if told is None else told
+    return Lease.take(folder, on_lost=told.append, say=lambda _: None, environment=environment or {})
+
+
+def test_a_lease_is_there_while_it_is_held(tmp_path: Path, lost: list[str]) -> None:
+    with take(tmp_path / "run", SLURM_7, lost):
+        assert json.loads((tmp_path / "run" / LEASE).read_text())["job"] == "7"
+    assert not (tmp_path / "run" / LEASE).exists()
+    take(tmp_path / "run", SLURM_8, lost).release()
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, {}), (SLURM_7, SLURM_8), (SLURM_7, {}), ({}, SLURM_8)])
+def test_a_second_start_is_refused(
+    first: dict[str, str], second: dict[str, str], tmp_path: Path, lost: list[str]
+) -> None:
+    with take(tmp_path, first, lost):
+        before = (tmp_path / LEASE).read_text()
+        with pytest.raises(ConfigError, match=r"is in use by (Slurm job 7|process \d+) on .*: wait until"):
+            take(tmp_path, second)
+        assert (tmp_path / LEASE).read_text() == before
+
+
+def test_a_requeued_job_takes_over_at_once_and_its_former_life_ends(tmp_path: Path) -> None:
+    told: list[str] = []
+    take(tmp_path, SLURM_7, told)
+    began = time.monotonic()
+    with take(tmp_path, SLURM_7):
+        assert time.monotonic() - began < 0.5
+        deadline = time.monotonic() + 5
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert told == [f"Slurm job 7 on {os.uname().nodename} has taken over {tmp_path}; this start ends"]
+
+
+def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost: list[str]) -> None:
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    leave_behind(tmp_path, host=os.uname().nodename, process=gone)
+    began = time.monotonic()
+    take(tmp_path, told=lost).release()
+    assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("owner", [{"job": "3"}, {}])
+def test_elsewhere_a_heartbeat_that_stands_still_is_waited_for(
+    owner: dict[str, str], tmp_path: Path, lost: list[str]
+) -> None:
+    leave_behind(tmp_path, **owner)
+    began = time.monotonic()
+    take(tmp_path, SLURM_8, lost).release()
+    assert 1 < time.monotonic() - began < 4
+
+
+def test_an_old_heartbeat_is_not_waited_for(tmp_path: Path, lost: list[str]) -> None:
+    leave_behind(tmp_path)
+    os.utime(tmp_path / LEASE, (time.time() - 100, time.time() - 100))
+    began = time.monotonic()
+    take(tmp_path, SLURM_8, lost).release()
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_lease_that_cannot_be_read_counts_by_its_age(tmp_path: Path, lost: list[str]) -> None:
+    (tmp_path / LEASE).write_text("")
+    began = time.monotonic()
+    take(tmp_path, SLURM_8, lost).release()
+    assert time.monotonic() - began > 1
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        take(tmp_path / "file" / "run")
+
+
+def test_release_leaves_the_lease_of_another(tmp_path: Path) -> None:
+    first = take(tmp_path, SLURM_7)
+    with take(tmp_path, SLURM_7):
+        first.release()
+        assert (tmp_path / LEASE).exists()
+
+
+def test_the_command_refuses_a_folder_in_use(
+    scenes: Path, tmp_path: Path, lost: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = tiny_overrides(scenes, tmp_path / "run")
+    with take(tmp_path / "run", SLURM_7, lost):
+        assert train.main([*DEFAULTS, *overrides]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"configuration error: run.folder={tmp_path / 'run'} is in use by Slurm job 7 on ")
+    assert not (tmp_path / "run" / "checkpoints").exists()
