@@ -127,8 +127,9 @@ def plan(folder: Path, *, nodes: int, processes: int) -> int:
         f"micro-batches of {config.train.micro_batch}, {blocks // (used * processes)} a process and step; "
         f"from step {_saved_step(config)}",
     )
-    for name in (OUTCOME, "preflight.json"):  # those of the attempt before
-        (config.run.folder / name).unlink(missing_ok=True)
+    (config.run.folder / "preflight.json").unlink(missing_ok=True)  # of the attempt before
+    if _outcome(config, folder.name):
+        (config.run.folder / OUTCOME).unlink()
     for number in range(used):
         with (folder / f"node-{number}.log").open("a", encoding="utf-8") as log:
             log.write(f"{_attempt_line(folder)}\n")

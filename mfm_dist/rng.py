@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 if TYPE_CHECKING:  # the scenes draw with numpy alone, and importing torch takes seconds
     import torch
@@ -37,6 +38,16 @@ class Stream(IntEnum):
     DETAIL_BOX = 16
 
 
+class _Key(ISeedSequence):
+    """The key of a Philox generator. Given as ``key=`` numpy would first ask the system for entropy, and drop it."""
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._words = np.array([seed, stream], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:  # noqa: ARG002  Philox asks for 2
+        return self._words
+
+
 def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> np.random.Generator:
     """A numpy generator whose numbers depend on nothing but the arguments; O(1) for any index.
 
@@ -44,8 +55,7 @@ def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int 
     index owns 2^128 draws that no other index can reach.
     """
     counter = np.array([0, 0, sub_index, index], dtype=np.uint64)
-    key = np.array([seed, stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return np.random.Generator(np.random.Philox(_Key(seed, stream), counter=counter))  # type: ignore[arg-type]
 
 
 def keyed_seed(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> int:

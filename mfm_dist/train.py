@@ -1,8 +1,9 @@
 """Train: accelerate launch [--config_file LAUNCH.yaml] -m mfm_dist.train [--config RUN.yaml] [section.key=value ...]
 
 The same command again resumes the run in run.folder. Without arguments it runs the quickstart. Exit codes: 0 done,
-2 configuration, 3 bad data, 4 storage, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the
-same in all the places that hold it (75 to 77: run the same command again); outcome.json says the same.
+2 configuration, 3 bad data, 4 storage, 5 training that does not get past a step, 75 stopped by a signal after saving,
+76 hung, 77 a weight is not the same in all the places that hold it (75 to 77: run the same command again);
+outcome.json says the same.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@
 # slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest.
 #
 #SBATCH --job-name=mfm
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # USR1 to this script, seconds before the time limit: enough to finish a step and save.

@@ -1,4 +1,4 @@
-"""Times the data pipeline: its rate by workers, its parts, and beside it the bare decoder and a plain webdataset loader.
+"""Times the data pipeline: its rate by workers, its parts, and beside it the bare decoder and plain webdataset.
 
 All ways read the same tars, cut crops of the same size before anything else is done to the pixels, and use the same
 decoder. They take turns, so a disturbance of the machine hits all alike; ratios are medians over the rounds.
@@ -50,13 +50,10 @@ class Source:
         data = config.data
         self.readers = [ShardReader(data.root / name, decoder=data.decoder) for name in (data.source, data.target)]
         self.decode = jpeg_decoder(data.decoder)
+        self.images_per_block = 2 * config.train.micro_batch
         for reader in self.readers:
             if any(row["image_format"] != b"jpg" for rows in reader.index.rows for row in rows[:1]):
                 raise ConfigError(f"{reader.index.folder} holds other images than JPEG, which the bare decoder is for")
-
-    @property
-    def images_per_block(self) -> int:
-        return 2 * self.config.train.micro_batch
 
     def pipeline(self, workers: int, first_block: int = 0) -> TrainPipeline:
         return TrainPipeline(
@@ -112,41 +109,33 @@ class BareDecoder:
                 decode_png(label, mode=ImageReadMode.UNCHANGED)[0][box].clone()
 
 
-class PlainWebDataset(IterableDataset[tuple[Tensor, ...]]):
-    """Micro-batches of a plain webdataset pipeline over one folder: no index, no check, no key."""
+class PlainWebDataset(IterableDataset[tuple[tuple[Tensor, ...], ...]]):
+    """A micro-batch of the source and one of the target by plain webdataset: no index, no check, no key."""
 
-    def __init__(self, source: Source, which: int) -> None:
-        self.tars = sorted(str(path) for path in source.readers[which].index.folder.glob("*.tar"))
+    def __init__(self, source: Source) -> None:
+        self.tars = [sorted(map(str, reader.index.folder.glob("*.tar"))) for reader in source.readers]
         self.size = source.config.data.crop
         self.micro_batch = source.config.train.micro_batch
         self.decode = source.decode
-        self.with_label = which == 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
+        yield from zip(self._batches(0), self._batches(1), strict=False)
+
+    def _batches(self, which: int) -> Iterator[tuple[Tensor, ...]]:
         draws = np.random.default_rng()
         batch: list[tuple[Tensor, ...]] = []
         while True:
-            for members in plain_webdataset(self.tars):
+            for members in plain_webdataset(self.tars[which]):
                 pixels = self.decode(torch.frombuffer(bytearray(members["jpg"]), dtype=torch.uint8))
                 box = crop(pixels, self.size, draws)
                 found: tuple[Tensor, ...] = (pixels[:, box[0], box[1]],)
-                if self.with_label:
+                if which == 0:
                     label = torch.frombuffer(bytearray(members["label.png"]), dtype=torch.uint8)
                     found += (decode_png(label, mode=ImageReadMode.UNCHANGED)[0][box],)
                 batch.append(found)
                 if len(batch) == self.micro_batch:
                     yield tuple(torch.stack(part) for part in zip(*batch, strict=True))
                     batch = []
-
-
-class PairedWebDataset(IterableDataset[tuple[tuple[Tensor, ...], ...]]):
-    """A micro-batch of the source and one of the target."""
-
-    def __init__(self, source: Source) -> None:
-        self.parts = [PlainWebDataset(source, which) for which in (0, 1)]
-
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], ...]]:
-        yield from zip(*self.parts, strict=False)
 
 
 def endless(source: Source, kind: str, workers: int) -> Callable[[int], object]:
@@ -156,7 +145,7 @@ def endless(source: Source, kind: str, workers: int) -> Callable[[int], object]:
     if kind == "pipeline":
         ours = iter(source.pipeline(workers))
         return lambda _: next(ours)
-    loader = DataLoader(PairedWebDataset(source), batch_size=None, num_workers=workers)
+    loader = DataLoader(PlainWebDataset(source), batch_size=None, num_workers=workers)
     theirs = iter(loader)
     return lambda _: next(theirs)
 
@@ -257,7 +246,7 @@ def transfers(source: Source, blocks: int) -> dict[str, float]:
 
 
 def starts(source: Source) -> dict[str, float]:
-    """Seconds to the first batch at step 0 and at a far one, once a worker is up; medians of turns."""
+    """Seconds to the first batch at step 0 and at a far one, without the start of workers; medians of turns."""
     seconds: dict[int, list[float]] = {0: [], FAR_STEP: []}
     for _ in range(STARTS):
         for step, found in seconds.items():

@@ -101,8 +101,8 @@ def profile_data(argv: Sequence[str]) -> int:
     """The ``data`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py data",
-        description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and a "
-        "plain webdataset loader on the same tars.",
+        description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and "
+        "plain webdataset on the same tars.",
     )
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=9, metavar="N", help="turns of each way (%(default)s)")

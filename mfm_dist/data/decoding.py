@@ -78,11 +78,15 @@ def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = _
     return image
 
 
-def decode_label(payload: np.ndarray, num_classes: int, image_size: tuple[int, int]) -> Tensor:
+def decode_label(payload: np.ndarray, num_classes: int | None, image_size: tuple[int, int]) -> Tensor:
     """uint8 [size] -> uint8 [H, W], checked.
 
+    Args:
+        num_classes: None where its ids are known to be classes.
+        image_size: height and width.
+
     Raises:
-        UnusableError: the bytes are no 8-bit grey PNG of ``image_size`` (height, width), or an id is no class.
+        UnusableError: the bytes are no 8-bit grey PNG of ``image_size``, or an id is no class.
     """
     size = header_size(payload, "png", "label")
     check_size("label", size)
@@ -95,7 +99,8 @@ def decode_label(payload: np.ndarray, num_classes: int, image_size: tuple[int, i
         raise UnusableError(f"its label is no readable png ({_first_line(error)})") from error
     if label.shape[0] != 1 or label.dtype != torch.uint8:
         raise UnusableError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
-    check_ids(label[0].numpy(), num_classes)
+    if num_classes is not None:
+        check_ids(label[0].numpy(), num_classes)
     return label[0]
 
 

@@ -111,7 +111,10 @@ class ShardReader:
             label = None
             if with_label:
                 payload = self._bytes(shard, label_at, "label")
-                label = decode_label(payload, self.num_classes, header_size(encoded, kind, "image"))
+                # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
+                counted = bool(self.index.manifest.shards[shard].pixel_counts)
+                num_classes = None if counted else self.num_classes
+                label = decode_label(payload, num_classes, header_size(encoded, kind, "image"))
             image = decode_image(encoded, kind, self._decode_jpeg)
         except UnusableError as error:
             tar = self.index.folder / self.index.manifest.shards[shard].file

@@ -97,6 +97,7 @@ class Round:
     def disturb(self, what: str, act: Callable[[], object]) -> None:
         """Do it, and note what it cost once the attempt is over."""
         attempts, restarts, seen = len(self.attempts()), self.state()["Restarts"], self.step()
+        begun = len(self.begun())
         self.told.append(f"{what} at step {seen}")
         act()
 
@@ -108,9 +109,17 @@ class Round:
             return ended
 
         self.wait_for(over, f"the attempt has ended after {what}")
-        latest = self.run / "checkpoints" / "latest"
-        saved = int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
-        self.lost_steps.append(max(seen - saved, 0))
+        self.wait_for(lambda: len(self.begun()) > begun or self.state()["JobState"] in ENDED, "the next attempt")
+        if len(self.begun()) > begun:
+            self.lost_steps.append(max(seen - self.begun()[-1], 0))
+
+    def begun(self) -> list[int]:
+        """The step that each attempt began from."""
+        return [int(line.rpartition("; from step ")[2]) for line in self.summary() if "; from step " in line]
+
+    def summary(self) -> list[str]:
+        path = self.folder / "summary.log"
+        return path.read_text().splitlines() if path.exists() else []
 
     def finish(self) -> str:
         self.wait_for(lambda: self.state().get("JobState") in ENDED, "the job has ended")
@@ -132,9 +141,12 @@ def time_limit(job: Round) -> None:
     """Slurm warns 30 s ahead, or up to a minute earlier."""
     job.somewhere()
     hours, minutes, seconds = map(int, job.state()["RunTime"].split(":"))
-    limit = 60 * hours + minutes + (seconds > 0) + 1
-    change = ("scontrol", "update", f"JobId={job.job}", f"TimeLimit={limit}")
-    job.disturb("time limit drawn nearer", lambda: job.cluster.run(*change))
+
+    def limit(minutes: int) -> None:
+        job.cluster.run("scontrol", "update", f"JobId={job.job}", f"TimeLimit={minutes}", check=False)
+
+    job.disturb("time limit drawn nearer", lambda: limit(60 * hours + minutes + 1 + (seconds > 30)))
+    limit(60)  # a busy machine may need longer to start than what was left
 
 
 def requeue(job: Round) -> None:
@@ -208,8 +220,8 @@ def one_round(cluster: Cluster, clone: Path, work: Path, number: int, kind: str)
         problem = str(error)
         cluster.run("scancel", str(job.job), check=False)
     compared = compare(job.run, reference) if state == "COMPLETED" else {}
-    fewer = any("1 node(s)" in line for line in _summary(job))
-    good = state == "COMPLETED" and (compared["identical"] or (fewer and compared["largest_difference"] < 1e-3))
+    fewer = any("1 node(s)" in line for line in job.summary())
+    good = state == "COMPLETED" and (compared["identical"] or (fewer and compared["largest_difference"] < 1e-4))
     record = {
         "round": number, "kind": kind, "zero": job.stage, "preflight": job.preflight == "1", "disturbed": job.told,
         "state": state, "lost_steps": job.lost_steps, "on_fewer_nodes": fewer, **compared, "good": good,
@@ -242,16 +254,14 @@ def compare(run: Path, reference: Path) -> dict[str, Any]:
     ours, theirs = final_tensors(run, STEPS), final_tensors(reference, STEPS)
     shared = ours.keys() & theirs.keys()
     identical = ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in shared)
-    students = [name for name in shared if name.startswith("student/")]
+    # BatchNorm's statistics are averages over the ranks: not the same at another number of them.
+    students = [
+        name for name in shared if name.startswith("student/") and "running_" not in name and "num_b" not in name
+    ]
     return {
         "identical": identical and metrics_of(run) == metrics_of(reference),
         "largest_difference": max(float((ours[name] - theirs[name]).abs().max()) for name in students),
     }
-
-
-def _summary(job: Round) -> list[str]:
-    path = job.folder / "summary.log"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _is_rank(process: int) -> bool:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.deepspeed_config import deepspeed_config
+from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from tests.conftest import run_train, tiny_overrides
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
@@ -18,6 +20,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 def test_a_plain_start_has_no_problem() -> None:
     assert launch_problems({}) == []
     assert launch_problems({**DEEPSPEED, "ACCELERATE_MIXED_PRECISION": "no"}) == []
+    assert launch_problems({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}) == []
     assert Launch.from_environment({**DEEPSPEED, "WORLD_SIZE": "4", "RANK": "3"}) == Launch(4, 3, 2)
     assert Launch.from_environment({}) == Launch(1, 0, None)
 
@@ -28,15 +31,44 @@ def test_a_plain_start_has_no_problem() -> None:
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.global_batch"),
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "train.clip_norm"),
-        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "zero_stage"),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0", "use DDP"),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0", "which memory.lean needs"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "missing.json", "does not give zero_optimization with a stage"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
     ],
 )
 def test_what_a_launch_file_must_not_say(variable: str, value: str, told: str) -> None:
     (problem,) = launch_problems({**DEEPSPEED, variable: value})
     assert told in problem
+
+
+def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": True}}))
+    assert launch_problems(environment) == []
+    launch = Launch.from_environment(environment)
+    assert launch.zero_stage == 3
+    told = deepspeed_config(RunConfig(), launch)
+    assert told["zero_optimization"]["overlap_comm"] is True
+    assert told["zero_optimization"]["stage3_param_persistence_threshold"] == 0
+    assert told["gradient_clipping"] == 0.0, "left out, DeepSpeed would clip at 1.0"
+
+    file.write_text(json.dumps({"bf16": {}, "zero_optimization": {"stage": 2, "offload_optimizer": {}}}))
+    assert [problem.split(", which")[0] for problem in launch_problems(environment)] == [
+        f"{file} sets 'bf16'",
+        f"{file} sets 'offload_optimizer'",
+    ]
+
+
+def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
+    config = RunConfig()
+    config.train.precision = "bf16_weights"
+    config.memory.offload_optimizer = True
+    for stage in (None, 0):
+        bf16, offload = combination_problems(config, Launch(2, 0, stage))
+        assert "bf16_weights needs ZeRO-2 or 3" in bf16
+        assert "memory.offload_optimizer needs ZeRO 1 to 3" in offload
+    assert len(combination_problems(config, Launch(2, 0, 1))) == 1
+    assert combination_problems(config, Launch(2, 0, 3)) == []
 
 
 def test_a_global_batch_that_does_not_fit_is_refused(scenes: Path, tmp_path: Path) -> None:
@@ -52,4 +84,23 @@ def test_bf16_trains_on_fp32_weights(launch: str | None, scenes: Path, tmp_path:
     student = load_file(tmp_path / "run" / "checkpoints" / "step_00000004" / "student.safetensors")
     assert {t.dtype for t in student.values() if t.is_floating_point()} == {torch.float32}
     losses = [json.loads(line)["loss/total"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def test_bf16_weights_are_saved_in_fp32_and_go_on_at_another_stage(scenes: Path, tmp_path: Path) -> None:
+    """Half a run under ZeRO-2, the rest under ZeRO-3: what is saved is the fp32 master, and nothing else is needed."""
+    run = tmp_path / "run"
+    arguments = [*tiny_overrides(scenes, run), "train.precision=bf16_weights"]
+    for launch, steps in (("cpu_zero2", 4), ("cpu_zero3", 6)):
+        completed = run_train([*arguments, f"train.steps={steps}", "checkpoint.keep=9"], launch=launch)
+        assert completed.returncode == 0, completed.stderr[-3000:]
+    for step in (4, 6):
+        for part in ("student", "teacher", "rebuilder"):
+            tensors = load_file(run / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+            weights = {name: t for name, t in tensors.items() if "running_" not in name and "num_batches" not in name}
+            assert {t.dtype for t in weights.values()} == {torch.float32}
+            rounded = sum(int((t.bfloat16().float() == t).sum()) for t in weights.values())
+            assert rounded < 0.5 * sum(t.numel() for t in weights.values()), f"{part} went through bf16"
+    losses = [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
     assert all(0 < loss < 20 for loss in losses)

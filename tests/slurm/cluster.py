@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -82,6 +83,8 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 SlurmdTimeout={node_timeout}
 KillWait=20
+# The port of a training follows from its job's number: those of two clusters on one machine must not be the same.
+FirstJobId={random.randrange(1, 60000)}
 SchedulerParameters=sched_interval=5,batch_sched_delay=0
 StateSaveLocation={self.folder}/state
 SlurmdSpoolDir={self.folder}/spool-%n

@@ -30,7 +30,11 @@ def repack(folder: Path, members: dict[str, bytes]) -> ShardReader:
     write_index(tar)
     manifest = Manifest.read(manifest_file)
     record = replace(
-        manifest.shards[0], bytes=tar.stat().st_size, sha256=sha256_of(tar), index_sha256=sha256_of(index_path(tar))
+        manifest.shards[0],
+        bytes=tar.stat().st_size,
+        sha256=sha256_of(tar),
+        index_sha256=sha256_of(index_path(tar)),
+        pixel_counts={},
     )
     manifest_file.write_text(replace(manifest, shards=(record,)).to_json())
     return ShardReader(folder)

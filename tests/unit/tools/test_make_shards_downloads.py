@@ -30,7 +30,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_gta_goes_where_the_configurations_look_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     downloads.gta(tmp_path / "download")
-    options = ["--input", "download", "--size", "20x12", "--shard-size", "2", "--workers", "1"]
+    options = ["--input", "download", "--size", "32x18", "--shard-size", "2", "--workers", "1"]
     assert main(["gta", *options]) == 3
     error = capsys.readouterr().err
     assert "24963 of 24966 pairs are missing: 00004 to 24966" in error
@@ -38,7 +38,7 @@ def test_gta_goes_where_the_configurations_look_for_it(tmp_path: Path, capsys: p
     assert main(["gta", *options, "--allow-incomplete"]) == 0
     reader = ShardReader("data/gta/train")
     assert len(reader) == 3
-    assert reader.read(0).image.shape == (3, 12, 20)
+    assert reader.read(0).image.shape == (3, 18, 30)
     assert check_shards.main(["data/gta"]) == 0
     capsys.readouterr()
     assert main(["gta", *options, "--allow-incomplete"]) == 0
@@ -66,7 +66,8 @@ def test_own_images_with_a_mapping(tmp_path: Path) -> None:
     for day in (1, 2):
         downloads.save_palette(tmp_path / f"mine/ids/day {day}/a.b.png", downloads.blocks(day, [1, 2, 3]), 4)
     Path("ids.yaml").write_text("1: road\n2: 13  # a car\n3: ignore\n")
-    assert main(["folder", "--input", "mine", "--name", "city", "--images", "rgb", "--labels", "ids", "--mapping", "ids.yaml"]) == 0
+    where = ["--images", "rgb", "--labels", "ids", "--mapping", "ids.yaml"]
+    assert main(["folder", "--input", "mine", "--name", "city", *where]) == 0
     reader = ShardReader("data/city/train")
     table = {1: 0, 2: 13, 3: 255}
     for number in range(2):
