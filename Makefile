@@ -45,7 +45,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign"
 
 slurm-cluster: $(STAMP)
 	$(BIN)/python -m tests.slurm.cluster

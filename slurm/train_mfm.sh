@@ -63,8 +63,9 @@ if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
 fi
 # Before the other settings, so that those win.
 if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then set -- --array-task "$SLURM_ARRAY_TASK_ID" "$@"; fi
-JOB=$("${python[@]}" -m mfm_dist.job prepare --job "$SLURM_JOB_ID" "$config" "$@") || exit
+of=(--job "$SLURM_JOB_ID")
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
+JOB=$("${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@") || exit
 export JOB
 # From here on the code is the copy: editing the clone does not change a job that waits or trains (Python 3.11, newer).
 code=$(realpath "$JOB")/code

@@ -61,22 +61,45 @@ def run_train(
     arguments: Sequence[str],
     *,
     launch: str | None = None,
+    processes: int = 2,
     timeout: float = 240,
     cwd: Path = REPOSITORY,
     module: str = "mfm_dist.train",
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The real command, alone or below ``accelerate launch`` with a file of configs/accelerate."""
+    return run_module(
+        module,
+        [*DEFAULTS, *arguments],
+        launch=launch,
+        processes=processes,
+        timeout=timeout,
+        cwd=cwd,
+        environment=environment,
+    )
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    launch: str | None = None,
+    processes: int = 2,
+    timeout: float = 240,
+    cwd: Path = REPOSITORY,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """A module as a program, alone or below ``accelerate launch`` with a file of configs/accelerate."""
     command = [sys.executable, "-m"]
     if launch is not None:
         file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+        if not launch.endswith("single"):
+            command += ["--num_processes", str(processes)]
         command += ["--main_process_port", "0", "-m"]
-    command += [module, *DEFAULTS, *arguments]
+    command += [module, *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
-    return subprocess.run(
-        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="session")

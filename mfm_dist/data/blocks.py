@@ -163,34 +163,32 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         """Puts the pixels of a block into its place; returns the samples that could not be used."""
         bad: list[BadSample] = []
         for position, image, label in zip(batch.positions, batch.source_image, batch.source_label, strict=True):
-            image_crop, label_crop = self._source(position, bad)
-            image.copy_(image_crop)
-            label.copy_(label_crop)
+            self._source(position, bad, into=(image, label))
         for position, image, valid in zip(batch.positions, batch.target_image, batch.target_valid, strict=True):
-            image_crop, valid_crop = self._target(position, bad)
-            image.copy_(image_crop)
-            valid.copy_(valid_crop)
+            self._target(position, bad, into=(image, valid))
         return tuple(bad)
 
-    def _source(self, position: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
+    def _source(self, position: int, bad: list[BadSample], into: tuple[Tensor, Tensor]) -> None:
         sample, train_id = self.source.take(position, bad)
         assert sample.label is not None
-        return source_crop(
+        source_crop(
             sample.image,
             sample.label,
             self.crop,
             keyed_generator(self.seed, Stream.SOURCE_CROP, position),
             resize=self.source_resize,
             wanted=None if train_id is None else Wanted(train_id, self.wanted_pixels),
+            into=into,
         )
 
-    def _target(self, position: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
-        return target_crop(
+    def _target(self, position: int, bad: list[BadSample], into: tuple[Tensor, Tensor]) -> None:
+        target_crop(
             self.target.take(position, bad).sample.image,
             self.crop,
             keyed_generator(self.seed, Stream.TARGET_CROP, position),
             resize=self.target_resize,
             margins=self.target_margins,
+            into=into,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def source_crop(
     *,
     resize: Resize = AS_STORED,
     wanted: Wanted | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A random crop of more than one class, none of them above ``LARGEST_CLASS_SHARE``, flipped half of the time.
 
@@ -82,6 +83,7 @@ def source_crop(
         label: uint8 [H, W].
         size: height and width (h, w) of the crop; a smaller image is padded.
         generator: keyed by the sample's position.
+        into: what to write to and return; None makes new tensors.
 
     Returns:
         uint8 [3, h, w] and uint8 [h, w].
@@ -94,10 +96,10 @@ def source_crop(
             if np.count_nonzero(label[box].numpy() == wanted.train_id) > wanted.pixels:
                 break
             box, flips = _draw_varied(label, size, generator)
-    image, label = resize_box(image, resized, box), label[box]
-    if flips:
-        image, label = _mirrored(image), label.flip(-1)
-    return _pad_image(image, size), _pad(label, size, IGNORE_INDEX)
+    image_crop, label_crop = into or (_empty_image(size), torch.empty(size, dtype=torch.uint8))
+    _put_image(resize_box(image, resized, box), image_crop, flips)
+    _put_plane(label[box], label_crop, flips, IGNORE_INDEX)
+    return image_crop, label_crop
 
 
 def target_crop(
@@ -107,6 +109,7 @@ def target_crop(
     *,
     resize: Resize = AS_STORED,
     margins: tuple[int, int, int, int] = (0, 0, 0, 0),
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A plain random crop, flipped half of the time; no label of the target is ever looked at.
 
@@ -115,6 +118,7 @@ def target_crop(
         size: height and width (h, w) of the crop; a smaller image is padded.
         generator: keyed by the sample's position.
         margins: rows and columns of the stored image that are not valid: top, bottom, left, right.
+        into: what to write to and return; None makes new tensors.
 
     Returns:
         uint8 [3, h, w], and bool [h, w] that is False on the padding and in the margins.
@@ -130,9 +134,10 @@ def target_crop(
         inside = torch.zeros(stored, dtype=torch.uint8)
         inside[top : stored[0] - bottom, left : stored[1] - right] = 1
         valid = resize_label(inside, resized)[box].bool()
-        valid = valid.flip(-1) if flips else valid
-    image = _mirrored(image) if flips else image
-    return _pad_image(image, size), _pad(valid, size, False)
+    image_crop, valid_crop = into or (_empty_image(size), torch.empty(size, dtype=torch.bool))
+    _put_image(image, image_crop, bool(flips))
+    _put_plane(valid, valid_crop, bool(flips and any(margins)), False)
+    return image_crop, valid_crop
 
 
 def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
@@ -202,24 +207,27 @@ def _is_varied(label: Tensor) -> bool:
     return bool(np.count_nonzero(counts) > 1 and counts.max() < LARGEST_CLASS_SHARE * counts.sum())
 
 
-def _mirrored(image: Tensor) -> Tensor:
-    """uint8 [3, h, w], left and right exchanged; cut out first, because torch flips what lies in one piece faster."""
-    return image.permute(1, 2, 0).contiguous().flip(1).permute(2, 0, 1)
+def _empty_image(size: tuple[int, int]) -> Tensor:
+    """uint8 [3, h, w], a view of rows of triples."""
+    return torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
 
 
-def _pad(plane: Tensor, size: tuple[int, int], value: int | bool) -> Tensor:
-    """[h', w'] -> [h, w] with ``value`` on the right and at the bottom."""
-    if plane.shape == size:
-        return plane
-    padded = plane.new_full(size, value)
-    padded[: plane.shape[0], : plane.shape[1]] = plane
-    return padded
+def _put_image(image: Tensor, into: Tensor, flips: bool) -> None:
+    """uint8 [3, h', w'] into [3, h, w], mirrored if it ``flips``, ``PAD_COLOUR`` on the right and at the bottom.
+
+    Mirrored after it was copied: torch flips what lies in one piece several times faster than a part of an image.
+    """
+    height, width = image.shape[1:]
+    if image.shape != into.shape:
+        into.copy_(torch.tensor(PAD_COLOUR, dtype=torch.uint8).view(3, 1, 1).expand(into.shape))
+    inside = into[:, :height, :width]
+    inside.copy_(image)
+    if flips:
+        inside.copy_(inside.permute(1, 2, 0).flip(1).permute(2, 0, 1))
 
 
-def _pad_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[3, h', w'] -> [3, h, w] with ``PAD_COLOUR``."""
-    if image.shape[1:] == size:
-        return image
-    padded = torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(*size, 3).clone()
-    padded[: image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
-    return padded.permute(2, 0, 1)
+def _put_plane(plane: Tensor, into: Tensor, flips: bool, padding: int | bool) -> None:
+    """[h', w'] into [h, w], mirrored if it ``flips``, ``padding`` on the right and at the bottom."""
+    if plane.shape != into.shape:
+        into.fill_(padding)
+    into[: plane.shape[0], : plane.shape[1]].copy_(plane.flip(-1) if flips else plane)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
@@ -69,4 +70,13 @@ def build_segmentor(
         ConfigError: an unknown name, a wrong option, or weights that cannot be used.
     """
     encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
-    return Segmentor(encoder, build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options))
+    head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
+    segmentor = Segmentor(encoder, head)
+    if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
+        # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
+        raise ConfigError(
+            f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} reads "
+            f"{len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or segformer, or "
+            "leave pyramid out"
+        )
+    return segmentor

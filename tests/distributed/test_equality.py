@@ -1,6 +1,7 @@
-"""One step function, several ways to run it: one process, DDP, ZeRO. Same samples, same losses, same weights.
+"""One step function, several ways to run it: one process, DDP, ZeRO 0 to 3. Same samples, same losses, same weights.
 
-SGD and not AdamW, and movements far above rounding: with AdamW at small rates such a test could not fail.
+With rates at which weights move far above rounding, and AdamW's epsilon at 1e-4: at its default AdamW would enlarge the
+rounding noise of gradients that are 0, and at a small rate such a test could not fail. That it can is tested too.
 """
 
 from __future__ import annotations
@@ -18,22 +19,43 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from tests.conftest import run_train, tiny_overrides
 
+CAMPAIGN = pytest.mark.campaign
 # A random teacher is sure of nothing: above a threshold of 0 the MFM term, and the Rebuilder's gradient, would be 0.
 SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.decoder_lr_factor=1", "optim.rebuilder_lr=0.5", "train.clip_norm=1.0",
        "self_training.pseudo_threshold=0"]  # fmt: skip
+ADAMW = ["optim.name=adamw", "optim.eps=1e-4", "optim.lr=1e-3", "optim.rebuilder_lr=1e-3",
+         "self_training.pseudo_threshold=0"]  # fmt: skip
 LARGER = [*SGD, "train.global_batch=8"]
 """Four micro-batches a step, so that gradients add up within a process too."""
+PAPERS = ["model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.1}", "model.decoder_options={width: 256}",
+          "train.global_batch=8"]  # fmt: skip
+"""The paper's kind of network, with its BatchNorm, Dropout2d and drop-path."""
 
 
 State = dict[str, dict[str, torch.Tensor]]
 """Tensors by name of student, teacher and Rebuilder."""
 
 
-def trained(scenes: Path, folder: Path, *overrides: str, launch: str | None) -> dict[str, Any]:
-    """Train four steps; the last checkpoint's tensors and the metrics."""
-    completed = run_train([*tiny_overrides(scenes, folder), *overrides], launch=launch)
+def trained(
+    scenes: Path,
+    folder: Path,
+    *overrides: str,
+    launch: str | None,
+    processes: int = 2,
+    steps: int = 4,
+    otherwise: str | None = None,
+) -> dict[str, Any]:
+    """Train; the last checkpoint's tensors and the metrics."""
+    completed = run_train(
+        [*tiny_overrides(scenes, folder), f"train.steps={steps}", *overrides],
+        launch=launch,
+        processes=processes,
+        module="tests.distributed.train_otherwise" if otherwise else "mfm_dist.train",
+        environment={"OTHERWISE": otherwise} if otherwise else {},
+        timeout=600,
+    )
     assert completed.returncode == 0, completed.stderr[-4000:]
-    checkpoint = folder / "checkpoints" / "step_00000004"
+    checkpoint = folder / "checkpoints" / f"step_{steps:08d}"
     state = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("student", "teacher", "rebuilder")}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {"state": state, "metrics": metrics, "checkpoint": checkpoint}
@@ -57,16 +79,21 @@ def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
-@pytest.fixture(scope="module")
-def initial(scenes: Path) -> State:
-    module = build_train_module(load_config(None, tiny_overrides(scenes, Path("unused"))))
+def initial_state(scenes: Path, *overrides: str) -> State:
+    """What a run starts from."""
+    module = build_train_module(load_config(None, [*tiny_overrides(scenes, Path("unused")), *overrides]))
     assert module.teacher is not None
     assert module.rebuilder is not None
     parts = {"student": module.student, "teacher": module.teacher.segmentor, "rebuilder": module.rebuilder}
     return {name: part.state_dict() for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+@pytest.fixture(scope="module")
+def initial(scenes: Path) -> State:
+    return initial_state(scenes)
+
+
+@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero0", "cpu_zero2", "cpu_zero3"])
 def test_two_processes_train_as_one(
     launch: str, scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: State
 ) -> None:
@@ -93,6 +120,14 @@ def test_gradients_add_up_over_the_micro_batches_of_a_step(
         ("cpu_ddp", ["memory.lean=true"]),
         ("cpu_zero2", ["memory.lean=true"]),
         ("cpu_zero3", ["memory.lean=true", "memory.checkpoint_backbone=true"]),
+        pytest.param("cpu_zero0", ["memory.lean=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero1", ["memory.lean=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", ["memory.lean=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero1", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero2", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
+        pytest.param("cpu_ddp", ["train.compile=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", ["train.compile=true"], marks=CAMPAIGN),
     ],
 )
 def test_less_memory_trains_the_same(
@@ -102,11 +137,61 @@ def test_less_memory_trains_the_same(
     assert_same_training(trained(scenes, tmp_path, *LARGER, *overrides, launch=launch), larger_alone, initial)
 
 
-def test_another_sample_is_noticed(scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: State) -> None:
-    """The comparison above fails for a run on other data, so it can fail."""
-    other = trained(scenes, tmp_path, *SGD, "seed=1", launch=None)
-    with pytest.raises(AssertionError):
-        assert_same_training(other, alone, initial)
+@pytest.mark.parametrize(
+    ("fault", "launch"), [("swapped_sample", None), ("no_exchange", "cpu_ddp"), ("stale_shard", "cpu_zero3")]
+)
+def test_a_planted_fault_is_noticed(
+    fault: str, launch: str | None, scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: State
+) -> None:
+    """The comparison above can fail, and does for each of these."""
+    audit_off = ["debug.audit_every=0"]  # it would notice the missing exchange first
+    run = trained(scenes, tmp_path, *SGD, *audit_off, launch=launch, otherwise=fault)
+    with pytest.raises(AssertionError, match="against a movement"):
+        assert_same_training(run, alone, initial)
+
+
+def test_where_mfm_is_off_no_old_gradient_is_used(scenes: Path, tmp_path: Path, initial: State) -> None:
+    """Its weight is 1, 0, 1, 0. ZeRO-3 would update a Rebuilder that does not run with its gradient of before."""
+    runs = [
+        trained(scenes, tmp_path / str(launch), *ADAMW, launch=launch, otherwise="every_other_step_without_mfm")
+        for launch in (None, "cpu_zero3")
+    ]
+    assert [line["grad_norm/rebuilder"] > 0 for line in runs[1]["metrics"]] == [True, False, True, False]
+    assert_same_training(runs[1], runs[0], initial)
+
+
+@pytest.fixture(scope="module")
+def references(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Runs in one process by network and optimiser, made when they are asked for."""
+    made: dict[str, Any] = {}
+
+    def reference(network: str, optimizer: str) -> tuple[list[str], dict[str, Any], State]:
+        overrides = [*(PAPERS if network == "papers" else ["train.global_batch=8"]),
+                     *(SGD if optimizer == "sgd" else ADAMW)]  # fmt: skip
+        if (key := f"{network} {optimizer}") not in made:
+            made[key] = trained(scenes, tmp_path_factory.mktemp("reference"), *overrides, launch=None)
+        return overrides, made[key], initial_state(scenes, *overrides)
+
+    return {"of": reference}
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer", "launch", "processes"),
+    [("papers", "adamw", "cpu_zero3", 2), ("tiny", "adamw", "cpu_zero2", 4)]
+    + [
+        pytest.param(network, optimizer, f"cpu_{launch}", processes, marks=CAMPAIGN)
+        for network in ("tiny", "papers")
+        for optimizer in ("sgd", "adamw")
+        for launch in ("ddp", "zero0", "zero1", "zero2", "zero3")
+        for processes in (2, 4)
+    ],
+)
+def test_any_number_of_processes_trains_any_network_as_one(
+    network: str, optimizer: str, launch: str, processes: int, scenes: Path, tmp_path: Path, references: dict[str, Any]
+) -> None:
+    overrides, reference, initial = references["of"](network, optimizer)
+    run = trained(scenes, tmp_path, *overrides, launch=launch, processes=processes)
+    assert_same_training(run, reference, initial)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +215,49 @@ def test_a_zero2_run_resumes_at_any_world_size_and_stage(
     """Checkpoints hold whole tensors by name, momentum included: nothing depends on who wrote them."""
     shutil.copytree(half, tmp_path / "run")
     assert_same_training(trained(scenes, tmp_path / "run", *SGD, launch=launch), alone, initial)
+
+
+FORMS = {
+    "alone": (None, 1),
+    "ddp": ("cpu_ddp", 2),
+    "zero0": ("cpu_zero0", 2),
+    "zero2": ("cpu_zero2", 2),
+    "zero3": ("cpu_zero3", 2),
+    "zero2 of 4": ("cpu_zero2", 4),
+    "zero3 of 4": ("cpu_zero3", 4),
+}
+"""Launch file and processes."""
+TWELVE = [*ADAMW, "train.global_batch=8", "checkpoint.keep=99"]
+
+
+@pytest.fixture(scope="module")
+def written(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Whole runs of twelve steps by form, made when they are asked for."""
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, form: str) -> Path:
+            launch, processes = FORMS[form]
+            folder = tmp_path_factory.mktemp(form.replace(" ", "_")) / "run"
+            trained(scenes, folder, *TWELVE, launch=launch, processes=processes, steps=12)
+            self[form] = folder
+            return folder
+
+    return Runs()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("reader", FORMS)
+@pytest.mark.parametrize("writer", FORMS)
+def test_a_run_goes_on_in_any_form(
+    writer: str, reader: str, written: dict[str, Path], scenes: Path, tmp_path: Path, initial: State
+) -> None:
+    """Two steps in one form, ten more in another, against twelve in one process."""
+    alone = written["alone"]
+    tensors = {part: load_file(alone / "checkpoints" / "step_00000012" / f"{part}.safetensors") for part in initial}
+    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    shutil.copytree(written[writer], tmp_path / "run")
+    for later in (4, 6, 8, 10, 12):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{later:08d}")
+    launch, processes = FORMS[reader]
+    run = trained(scenes, tmp_path / "run", *TWELVE, launch=launch, processes=processes, steps=12)
+    assert_same_training(run, {"state": tensors, "metrics": lines}, initial)

@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster, missing
 
 STEPS = 12
 SCRIPT = "slurm/train_mfm.sh"
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")
+needs_slurm = pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ class Job:
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
 
+@needs_slurm
 @pytest.mark.slow
 def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
@@ -104,6 +105,7 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert metrics_of(job.run) == metrics_of(undisturbed.run)
 
 
+@needs_slurm
 def test_a_mistake_is_told_at_once(cluster: Cluster, clone: Path, tmp_path: Path) -> None:
     job = Job(cluster, clone, tmp_path / "run", "train.stepz=3")
     assert job.end() == "FAILED"

@@ -243,8 +243,8 @@ def test_a_segmenter_of_two_resolutions_is_exported_with_its_attention_and_windo
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32", "model.backbone=test_resnet"]
     options += ["model.backbone_options={out_indices: [1, 2, 3, 4]}", "model.decoder_options={width: 16}"]
     student = build_student(load_config(None, options)).eval()
-    two = {"attention": "segformer", "attention_options": {"width": 8}, "crop": (32, 32)}
-    export.write_export(TrainedSegmentor(student, replace(read_about(exported), **two)), tmp_path / "hrda")
+    about = replace(read_about(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
+    export.write_export(TrainedSegmentor(student, about), tmp_path / "hrda")
     model = mfm_dist.load(tmp_path / "hrda")
     image = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
     assert torch.equal(model.predict(image), predict_labels(student, image, CPU))

@@ -48,10 +48,14 @@ def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tm
     assert "global_batch: 8" in (folder / "config.yaml").read_text()
 
 
-def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    other = job.prepare(CONFIG, [f"run.folder={tmp_path / 'sweep'}", "seed=1"], job="8", seed=3)
-    assert other == tmp_path / "sweep" / "seed_3" / "jobs" / "8"
+    overrides = [f"run.folder={tmp_path / 'sweep'}", "seed=1"]
+    assert job.main(["prepare", "--job", "8", "--array-task", "3", str(CONFIG), *overrides]) == 0
+    other = tmp_path / "sweep" / "seed_3" / "jobs" / "8"
+    assert capsys.readouterr().out == f"{other}\n"
     assert "seed: 3" in (other / "config.yaml").read_text().splitlines()
 
 

@@ -11,10 +11,13 @@ import torch
 import webdataset
 from PIL import Image
 
+from mfm_dist.data import decoding as decoding_module
 from mfm_dist.data import reader as reader_module
+from mfm_dist.data.decoding import header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
 from mfm_dist.data.shards import encode_jpeg, encode_label_png, sha256_of, write_index
+from mfm_dist.errors import ConfigError
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
 
 JPEG = encode_jpeg(raw_sample(0).image)
@@ -171,3 +174,25 @@ def test_unusable_samples_are_named_with_the_reason(
     with pytest.raises(SampleError, match=rf"(?s)000000\.tar, sample 'odd': .*{reason}") as caught:
         reader.read(0)
     assert pickle.loads(pickle.dumps(caught.value)).bad == caught.value.bad
+
+
+def test_a_decoder_that_is_not_installed_is_told(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_module, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"data\.decoder=simplejpeg: it is not installed; pip install simplejpeg"):
+        ShardReader(shard_folder(), decoder="simplejpeg")
+
+
+def test_simplejpeg_decodes_the_same_pixels(shard_folder: ShardFolder) -> None:
+    pytest.importorskip("simplejpeg")
+    folder = shard_folder()
+    one, other = ShardReader(folder), _fresh(ShardReader(folder, decoder="simplejpeg"))
+    assert all(torch.equal(one.read(number).image, other.read(number).image) for number in range(4))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 33), (300, 20)])
+def test_sizes_are_read_from_the_header_alone(size: tuple[int, int], tmp_path: Path) -> None:
+    pixels = np.zeros((*size, 3), dtype=np.uint8)
+    for encoded, kind in ((encode_jpeg(pixels), "jpg"), (png(pixels, tmp_path), "png")):
+        assert header_size(np.frombuffer(encoded, dtype=np.uint8)[:-3], kind, "image") == size
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + bytes(3000), progressive=True)
+    assert header_size(np.frombuffer((tmp_path / "a.jpg").read_bytes(), dtype=np.uint8), "jpg", "image") == size

@@ -49,8 +49,12 @@ def test_it_runs_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "not with accelerate launch" in capsys.readouterr().err
 
 
-def test_the_bare_twin_does_the_same_to_every_number(tiny_config: RunConfig) -> None:
-    tiny_config.train.clip_norm = 0.1
+@pytest.mark.parametrize(("clip_norm", "difference"), [(0.0, 0.0), (0.1, 1e-6)])
+def test_the_bare_twin_does_the_same_to_every_number(
+    clip_norm: float, difference: float, tiny_config: RunConfig
+) -> None:
+    """Torch adds up a norm in another order than the engine, which knows it by part: hence the last bits."""
+    tiny_config.train.clip_norm = clip_norm
     readers = open_readers(tiny_config, "source")
     ours, twin = build_setting(tiny_config, readers), build_setting(tiny_config, readers)
     before = {name: value.clone() for name, value in ours.module.state_dict().items()}
@@ -60,8 +64,8 @@ def test_the_bare_twin_does_the_same_to_every_number(tiny_config: RunConfig) -> 
         ours.engine_step(batches)
         twin.bare_step(batches)
     after, other = ours.module.state_dict(), twin.module.state_dict()
-    different = [name for name, value in after.items() if not torch.equal(value, other[name])]
-    assert different == []
+    for name, value in after.items():
+        torch.testing.assert_close(value, other[name], rtol=0.0, atol=difference)
     for part in ("student.backbone", "student.decoder", "teacher", "rebuilder"):
         assert any(name.startswith(part) and not torch.equal(after[name], before[name]) for name in after), part
 

@@ -1,0 +1,68 @@
+"""The training command with one thing changed (OTHERWISE), for tests of what the equality of runs can and must see."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mfm_dist import train, trainer
+from mfm_dist.batch import UDABatch
+from mfm_dist.config.schema import MFMSection
+from mfm_dist.distributed import teacher
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.train_module import TrainModule
+
+
+def every_other_step_without_mfm() -> None:
+    """lambda is 1, 0, 1, 0, ...: where it is 0, no gradient of the step before may be used again."""
+
+    def weight(step: int, _: MFMSection) -> float:
+        return float(step % 2 == 0)
+
+    trainer.mfm_weight = weight
+
+
+def no_exchange() -> None:
+    """A fault: DDP never exchanges gradients."""
+
+    def never(self: Engine, **_: Any) -> AbstractContextManager[Any]:
+        return self._wrapped.no_sync()  # type: ignore[operator]
+
+    Engine._sync_context = never  # type: ignore[method-assign]
+
+
+def stale_shard() -> None:
+    """A fault: on rank 1 the teacher follows what the student's shards were one step ago."""
+    honest, before = teacher.held, dict[int, Tensor]()
+
+    def held(parameter: Any) -> Tensor:
+        now = honest(parameter)
+        if os.environ["RANK"] != "1" or not parameter.requires_grad:
+            return now
+        stale = before.get(id(parameter), now)
+        before[id(parameter)] = now.clone()
+        return stale
+
+    teacher.held = held
+
+
+def swapped_sample() -> None:
+    """A fault: in one micro-batch, two source images have each other's label."""
+    honest = TrainModule.forward
+
+    def forward(self: TrainModule, batch: UDABatch, *arguments: Any) -> Any:
+        if batch.block == 3:
+            batch = replace(batch, source_label=batch.source_label.flip(0))
+        return honest(self, batch, *arguments)
+
+    TrainModule.forward = forward  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    globals()[os.environ["OTHERWISE"]]()
+    sys.exit(train.main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""What each rank holds of a run's state, by stage and precision: python tools/bench_ranks.py [overrides]
+
+Each case is a start of real processes over gloo on CPUs that trains two steps on random pictures. Counted are live
+tensors, each storage once, on the rank that holds most: after the second backward, before the step, and after the step
+and the teacher's update. State is parameters, gradients, optimiser (Adam's two moments), its fp32 master, and teacher;
+everything else that is alive counts as buffers, by name. What exists only within a backward (parameters that ZeRO-3
+gathers) is sampled from a thread of its own, so its peak is a lower bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.start import start_engine
+from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.metrics import write_atomically
+from mfm_dist.optim import build_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from mfm_dist.build import build_train_module
+from mfm_dist.distributed.deepspeed_engine import parameter_shape
+from tools.bench_memory import random_batch
+from tools.live_tensors import GatheredPeak, StateCount
+from tools.ranks import run_ranks
+
+DEFAULT = [
+    "model.backbone=convnext_base", "model.decoder=daformer", "model.decoder_options={width: 472}", "data.crop=64x64",
+    "mfm.enabled=true", "rebuilder.width=128", "rebuilder.heads=4", "rebuilder.grid=2", "train.micro_batch=1",
+    "train.global_batch=1",
+]  # fmt: skip
+"""Without --config: 100 M parameters in the student, in 374 tensors, on pictures so small that a step takes seconds."""
+STEPS = 2
+"""The first makes the optimiser's state."""
+LAUNCHES = ("cpu_ddp", "cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3")
+PRECISIONS = ("fp32", "bf16", "bf16_weights")
+BYTES = {
+    "fp32": {"trainable": 20, "teacher": 4},
+    "bf16": {"trainable": 20, "teacher": 4},
+    "bf16_weights": {"trainable": 18, "teacher": 6},
+}
+"""Of a parameter under ZeRO 1 to 3, over all ranks together. Trainable: parameter (4, or 2 in bf16), master 4, gradient 4,
+Adam 8; DDP and ZeRO-0 have no master. Teacher: 4, or with bf16 weights 4 and a bf16 copy of 2."""
+PROMISE = 1.1
+"""ZeRO-3 holds at most this much of the total over the number of ranks, beside buffers."""
+
+
+def cases(launches: Sequence[str], precisions: Sequence[str], processes: int) -> list[tuple[str, str, int]]:
+    """(launch file, precision, processes) of every start: twice as many processes also at ZeRO-3."""
+    found = [(launch, precision, processes) for precision in precisions for launch in launches]
+    found += [("cpu_zero3", precision, 2 * processes) for precision in precisions if "cpu_zero3" in launches]
+    return [case for case in found if case[1] != "bf16_weights" or case[0] in ("cpu_zero2", "cpu_zero3")]
+
+
+def count_state(config: RunConfig) -> dict[str, Any] | None:
+    """In a rank: train and count. Rank 0 returns what the fullest rank holds, the others None."""
+    engine = start_engine(config)
+    module = build_train_module(config)
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    teacher = sum(p.numel() for _, p in module.teacher_pairs())
+    engine.prepare(module, build_optimizer(module, config.optim))
+    count = StateCount(engine, module)
+    found: dict[str, Any] = {}
+    peak = GatheredPeak(module)
+    for number in range(STEPS):
+        batches = [random_batch(config, STEPS * number + i).to(engine.device) for i in range(engine.accumulation)]
+        with peak:
+            for batch in batches:
+                engine.micro_batch(batch, config.mfm.loss_weight)
+        del batches, batch
+        found["after backward"] = count.now()
+        engine.step()
+        engine.update_teacher(0.99)
+        found["after step"] = count.now()
+    found["gathered_peak_bytes"] = peak.bytes
+    found["largest_parameter_bytes"] = max(4 * parameter_shape(p).numel() for p in module.parameters())
+    everyone = engine.gather_objects(found)
+    rank = max(range(len(everyone)), key=lambda r: sum(everyone[r]["after backward"]["state"].values()))
+    engine.close()
+    if not engine.is_main:
+        return None
+    return {"trainable": trainable, "teacher": teacher, "fullest_rank": rank, **everyone[rank]}
+
+
+def total_bytes(launch: str, precision: str, *, trainable: int, teacher: int) -> int:
+    """The state of one run over all ranks together, every number once."""
+    each = BYTES[precision]
+    master = 0 if launch in ("cpu_ddp", "cpu_zero0") else 4
+    return trainable * (each["trainable"] - 4 + master) + teacher * each["teacher"]
+
+
+def with_ratios(case: tuple[str, str, int], found: Mapping[str, Any]) -> dict[str, Any]:
+    """A case as the JSON file has it: what was counted, the total, and how much of it a rank holds."""
+    launch, precision, processes = case
+    total = total_bytes(launch, precision, trainable=found["trainable"], teacher=found["teacher"])
+    state = max(sum(found[when]["state"].values()) for when in ("after backward", "after step"))
+    return {
+        "launch": launch,
+        "precision": precision,
+        "processes": processes,
+        "total_bytes": total,
+        "rank_bytes": state,
+        "of_total": state / total,
+        "of_share": state * processes / total,
+        **found,
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, one line a case, MiB."""
+    roles = list(results[0]["after backward"]["state"])
+    heads = ["launch", "ranks", "precision", *roles, "state", "of total", "x N", "after step", "buffers"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for one in results:
+        state, buffers = one["after backward"]["state"], one["after backward"]["buffers"]
+        held = {name: size for name, size in buffers.items() if size >= 2**20}
+        gathered = f"; gathered within {one['gathered_peak_bytes'] / 2**20:.0f}" if one["gathered_peak_bytes"] else ""
+        cells = [one["launch"].removeprefix("cpu_"), str(one["processes"]), one["precision"]]
+        cells += [f"{size / 2**20:.0f}" for size in (*state.values(), sum(state.values()))]
+        cells += [f"{one['of_total']:.3f}", f"{one['of_share']:.3f}"]
+        cells += [f"{sum(one['after step']['state'].values()) / 2**20:.0f}"]
+        cells += [", ".join(f"{name} {size / 2**20:.0f}" for name, size in held.items()) + gathered]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
+    parser.add_argument("--launch", nargs="*", choices=LAUNCHES, default=list(LAUNCHES), help="launch files (all)")
+    parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=list(PRECISIONS), help="(all)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="ranks; ZeRO-3 also on 2 N (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
+    arguments = parser.parse_intermixed_args(argv)
+    base = DEFAULT if arguments.config is None else []
+    try:
+        config = load_config(arguments.config, [*base, *arguments.overrides])
+        if arguments.worker is not None:
+            if (found := count_state(config)) is not None:
+                write_atomically(arguments.worker, json.dumps(found))
+            return EXIT_DONE
+        results = []
+        for launch, precision, processes in cases(arguments.launch, arguments.precision, arguments.processes):
+            passed_on = [] if arguments.config is None else ["--config", str(arguments.config)]
+            passed_on += [*arguments.overrides, f"train.precision={precision}"]
+            passed_on += [f"train.global_batch={config.train.micro_batch * processes}"]
+            found = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
+            results.append(with_ratios((launch, precision, processes), found))
+            one = results[-1]
+            print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
+            print(f"{one['of_share']:.3f} of total / N", flush=True)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"trainable {results[0]['trainable']:,}, teacher {results[0]['teacher']:,}; MiB of one rank after the backward")
+    print(table(results))
+    worst = max((one["of_share"] for one in results if one["launch"] == "cpu_zero3"), default=None)
+    if worst is not None:
+        print(f"ZeRO-3, largest share x N: {worst:.3f} (promised: at most {PROMISE})")
+    if arguments.json:
+        record = {
+            "command": ["python", "tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
+            "date": date.today().isoformat(),
+            "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
+            "changed": changed_keys(to_tree(RunConfig()), config),
+            "bytes_a_parameter": BYTES,
+            "results": results,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
