@@ -9,7 +9,7 @@ SIGNALS := PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTD
 LAUNCH := CUDA_VISIBLE_DEVICES= $(SIGNALS) $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 
-.PHONY: help install quickstart quickstart-source-only scenes lint test slurm-cluster clean
+.PHONY: help install quickstart quickstart-source-only scenes lint test campaign slurm-cluster clean
 
 help:
 	@echo "make quickstart   environment, scenes, a distributed training run, evaluation, report (minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
+	@echo "make campaign     the proofs that take hours: all stages and world sizes, random kills, damaged shards, Slurm"
 	@echo "make slurm-cluster  a private Slurm of two nodes on this machine, to try slurm/ by hand"
 
 install: $(STAMP)
@@ -46,6 +47,13 @@ lint: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign"
+
+# One after another; each appends its record, and goes on where an interrupted campaign stopped.
+campaign: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m campaign --record docs/benchmarks/campaign_tests.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.damaged_shards
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.slurm_rounds
 
 slurm-cluster: $(STAMP)
 	$(BIN)/python -m tests.slurm.cluster

@@ -91,9 +91,9 @@ class Scores:
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:
-        """``eval/miou`` and ``eval/iou/<class>`` in percent, of the classes that occur."""
-        scored = {f"eval/iou/{name}": value for name, value in self.iou.items() if value == value}
-        return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in self.means.items() if value == value}, **scored}
+        """``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
+        values = {**self.means, **{f"iou/{name}": value for name, value in self.iou.items()}}
+        return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in values.items() if value == value}}
 
     def table(self) -> str:
         """One line a class, for people."""

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,36 @@ import torch
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.scene_shards import write_scenes
+from mfm_dist.metrics import JsonLines
 
 REPOSITORY = Path(__file__).parent.parent
 SCENE_SIZE = (64, 128)
 DEFAULTS = ["--config", str(REPOSITORY / "tests" / "defaults.yaml")]
 """Without it, the command would start from the quickstart."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, help="append one line of JSON for each test of a campaign to this file")
+
+
+class Record:
+    """What ``make campaign`` leaves of its tests."""
+
+    def __init__(self, file: JsonLines) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.failed:
+            packages = {name: version(name) for name in ("torch", "accelerate", "deepspeed")}
+            measured = dict(report.user_properties)
+            about = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
+            date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self.file.append({**about, **measured, "packages": packages, "date": date})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--record"):
+        config.pluginmanager.register(Record(JsonLines(path)))
 
 
 @pytest.fixture(scope="session")

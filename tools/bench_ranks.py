@@ -133,6 +133,20 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_record(path: Path, argv: Sequence[str], config: RunConfig, results: Sequence[Mapping[str, Any]]) -> None:
+    """Everything that was found, and how."""
+    record = {
+        "command": ["python", "tools/bench_ranks.py", *argv],
+        "date": date.today().isoformat(),
+        "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
+        "changed": changed_keys(to_tree(RunConfig()), config),
+        "bytes_a_parameter": BYTES,
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (found := count_state(config)) is not None:
                 write_atomically(arguments.worker, json.dumps(found))
             return EXIT_DONE
-        results = []
+        results: list[dict[str, Any]] = []
         for launch, precision, processes in cases(arguments.launch, arguments.precision, arguments.processes):
             passed_on = [] if arguments.config is None else ["--config", str(arguments.config)]
             passed_on += [*arguments.overrides, f"train.precision={precision}"]
@@ -161,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             one = results[-1]
             print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
             print(f"{one['of_share']:.3f} of total / N", flush=True)
+            if arguments.json:  # after each case: a later one may not fit the machine
+                write_record(arguments.json, sys.argv[1:] if argv is None else argv, config, results)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -169,17 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = max((one["of_share"] for one in results if one["launch"] == "cpu_zero3"), default=None)
     if worst is not None:
         print(f"ZeRO-3, largest share x N: {worst:.3f} (promised: at most {PROMISE})")
-    if arguments.json:
-        record = {
-            "command": ["python", "tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
-            "changed": changed_keys(to_tree(RunConfig()), config),
-            "bytes_a_parameter": BYTES,
-            "results": results,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
     return EXIT_DONE
 
 

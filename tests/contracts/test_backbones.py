@@ -1,4 +1,4 @@
-"""What every family of encoders must do, each at a small size: the maps it promises, and a decoder that trains on them."""
+"""What every family of encoders must do, each at a small size: the maps it promises, and decoders that train on it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_images_do_not_see_one_another(family: str) -> None:
 
 
 def test_logits_sit_where_the_image_is() -> None:
-    """With a patch of 16, an image of 65 rows is padded; what lies beyond its edge must not be stretched back into it."""
+    """A patch of 16 pads an image of 65 rows; what lies beyond its edge must not be stretched back into it."""
     model = build("vit_pyramid").eval()
 
     def finest(image: Tensor) -> Tensor:

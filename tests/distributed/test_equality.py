@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,24 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return trained(scenes, tmp_path_factory.mktemp("alone"), *SGD, "train.steps=4", launch=None)
 
 
-def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial: State) -> None:
-    """Student, teacher and Rebuilder each within 1e-4 of its largest movement, which is at least 1e-3."""
+def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial: State) -> dict[str, float]:
+    """Student, teacher and Rebuilder each within 1e-4 of its largest movement, which is at least 1e-3.
+
+    Returns:
+        the largest difference of each over its largest movement.
+    """
+    found = {}
     for part, tensors in reference["state"].items():
         parameters = [name for name in tensors if "running_" not in name and "num_batches" not in name]
         movement = max(float((tensors[n] - initial[part][n]).abs().max()) for n in parameters)
         assert movement > 1e-3, part
         difference = max(float((tensors[n] - run["state"][part][n]).abs().max()) for n in parameters)
         assert difference <= 1e-4 * movement, f"{part}: {difference} against a movement of {movement}"
+        found[part] = difference / movement
     for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
         for key in ("loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    return found
 
 
 def initial_state(scenes: Path, *overrides: str) -> State:
@@ -187,11 +195,18 @@ def references(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     ],
 )
 def test_any_number_of_processes_trains_any_network_as_one(
-    network: str, optimizer: str, launch: str, processes: int, scenes: Path, tmp_path: Path, references: dict[str, Any]
+    network: str,
+    optimizer: str,
+    launch: str,
+    processes: int,
+    scenes: Path,
+    tmp_path: Path,
+    references: dict[str, Any],
+    record_property: Callable[[str, object], None],
 ) -> None:
     overrides, reference, initial = references["of"](network, optimizer)
     run = trained(scenes, tmp_path, *overrides, launch=launch, processes=processes)
-    assert_same_training(run, reference, initial)
+    record_property("difference_over_movement", assert_same_training(run, reference, initial))
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +264,13 @@ def written(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("reader", FORMS)
 @pytest.mark.parametrize("writer", FORMS)
 def test_a_run_goes_on_in_any_form(
-    writer: str, reader: str, written: dict[str, Path], scenes: Path, tmp_path: Path, initial: State
+    writer: str,
+    reader: str,
+    written: dict[str, Path],
+    scenes: Path,
+    tmp_path: Path,
+    initial: State,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Two steps in one form, ten more in another, against twelve in one process."""
     alone = written["alone"]
@@ -260,4 +281,5 @@ def test_a_run_goes_on_in_any_form(
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{later:08d}")
     launch, processes = FORMS[reader]
     run = trained(scenes, tmp_path / "run", *TWELVE, launch=launch, processes=processes, steps=12)
-    assert_same_training(run, {"state": tensors, "metrics": lines}, initial)
+    found = assert_same_training(run, {"state": tensors, "metrics": lines}, initial)
+    record_property("difference_over_movement", found)

@@ -1,0 +1,183 @@
+#!/usr/bin/env python
+"""What the engine costs beside a bare loop with the same passes: python tools/bench_engine.py [overrides]
+
+Four starts of real processes on CPUs: one process and DDP, each with the engine and a bare PyTorch loop (torch's own
+DDP); ZeRO-2 and ZeRO-3, each with the engine, DeepSpeed called by hand, and the bare loop under torch's DDP. The ways
+of a start live side by side in the same processes and step in turn, there and back, on the same random pictures with
+the same draws: a drift of the machine falls on all alike. A step is as long as it takes the slowest rank. The figures
+are medians, over the rounds, of times and of ratios within a round. No shards are read and nothing is logged; for the
+whole training step with its data see profile_throughput.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.build import build_train_module
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.start import start_engine
+from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.methods.self_training import ema_decay_at
+from mfm_dist.metrics import write_atomically
+from mfm_dist.optim import build_optimizer, mfm_weight
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.bench_memory import random_batch
+from tools.profile_throughput import QUICKSTART, at_least
+from tools.ranks import run_ranks
+from tools.raw_loops import StepFunction, bare_loop, deepspeed_loop
+from tools.step_profile import cpu_name
+
+STARTS = {"single": ("cpu_single", 1), "ddp": ("cpu_ddp", 2), "zero2": ("cpu_zero2", 2), "zero3": ("cpu_zero3", 2)}
+"""Launch file and number of processes."""
+PROMISE = 1.03
+"""At most this much of a bare loop's step without DeepSpeed, and of a raw DeepSpeed loop's with it."""
+RATIOS = (("engine", "bare"), ("engine", "raw DeepSpeed"), ("raw DeepSpeed", "bare"))
+
+
+def engine_loop(config: RunConfig, engine: Engine) -> StepFunction:
+    """What the trainer asks the engine for in one step."""
+    module = build_train_module(config)
+    engine.prepare(module, build_optimizer(module, config.optim))
+    weight = mfm_weight(0, config.mfm)
+    updates = count(1)
+
+    def step(batches: Sequence[UDABatch]) -> None:
+        engine.set_learning_rates(1.0)
+        for batch in batches:
+            engine.micro_batch(batch.to(engine.device), weight)
+        if engine.step().applied:
+            engine.update_teacher(ema_decay_at(next(updates), config.self_training.ema_decay))
+
+    return step
+
+
+def time_ways(config: RunConfig, *, steps: int, warmup: int) -> list[dict[str, float]] | None:
+    """In a rank: seconds of each way by round. Rank 0 returns them, the others None."""
+    engine = start_engine(config)
+    ways: dict[str, StepFunction] = {"engine": engine_loop(config, engine)}
+    if Launch.from_environment().zero_stage is not None:
+        ways["raw DeepSpeed"] = deepspeed_loop(config, engine.device)
+    ways["bare"] = bare_loop(config, engine.device, engine.world_size)
+    own: list[dict[str, float]] = []
+    for number in range(warmup + steps):
+        first = number * config.blocks_per_step + engine.rank * engine.accumulation
+        batches = [random_batch(config, first + index) for index in range(engine.accumulation)]
+        seconds: dict[str, float] = {}
+        for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
+            engine.barrier()
+            started = time.perf_counter()
+            ways[name](batches)
+            seconds[name] = time.perf_counter() - started
+        own.append(seconds)
+    ranks = engine.gather_objects(own[warmup:])
+    engine.close()
+    if not engine.is_main:
+        return None
+    return [{name: max(rank[index][name] for rank in ranks) for name in ways} for index in range(steps)]
+
+
+def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Medians of one start: seconds of each way, and the ratios of ``RATIOS`` that it has."""
+    ways = rounds[0]
+    ratios = {f"{over} / {under}": [one[over] / one[under] for one in rounds]
+              for over, under in RATIOS if over in ways and under in ways}  # fmt: skip
+    return {
+        "seconds": {name: statistics.median(one[name] for one in rounds) for name in ways},
+        "ratios": {name: median_and_quartiles(values) for name, values in ratios.items()},
+    }
+
+
+def median_and_quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartile_low": low, "quartile_high": high}
+
+
+def table(starts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown, one line a start."""
+    ways, ratios = ("engine", "raw DeepSpeed", "bare"), [f"{over} / {under}" for over, under in RATIOS]
+    lines = ["| start | " + " | ".join([f"{way}, ms" for way in ways] + ratios) + " |"]
+    lines.append("|---|" + "---|" * (len(ways) + len(ratios)))
+    for name, one in starts.items():
+        cells = [f"{1000 * one['seconds'][way]:.1f}" if way in one["seconds"] else "" for way in ways]
+        for ratio in ratios:
+            found = one["ratios"].get(ratio)
+            cells.append("{median:.3f} ({quartile_low:.3f} to {quartile_high:.3f})".format(**found) if found else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures under the names that the JSON file has."""
+    starts: dict[str, Any] = {}
+    rounds: dict[str, Any] = {}
+    passed_on = ["--config", str(arguments.config.absolute()), "--steps", str(arguments.steps)]
+    passed_on += ["--warmup", str(arguments.warmup), *arguments.overrides]
+    for name in arguments.starts:
+        launch, processes = STARTS[name]
+        rounds[name] = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
+        starts[name] = summary(rounds[name])
+        print(f"{name}: {starts[name]['ratios']}", flush=True)
+    return {"device": cpu_name(), "load_average": os.getloadavg(), "starts": starts, "rounds": rounds}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS), help="which to measure (all)")
+    parser.add_argument("--steps", type=at_least(1), default=30, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--warmup", type=at_least(0), default=3, metavar="N", help="rounds before them (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if config.train.precision == "bf16_weights":
+            raise ConfigError("bench_engine: the raw loops keep their teacher in fp32, so train.precision=bf16_weights "
+                              "has no twin here: use fp32 or bf16")  # fmt: skip
+        if arguments.worker is not None:
+            if (seconds := time_ways(config, steps=arguments.steps, warmup=arguments.warmup)) is not None:
+                write_atomically(arguments.worker, json.dumps(seconds))
+            return EXIT_DONE
+        found = measure(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.steps} rounds; medians, quartiles")
+    print(table(found["starts"]))
+    print(
+        f"promised: engine / bare at most {PROMISE} without DeepSpeed, engine / raw DeepSpeed at most {PROMISE} with it"
+    )
+    if arguments.json:
+        record = {
+            "command": ["python", "tools/bench_engine.py", *(sys.argv[1:] if argv is None else argv)],
+            "date": date.today().isoformat(),
+            "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
+            "changed": changed_keys(to_tree(RunConfig()), config),
+            "torch_threads": config.train.threads,
+            **found,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

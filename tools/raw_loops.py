@@ -1,0 +1,87 @@
+"""The training step without this package's engine: plain PyTorch, torch's own DDP, and DeepSpeed by hand.
+
+The twins that the engine is timed against, no example to follow: they keep no norms, let a non-finite gradient pass
+where torch or DeepSpeed does, and know nothing of resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.build import build_train_module
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.deepspeed_config import deepspeed_config
+from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.teacher import held
+from mfm_dist.methods.self_training import ema_decay_at
+from mfm_dist.optim import build_optimizer, mfm_weight
+from mfm_dist.train_module import TrainModule
+
+StepFunction = Callable[[Sequence[UDABatch]], None]
+"""One optimiser step of this rank's micro-batches."""
+
+
+def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> StepFunction:
+    """Plain PyTorch; below torch's DDP, set up as the engine does it, where there are several processes."""
+    module = build_train_module(config).to(device)
+    optimizer = build_optimizer(module, config.optim)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    limit = config.train.clip_norm or float("inf")
+    weight = mfm_weight(0, config.mfm)
+    average = ema(module, config)
+    wrapped: Any = module
+    if world_size > 1:
+        wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def step(batches: Sequence[UDABatch]) -> None:
+        for batch in batches:
+            with nullcontext() if world_size == 1 or batch is batches[-1] else wrapped.no_sync():
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"):
+                    output = wrapped(batch.to(device), weight)
+                (output.total / len(batches)).backward()
+        nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average()
+
+    return step
+
+
+def deepspeed_loop(config: RunConfig, device: torch.device) -> StepFunction:
+    """DeepSpeed called by hand, told the same as by the engine but for the clipping, which is its own here."""
+    import deepspeed
+
+    module = build_train_module(config)
+    told = deepspeed_config(config, Launch.from_environment()) | {"gradient_clipping": config.train.clip_norm}
+    wrapped, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(module, config.optim), config=told)
+    weight = mfm_weight(0, config.mfm)
+    average = ema(module, config)
+
+    def step(batches: Sequence[UDABatch]) -> None:
+        for batch in batches:
+            wrapped.backward(wrapped(batch.to(device), weight).total)
+            wrapped.step()
+        average()
+
+    return step
+
+
+def ema(module: TrainModule, config: RunConfig) -> Callable[[], None]:
+    """Moves the teacher after a step."""
+    updates = count(1)
+    pairs = list(module.teacher_pairs())
+
+    def update() -> None:
+        decay = ema_decay_at(next(updates), config.self_training.ema_decay)
+        # Asked for each time: DeepSpeed may have moved the tensors.
+        torch._foreach_lerp_([held(t) for _, t in pairs], [held(s) for s, _ in pairs], 1.0 - decay)
+
+    return update if pairs else lambda: None
