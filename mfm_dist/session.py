@@ -36,6 +36,7 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
     engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
     readers = engine.agreed(lambda: open_readers(config, module.method.supervised_on))
 
+    rests_on = {**readers.fingerprints, **module.fingerprints()}
     say = print if engine.is_main else lambda _: None
     # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
     found = engine.agreed(lambda: find_resumable(run.checkpoints, report=say) if engine.is_main else None)
@@ -46,7 +47,7 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
         say(f"resuming {checkpoint.path}")
         for line in changed_keys(checkpoint.config, config):
             say(f"  changed since: {line}")
-        if problems := resume_problems(checkpoint, config, readers.fingerprints):
+        if problems := resume_problems(checkpoint, config, rests_on):
             raise ConfigError(problems)
     engine.prepare(module, build_optimizer(module, config.optim))
     if checkpoint is not None:
@@ -70,6 +71,7 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
             engine=engine,
             module=module,
             readers=readers,
+            rests_on=rests_on,
             run=run,
             trackers=trackers,
             progress=progress,

@@ -127,6 +127,10 @@ class TrainModule(nn.Module):
             positions=batch.positions,
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Of what no checkpoint holds and training rests on; to be asked before the engine takes the weights apart."""
+        return {} if self.initial_encoder is None else {"initial_encoder": self.initial_encoder.fingerprint()}
+
     def teacher_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Each student parameter and the teacher's that follows it; none without a teacher."""
         if self.teacher is not None:

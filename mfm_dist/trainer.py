@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -41,12 +41,18 @@ class Trainer:
         engine: Engine,
         module: TrainModule,
         readers: Readers,
+        rests_on: Mapping[str, str],
         run: RunFolder,
         trackers: Trackers,
         progress: Progress,
         asked_to_stop: Callable[[], str | None],
         watchdog: Watchdog,
     ) -> None:
+        """
+        Args:
+            rests_on: fingerprints of what the run has to find again when it goes on.
+            asked_to_stop: gives the signal that asked for it, if one did.
+        """
         self.config = config
         self.engine = engine
         self.module = module
@@ -55,7 +61,6 @@ class Trainer:
         self.trackers = trackers
         self.progress = progress
         self.asked_to_stop = asked_to_stop
-        """The signal that asked for it, if one did."""
         self.watchdog = watchdog
         self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
         self.step_log = StepLog(engine, step=progress.step, images_per_step=2 * config.train.global_batch)
@@ -76,7 +81,7 @@ class Trainer:
             run.checkpoints,
             engine,
             config,
-            data=readers.fingerprints,
+            data=rests_on,
             written=self._note_saved,
             moving=watchdog.moving,
         )
@@ -200,6 +205,7 @@ class Trainer:
                 items,
                 self.engine,
                 step=step,
+                class_sets=config.eval.class_sets,
                 overlays=config.eval.overlays,
                 overlay_folder=path.with_suffix(""),
                 before_turn=self._before_turn,

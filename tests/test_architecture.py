@@ -24,7 +24,7 @@ FORBIDDEN = {
 
 DOORS = {
     "accelerate": ("mfm_dist/distributed/",),
-    "deepspeed": ("mfm_dist/distributed/",),
+    "deepspeed": ("mfm_dist/distributed/", "tools/raw_loops.py"),
     "webdataset": ("mfm_dist/data/",),
     "timm": ("mfm_dist/models/",),
     "yaml": ("mfm_dist/config/loader.py",),

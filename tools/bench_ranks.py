@@ -19,16 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.metrics import write_atomically
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from mfm_dist.build import build_train_module
-from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from tools.bench_memory import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
@@ -48,8 +48,8 @@ BYTES = {
     "bf16": {"trainable": 20, "teacher": 4},
     "bf16_weights": {"trainable": 18, "teacher": 6},
 }
-"""Of a parameter under ZeRO 1 to 3, over all ranks together. Trainable: parameter (4, or 2 in bf16), master 4, gradient 4,
-Adam 8; DDP and ZeRO-0 have no master. Teacher: 4, or with bf16 weights 4 and a bf16 copy of 2."""
+"""Of a parameter under ZeRO 1 to 3, over all ranks together. Trainable: parameter (4, or 2 in bf16), master 4,
+gradient 4, Adam 8; DDP and ZeRO-0 have no master. Teacher: 4, or with bf16 weights 4 and a bf16 copy of 2."""
 PROMISE = 1.1
 """ZeRO-3 holds at most this much of the total over the number of ranks, beside buffers."""
 
@@ -180,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"trainable {results[0]['trainable']:,}, teacher {results[0]['teacher']:,}; MiB of one rank after the backward")
+    first = results[0]
+    print(f"trainable {first['trainable']:,}, teacher {first['teacher']:,}; MiB of one rank after the backward")
     print(table(results))
     worst = max((one["of_share"] for one in results if one["launch"] == "cpu_zero3"), default=None)
     if worst is not None:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import Method, StepInputs, Term
+from mfm_dist.methods.base import Loss, Method, StepInputs, Term
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.train_module import TrainModule
@@ -253,6 +253,8 @@ class _StepMeter(Method):
         self.costs: dict[str, TermCost] = {}
         self._before = 0
         parts = {"encoder": module.student.backbone, "decoder": module.student.decoder}
+        if module.initial_encoder is not None:
+            parts["initial encoder"] = module.initial_encoder
         parts |= {"rebuilder": module.rebuilder} if module.rebuilder is not None else {}
         parts |= {"teacher": module.teacher} if module.teacher is not None else {}
         for name, part in parts.items():
@@ -262,11 +264,11 @@ class _StepMeter(Method):
     def terms(self) -> Mapping[str, Term]:
         return {name: partial(self._run, name, term) for name, term in self.method.terms().items()}
 
-    def _run(self, name: str, term: Term, student: Segmentor, inputs: StepInputs) -> Tensor:
+    def _run(self, name: str, term: Term, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
         self.term = name
-        loss = term(student, inputs)
+        losses = term(student, inputs)
         self.term = "mfm"
-        return loss
+        return losses
 
     def _start(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002 - a hook's arguments
         self._before = self.counter.get_total_flops()

@@ -16,13 +16,7 @@ from mfm_dist.errors import ConfigError
 LAUNCH_FILES = Path(__file__).parent.parent / "configs" / "accelerate"
 MINUTES = 20
 """A start that takes longer than this hangs."""
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "ignore",
-    # Python is searched from the script's folder on, not from the one that it is called in.
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(LAUNCH_FILES.parent.parent), os.environ.get("PYTHONPATH")])),
-}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run_ranks(script: Path, arguments: Sequence[str], *, launch: str, processes: int) -> Any:
@@ -49,5 +43,6 @@ def run_ranks(script: Path, arguments: Sequence[str], *, launch: str, processes:
             check=False,
         )
         if done.returncode != 0:
-            raise ConfigError(f"{launch}, {processes} processes, ended with code {done.returncode}:\n{done.stdout[-3000:]}")
+            how = f"{launch}, {processes} processes, ended with code {done.returncode}"
+            raise ConfigError(f"{how}:\n{done.stdout[-3000:]}")
         return json.loads(answer.read_text())

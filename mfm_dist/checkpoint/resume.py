@@ -12,11 +12,19 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
+_SHARDS = (
+    "shards are not those that {path} was trained on, so its place in them means nothing: put the former shards back"
+)
 
 MUST_STAY = {
     "seed": "the order of the data and every draw of {path} follow from {before}",
     "method.name": "{path} holds the networks that {before} trains",
     "mfm.enabled": "the Rebuilder is part of the networks in {path} or not (mfm.loss_weight=0 switches the term off)",
+    "mfm.rebuild": "the Rebuilder is part of the networks in {path} or not",
+    "mfm.rebuilds": _NETWORK,
+    "mic.on": "{path} holds the networks of {before}",
+    "hrda.attention": _NETWORK,
+    "hrda.attention_options": _NETWORK,
     "optim.name": "the optimiser's state in {path} is of {before}",
     "train.micro_batch": "{path} counts its data in micro-batches of {before}",
     "model.backbone": _NETWORK,
@@ -57,23 +65,31 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | 
     return checkpoint
 
 
-def resume_problems(checkpoint: Checkpoint, config: RunConfig, data: Mapping[str, str]) -> list[str]:
+OTHERWISE = {
+    "labelled": "the labelled " + _SHARDS,
+    "target": "the target " + _SHARDS,
+    "initial_encoder": "the encoder does not start from the weights that {path} keeps close to: give model.weights or "
+    "model.pretrained as before",
+}
+"""What it means when something that a run rests on is not what it was, and what to do."""
+
+
+def resume_problems(checkpoint: Checkpoint, config: RunConfig, rests_on: Mapping[str, str]) -> list[str]:
     """Why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
-        data: fingerprints of the shard sets it would go on with, by what they serve as.
+        rests_on: fingerprints of what it would go on with, each by a name of ``OTHERWISE``.
     """
     path, problems = checkpoint.path, []
     for key, reason in MUST_STAY.items():
         before, now = _value(checkpoint.config, key), _value(to_tree(config), key)
-        unused = key.startswith("rebuilder.") and not config.mfm.enabled
-        if before != now and not unused:
+        # None: written by a version that had no such setting, and trained as its default does.
+        if before not in (None, now) and not _unused(key, config):
             why = reason.format(path=path, before=before)
             problems.append(f"{key}={now}, but {why}: keep {before}, or choose another run.folder")
     problems += [
-        f"the {role} shards are not those that {path} was trained on, so its place in them means nothing: put the "
-        "former shards back, or choose another run.folder"
-        for role, fingerprint in data.items()
+        f"{OTHERWISE[role].format(path=path)}, or choose another run.folder"
+        for role, fingerprint in rests_on.items()
         if checkpoint.data.get(role, fingerprint) != fingerprint
     ]
     if config.train.steps < checkpoint.progress.step:
@@ -82,6 +98,13 @@ def resume_problems(checkpoint: Checkpoint, config: RunConfig, data: Mapping[str
             "many at least, or choose another run.folder"
         )
     return problems
+
+
+def _unused(key: str, config: RunConfig) -> bool:
+    """Whether a setting has no effect on this run."""
+    if key.startswith("rebuilder.") or key in ("mfm.rebuild", "mfm.rebuilds"):
+        return not config.mfm.enabled
+    return (key == "mic.on" and config.method.name != "mic") or (key.startswith("hrda.") and not config.two_resolutions)
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:

@@ -17,6 +17,11 @@ from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
 OTHER = {
     "seed": 1,
     "method.name": "daformer",
+    "mfm.rebuild": False,
+    "mfm.rebuilds": "pixels",
+    "mic.on": "dacs",
+    "hrda.attention": "daformer",
+    "hrda.attention_options": {"width": 64},
     "mfm.enabled": False,
     "optim.name": "sgd",
     "train.micro_batch": 1,
@@ -63,6 +68,7 @@ def trained(config: RunConfig, **data: str) -> Checkpoint:
 def config() -> RunConfig:
     config = RunConfig()
     config.mfm.enabled = True
+    config.method.name = "mic"  # on HRDA
     return config
 
 

@@ -1,0 +1,379 @@
+#!/usr/bin/env python
+"""Converts published weights into ours.
+
+python tools/convert_weights.py encoder mit_b5.pth mit_b5.safetensors
+    an encoder to start from, for model.weights. SOURCE is SegFormer's mit_b*.pth, Hugging Face's nvidia/mit-b*
+    (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, or the encoder in a checkpoint.
+
+python tools/convert_weights.py segmentor iter_40000_relevant.pth pretrained/hrda
+    a trained network to evaluate, for mfm_dist.load and python -m mfm_dist.predict --model. SOURCE is a checkpoint of
+    the MIC, HRDA or DAFormer repositories with 19 classes, its head that of DAFormer, SegFormer, DeepLabV2 or
+    DeepLabV3+.
+
+Every tensor of the file is used, or named as left out, or an error; so is every tensor that our network needs. Only
+files of tensors are opened. Exit codes: 0 done, 2 wrong arguments or a file that does not fit, 4 no right to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.export import refuse_what_is_no_export, write_export
+from mfm_dist.exported import About, TrainedSegmentor
+from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
+from mfm_dist.models.backbone import build_classifier
+from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.segmentor import build_segmentor
+from tools.key_maps import Part, read_decoder, read_encoder
+
+NETWORKS = {"student": "model.", "teacher": "ema_model."}
+"""Prefixes of the networks in a checkpoint of DAFormer, HRDA and MIC."""
+
+OTHER_NETWORKS = "imnet_model."
+"""The frozen ImageNet encoder of the feature distance."""
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of a BatchNorm layer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The network of a published file that is to be converted."""
+
+    tensors: dict[str, Tensor]
+    ignored: Counter[str]
+    """Tensors left out, counted by the beginning of their names."""
+    step: int
+    """Training step that the file states, 0 if none."""
+
+
+def convert_encoder(source: Path, output: Path, *, weights: str = "student", ignore: Sequence[str] = ()) -> list[str]:
+    """The ``encoder`` command; returns what to tell about it.
+
+    Raises:
+        ConfigError: ``source`` cannot be used, or ``output`` is taken.
+        StorageError: ``output`` cannot be written.
+    """
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"{output}: the output must end in .safetensors")
+    if output.exists():
+        raise ConfigError(f"{output} exists already; remove it or choose another name")
+    found = read_source(source, weights, ignore)
+    tensors = found.tensors
+    if any(name.startswith("backbone.") for name in tensors):
+        tensors = _leave_out(tensors, ("decode_head.", "auxiliary_head."), found.ignored)
+        tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    encoder = read_encoder(tensors)
+    with torch.device("meta"):
+        expected = build_classifier(encoder.name, 0).state_dict()
+    fitted = fit(encoder.tensors, expected, f"{source} as {encoder.name}")
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in fitted.items()}))
+        temporary.replace(output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{output} cannot be written: {error}") from error
+    options = f" model.backbone_options={_flow(encoder.options)!r}" if encoder.options else ""
+    return [
+        f"{output}: {encoder.name}, {len(fitted)} tensors",
+        *_left_out(found.ignored + encoder.ignored),
+        f"train from it with: model.backbone={encoder.name}{options} model.pretrained=false model.weights={output}",
+    ]
+
+
+def convert_segmentor(
+    source: Path,
+    output: Path,
+    *,
+    weights: str = "student",
+    ignore: Sequence[str] = (),
+    dilations: Sequence[int] | None = None,
+    coarse_first: bool | None = None,
+    crop: tuple[int, int] | None = None,
+) -> list[str]:
+    """The ``segmentor`` command; returns what to tell about it.
+
+    Raises:
+        ConfigError: ``source`` cannot be used, or ``output`` holds other files than an export's.
+        StorageError: ``output`` cannot be written.
+    """
+    refuse_what_is_no_export(output)
+    found = read_source(source, weights, ignore)
+    tensors = _leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
+    encoder = read_encoder(_inside(tensors, "backbone."))
+    prefixes = {"decoder": "decode_head."}
+    if any(name.startswith("decode_head.scale_attention.") for name in tensors):
+        prefixes = {"decoder": "decode_head.head.", "attention": "decode_head.scale_attention."}
+    heads: dict[str, Part] = {}
+    for role, prefix in prefixes.items():
+        try:
+            branches = dilations if role == "decoder" or heads["decoder"].name == "deeplabv2" else None
+            heads[role] = read_decoder(_inside(tensors, prefix), dilations=branches, coarse_first=coarse_first)
+        except ConfigError as error:
+            raise ConfigError([f"{source}, {prefix}: {problem}" for problem in error.problems]) from error
+    decoder, attention = heads["decoder"], heads.get("attention")
+    if decoder.name == "deeplabv3plus" and not encoder.options and dilations is None:
+        raise ConfigError(f"{source}: a DeepLabV3+ decoder on {encoder.name}, whose dilations vary: give --dilations")
+    about = About(
+        backbone=encoder.name,
+        backbone_options=encoder.options,
+        decoder=decoder.name,
+        decoder_options=decoder.options,
+        attention=attention.name if attention else None,
+        attention_options=attention.options if attention else {},
+        class_names=CLASS_NAMES,
+        palette=PALETTE,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+        weights="teacher" if weights == "teacher" else "student",
+        run=source.stem,
+        method="converted",
+        crop=crop or ((1024, 1024) if attention else (512, 512)),
+        step=found.step,
+        miou=None,
+        revision=None,
+    )
+    renamed = {f"backbone.net.{_flat(name)}": tensor for name, tensor in encoder.tensors.items()}
+    for role, part in heads.items():
+        renamed |= {f"{role}.{name}": tensor for name, tensor in part.tensors.items()}
+    used = ("backbone.", *prefixes.values())
+    renamed |= {name: tensor for name, tensor in tensors.items() if not name.startswith(used)}
+    model = _build(about)
+    fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
+    model.segmentor.load_state_dict(fitted)
+    write_export(model, output)
+    parts = ", ".join([encoder.name, *(part.name for part in heads.values())])
+    return [
+        f"{output}: {parts}, {len(fitted)} tensors, step {found.step}",
+        *_left_out(sum((part.ignored for part in heads.values()), found.ignored + encoder.ignored)),
+        *(f"assumed: {text}" for part in heads.values() for text in part.assumed),
+        f"load it with: mfm_dist.load({str(output)!r}), or python -m mfm_dist.predict --model {output} ...",
+    ]
+
+
+def read_source(path: Path, weights: str, ignore: Sequence[str]) -> Source:
+    """One network of a published file: names as in the file, without the prefix of the network.
+
+    Args:
+        path: a safetensors or torch file.
+        weights: ``student`` or ``teacher``, of a checkpoint that holds both.
+        ignore: beginnings of names that are to be left out.
+    """
+    content = _read_file(path)
+    meta = content.get("meta")
+    step = meta.get("iter", 0) if isinstance(meta, Mapping) else 0
+    for wrapper in ("state_dict", "model"):  # where training scripts keep the weights
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigError(f"{path} holds no state dict (names and tensors)")
+    ignored: Counter[str] = Counter()
+    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    tensors = _leave_out(tensors, tuple(ignore), ignored)
+    prefix = NETWORKS[weights]
+    chosen = _inside(tensors, prefix)
+    if weights == "teacher":
+        if not chosen:
+            raise ConfigError(f"{path} holds no teacher (names that begin with {prefix}): take --weights student")
+        # The teacher's own statistics are those of single batches, left over from training; nothing ever read them.
+        student = _inside(tensors, NETWORKS["student"])
+        chosen |= {name: student[name] for name in chosen if name.endswith(STATISTICS) and name in student}
+    if chosen:
+        others = tuple(other for other in (*NETWORKS.values(), OTHER_NETWORKS) if other != prefix)
+        rest = _leave_out(tensors, others, ignored)
+        # What belongs to no network stays, and is found to be unexpected.
+        tensors = {name: tensor for name, tensor in rest.items() if not name.startswith(prefix)} | chosen
+    return Source(tensors, ignored, int(step))
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    """What a file holds. Nothing but tensors, plain containers, numbers and texts is ever built from it."""
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        found = _other_objects(path)
+        reason = f"it holds {', '.join(found)}" if found else str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{path} is no file of tensors ({reason}). A file with other objects is not opened, because that can run "
+            "code. Where it was made, keep its tensors alone: torch.save(dict(state_dict=checkpoint['state_dict']))"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def _other_objects(path: Path) -> list[str]:
+    """Names of the functions and classes that a torch file would call; empty where that cannot be told."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # no torch file, or one from before torch 1.6
+        return []
+
+
+def fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors that a network of ours expects, all of them and no other.
+
+    Counters of BatchNorm batches, which files from before torch 0.4.1 lack and inference never reads, start at 0.
+
+    Raises:
+        ConfigError: with the names that are missing, those that have no place, and those of another shape.
+    """
+    tensors = dict(tensors)
+    for name in expected:
+        if name.endswith(".num_batches_tracked"):
+            tensors.setdefault(name, torch.zeros((), dtype=torch.int64))
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    kinds = {"missing (our names)": missing, "without a place (see --ignore)": unexpected, "of another shape": shapes}
+    problems = [f"{what}: {len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise ConfigError(problems)
+    return {name: tensors[name] for name in expected}
+
+
+def _some(names: Sequence[str], most: int = 40) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _build(about: About) -> TrainedSegmentor:
+    classes = len(about.class_names)
+    segmentor = build_segmentor(
+        backbone=about.backbone,
+        decoder=about.decoder,
+        num_classes=classes,
+        backbone_options=about.backbone_options,
+        decoder_options=about.decoder_options,
+    )
+    if about.attention is not None:
+        segmentor = at_two_resolutions(
+            segmentor,
+            attention=about.attention,
+            options=about.attention_options,
+            num_classes=classes,
+            window=about.crop,
+        )
+    return TrainedSegmentor(segmentor, about).eval()
+
+
+def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _leave_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], ignored: Counter[str]) -> dict[str, Tensor]:
+    """All tensors but those whose names begin so, which are counted in ``ignored``."""
+    kept = {}
+    for name, tensor in tensors.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            kept[name] = tensor
+        else:
+            ignored[prefix.rstrip(".")] += 1
+    return kept
+
+
+def _left_out(ignored: Counter[str]) -> list[str]:
+    counts = ", ".join(f"{prefix} ({count} tensors)" for prefix, count in ignored.items())
+    return [f"left out: {counts}"] if counts else []
+
+
+def _flat(name: str) -> str:
+    """timm's name of an encoder's tensor -> its name where only feature maps are asked for."""
+    return name.replace("stages.", "stages_", 1) if name.startswith("stages.") else name
+
+
+def _flow(options: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in options.items()) + "}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument like every other mistake: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. Try: {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Two sub-commands."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    encoder = commands.add_parser("encoder", help="for model.weights")
+    encoder.add_argument("source", type=Path, help="a published file")
+    encoder.add_argument("output", type=Path, help="a new .safetensors file")
+    segmentor = commands.add_parser("segmentor", help="for mfm_dist.load and mfm_dist.predict")
+    segmentor.add_argument("source", type=Path, help="a checkpoint")
+    segmentor.add_argument("output", type=Path, help="a new folder, or an earlier export")
+    for command in (encoder, segmentor):
+        command.add_argument(
+            "--weights",
+            choices=list(NETWORKS),
+            default="student",
+            help="of a checkpoint that holds both (%(default)s, which the published figures are of)",
+        )
+        command.add_argument("--ignore", nargs="+", default=[], metavar="PREFIX", help="leave these tensors out")
+    segmentor.add_argument(
+        "--dilations", nargs="+", type=int, help="of the decoder's branches, which no file states (the published ones)"
+    )
+    segmentor.add_argument(
+        "--stacked",
+        choices=["fine-first", "coarse-first"],
+        help="order in which a SegFormer head stacks its maps, which no shape tells. By default names decide: DAFormer, "
+        "HRDA and MIC (linear_c.0) stack fine to coarse, NVlabs (linear_c1) coarse to fine",
+    )
+    segmentor.add_argument(
+        "--crop",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="training crop, with HRDA the window of prediction (512 512, with HRDA 1024 1024)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        if args.command == "encoder":
+            lines = convert_encoder(args.source, args.output, weights=args.weights, ignore=args.ignore)
+        else:
+            lines = convert_segmentor(
+                args.source,
+                args.output,
+                weights=args.weights,
+                ignore=args.ignore,
+                dilations=args.dilations,
+                coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
+                crop=tuple(args.crop) if args.crop else None,
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print("\n".join(lines))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
