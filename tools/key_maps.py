@@ -200,7 +200,7 @@ def read_decoder(state: Mapping[str, Tensor], *, dilations: Sequence[int] | None
         if _has(state, "linear_c4.") if coarse_first is None else coarse_first:
             tensors["fusion.0.weight"] = torch.cat(stack.split(stack.shape[0], dim=1)[::-1], dim=1)
         return Part(name, tensors, {"width": int(stack.shape[0])}, ignored)
-    assumed = ()
+    assumed: tuple[str, ...] = ()
     if dilations is None:
         list_name = "classifiers" if name == "deeplabv2" else "branches"
         count = _count(tensors, rf"^{list_name}\.(\d+)\.")

@@ -21,12 +21,52 @@ RUNS = sorted(
 LAUNCHES = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("mfm", ["false", "true"])
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
-def test_run_builds(path: Path) -> None:
-    config = load_config(path)
+def test_run_builds(path: Path, mfm: str) -> None:
+    config = load_config(path, [f"mfm.enabled={mfm}"])
+    assert config.model.pretrained or config.model.weights, "adaptation from random weights fails, and silently"
+    if not (REPOSITORY / (config.model.weights or "none")).is_file():  # what a user has to fetch
+        config.model.pretrained, config.model.weights = False, None
     with torch.device("meta"):
         module = build_train_module(config)
     assert sum(p.numel() for p in module.student.parameters()) > 0
+    assert (module.rebuilder is not None) == (mfm == "true")
+
+
+def test_run_folders_differ() -> None:
+    folders = [load_config(path).run.folder for path in RUNS]
+    assert len(set(folders)) == len(folders)
+
+
+PAPER = [path for path in RUNS if "2" in path.parent.name]
+
+
+def test_there_is_a_run_for_each_method_on_each_benchmark() -> None:
+    methods = ["dacs", "daformer", "hrda", "mic"]
+    folders = ["cs2acdc", "cs2dz", "gta2cs", "scenes", "syn2cs"]
+    found = [(path.parent.name, path.stem) for path in RUNS if path.parent.name in folders]
+    assert found == [(folder, method) for folder in folders for method in methods]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_paper_run_keeps_the_published_recipe(path: Path) -> None:
+    config = load_config(path)
+    large = path.stem in ("hrda", "mic")
+    assert path.stem == config.method.name
+    assert config.data.crop == ((1024, 1024) if large else (512, 512))
+    assert config.two_resolutions == large
+    assert config.data.rare_class_sampling.enabled == (path.stem != "dacs")
+    assert config.self_training.ema_decay == (0.99 if path.stem == "dacs" else 0.999)
+    to_cityscapes = path.parent.name in ("gta2cs", "syn2cs")
+    assert config.data.target_margins == ((30, 240, 30, 30) if large and to_cityscapes else (0, 0, 0, 0))
+    assert (config.mic.mode, config.mic.augment) == (
+        ("separate", False) if path.stem == "mic" and not to_cityscapes else ("separatetrg", True)
+    )
+    rare = config.data.rare_class_sampling
+    if rare.enabled:  # as many pixels of the crop as published, to a rounded per mille
+        assert rare.min_pixels * rare.min_crop_ratio == pytest.approx(6000 if large else 1500, rel=1e-3)
+    assert (len(config.eval.class_sets) == 2) == (path.parent.name == "syn2cs")
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))

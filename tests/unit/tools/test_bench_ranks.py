@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mfm_dist.config.loader import load_config
+from mfm_dist.distributed.deepspeed_config import BUCKET
 from tests.unit.test_train_module import SMALL
 from tools import bench_ranks
 from tools.bench_ranks import PROMISE, cases, count_state, table, total_bytes, with_ratios
@@ -87,5 +88,5 @@ def test_zero3_holds_its_share() -> None:
     case = with_ratios(("cpu_zero3", "fp32", 2), found)
     assert 1.0 <= case["of_share"] <= PROMISE
     assert found["after backward"]["state"]["gradients"] > 0
-    assert found["after backward"]["buffers"]["reduction bucket"] == 4 * 500_000_000, "DeepSpeed's default"
+    assert found["after backward"]["buffers"]["reduction bucket"] == 4 * BUCKET
     assert 0 < found["gathered_peak_bytes"] <= 4 * (found["trainable"] + found["teacher"])

@@ -9,7 +9,8 @@ import pytest
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.problems import problems
 from tests.conftest import REPOSITORY
-from tools.benchmark_scenes import VARIANTS, interval, summary, table
+from tools.benchmark_scenes import VARIANTS, summary, table
+from tools.seeds import interval
 
 
 def test_interval_is_students() -> None:

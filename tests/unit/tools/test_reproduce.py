@@ -1,0 +1,139 @@
+"""tools/reproduce.py: its rows are configurations, and what it collects is what finished runs wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mfm_dist.config.loader import dump_config, load_config
+from mfm_dist.config.problems import problems
+from tests.conftest import REPOSITORY
+from tools import reproduce, seeds
+from tools.paper_rows import FORMS, RESULTS, SCENES, Row, paper_rows
+from tools.reproduce import Run, main
+
+ROWS = {row.name: row for row in (*paper_rows(), *SCENES)}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_every_row_is_a_configuration_of_its_own(row: Row) -> None:
+    plain = load_config(row.config)
+    for form in row.forms:
+        config = load_config(row.config, Run(row, form, 3).overrides())
+        assert problems(config) == []
+        assert (config.mfm.enabled, config.seed) == (form == "with", 3)
+        assert config != plain
+    of_sets = {"miou", *(f"miou_{name}" for name in plain.eval.class_sets)}
+    assert {published.score for published in row.published} <= of_sets
+
+
+def test_main_rows_have_the_figures_of_their_files() -> None:
+    """What a file's head promises is what the table shows."""
+    for row in RESULTS:
+        head = " ".join(line for line in row.config.read_text().splitlines() if line.startswith("# "))
+        for figure in (row.published[0].without, row.published[0].with_mfm):
+            assert figure is None or f"{figure}" in head, row.name
+
+
+def finish(run: Run, under: Path, miou: float, *overrides: str) -> None:
+    """What a finished run leaves."""
+    folder = run.folder(under)
+    (folder / "eval").mkdir(parents=True)
+    config = load_config(run.row.config, [*run.overrides(overrides), f"run.folder={folder}"])
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "outcome.json").write_text('{"code": 0, "reason": "done", "step": 400}')
+    means = {"miou_synthia16": miou + 1, "miou_synthia13": miou + 2}
+    for step, value in ((0, 1.0), (400, miou)):
+        (folder / "eval" / f"step_{step:08}.json").write_text(json.dumps({"miou": value, "means": means}))
+    speed = 2.0 if run.form == "with" else 3.0
+    line = {"images_per_second": speed, "memory_gib": 1.5}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
+
+
+def test_gains_are_paired_and_stand_beside_what_was_published(tmp_path: Path, capsys: Any) -> None:
+    row, json_file = ROWS["gta2cs/daformer"], tmp_path / "new" / "figures.json"
+    for seed, (without, with_mfm) in enumerate([(60.0, 61.0), (70.0, 71.0)]):
+        finish(Run(row, "without", seed), tmp_path, without)
+        finish(Run(row, "with", seed), tmp_path, with_mfm)
+    finish(Run(row, "with", 2), tmp_path, 100.0)
+    assert main(["--folder", str(tmp_path), "--json", str(json_file)]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("| gta2cs/daformer |"))
+    assert "| 68.3 | 70.3 | 65.00 ± " in line
+    assert line.endswith("| +1.00 ± 0.00 | 2, 3 | x 1.50 | x 1.00 |")
+    assert "other settings" not in shown
+    found = {result["row"]: result for result in json.loads(json_file.read_text())["results"]}
+    assert len(found) == len(list(paper_rows()))
+    assert found["gta2cs/daformer"]["ours"]["with"]["by_seed"] == {"0": 61.0, "1": 71.0, "2": 100.0}
+    assert found["gta2cs/hrda"]["ours"] == {}
+
+
+def test_synthia_is_told_over_16_and_13_classes_and_other_settings_are_named(tmp_path: Path, capsys: Any) -> None:
+    finish(Run(ROWS["syn2cs/mic"], "with", 0), tmp_path, 50.0, "train.precision=bf16")
+    assert main(["--folder", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| syn2cs/mic | 16 | 67.3 | 68.1 |  | 51.00 (one seed) |" in shown
+    assert "| syn2cs/mic | 13 |  |  |  | 52.00 (one seed) |" in shown
+    assert shown.count("syn2cs/mic, with MFM, seed 0: train.precision: fp32 -> bf16") == 1
+
+
+def test_the_grid_on_the_scenes_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    trained: list[list[str]] = []
+
+    def train(command: list[str], **_: Any) -> SimpleNamespace:
+        trained.append(command)
+        said = dict(word.split("=", 1) for word in command if "=" in word)
+        run = Path(said["run.folder"])
+        if "/mic/" in str(run):
+            return SimpleNamespace(returncode=5)
+        row, form = ROWS[f"scenes/{run.parts[-3]}"], run.parts[-2]
+        finish(Run(row, form, int(said["seed"])), tmp_path, 20.0)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(seeds.subprocess, "run", train)
+    asked = ["--data", "scenes", "--folder", str(tmp_path)]
+    assert main([*asked, "--seeds", "1"]) == 1, "mic failed, the others ran"
+    assert len(trained) == len(SCENES) * len(FORMS)
+    assert "train.log" in capsys.readouterr().err
+    trained.clear()
+    assert main([*asked, "--seeds", "2", "scenes/dacs", "scenes/hrda"]) == 0
+    assert sorted(word for command in trained for word in command if word.startswith("run.folder=")) == [
+        f"run.folder={tmp_path}/scenes/{method}/{form}/seed_1" for method in ("dacs", "hrda") for form in ("with", "without")
+    ]  # fmt: skip
+    trained.clear()
+    assert main([*asked, "--collect"]) == 0
+    assert not trained
+    assert main([*asked, "scenes/dacs", "optim.lr=1.0"]) == 1
+    assert "other settings (optim.lr: 0.0015 -> 1.0)" in capsys.readouterr().err
+
+
+def test_rows_are_launched_by_accelerate_or_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[list[str]] = []
+
+    def record(command: list[str], **_: Any) -> SimpleNamespace:
+        said.append(command)
+        return SimpleNamespace(returncode=0, stdout="17\n", stderr="")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", record)
+    monkeypatch.setattr(reproduce, "train", lambda *_, launch: said.append([str(launch)]) or {"miou": 1.0})
+    row = ["gta2cs/mic_mit_b3", "--forms", "with", "--folder", str(tmp_path), "train.precision=bf16"]
+    assert main([*row, "--sbatch"]) == 0
+    (submitted,) = said
+    assert submitted[:2] == ["sbatch", "--parsable"]
+    assert submitted[3:5] == ["slurm/train_mfm.sh", "configs/gta2cs/mic.yaml"]
+    assert {"mfm.enabled=true", "model.backbone=mit_b3", "train.precision=bf16", "seed=0"} < set(submitted)
+    assert main(row) == 0
+    assert said[1:] == [["configs/accelerate/gpu_single.yaml"]]
+    with pytest.raises(SystemExit, match="2"):
+        main(["gta2cs/nothing"])

@@ -1,0 +1,99 @@
+"""What the tools that train over several seeds share: one run of them, kept once it is finished; means and intervals."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
+from mfm_dist.metrics import write_atomically
+from mfm_dist.outcome import OUTCOME
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Student's t for a two-sided 95 % interval of a mean, by number of seeds."""
+MOST_SEEDS = max(T_95)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run in this folder has trained to its end."""
+    outcome = run / OUTCOME
+    return outcome.exists() and json.loads(outcome.read_text())["code"] == 0
+
+
+def last_scores(run: Path) -> dict[str, Any]:
+    """What the last evaluation of a run wrote."""
+    scores: dict[str, Any] = json.loads(max((run / "eval").glob("step_*.json")).read_text())
+    return scores
+
+
+def refuse_other_settings(config: Path, run: Path, overrides: Sequence[str]) -> None:
+    """Raises RuntimeError if a run in this folder was begun with other settings."""
+    if (run / "config.yaml").exists():
+        before = to_tree(load_config(run / "config.yaml"))
+        if different := changed_keys(before, load_config(config, overrides)):
+            raise RuntimeError(f"{run} was trained with other settings ({'; '.join(different)}): use another --folder")
+
+
+def train(config: Path, run: Path, overrides: Sequence[str], *, launch: Path | None = None) -> dict[str, Any]:
+    """Run, or finish, one training; the scores at its end.
+
+    Args:
+        run: its folder, which wins over ``run.folder``.
+        launch: a file of configs/accelerate to launch it with; None: one process without a launcher.
+
+    Raises:
+        RuntimeError: if training fails, its output stands in ``train.log`` of the run folder; or if the folder holds a
+            run with other settings.
+    """
+    refuse_other_settings(config, run, overrides)
+    if not is_finished(run):
+        launcher = [] if launch is None else ["-m", "accelerate.commands.accelerate_cli", "launch"]
+        launcher += [] if launch is None else ["--config_file", str(launch)]
+        command = [sys.executable, *launcher, "-m", "mfm_dist.train", "--config", str(config)]
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / "train.log").open("a") as log:
+            said = [*command, f"run.folder={run}", *overrides]
+            code = subprocess.run(said, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if code != 0:
+            raise RuntimeError(f"{run} ended with exit code {code}: see {run / 'train.log'}")
+    return last_scores(run)
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half width of the 95 % interval of the mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def mean_of(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and half width of its 95 % interval."""
+    return {"mean": statistics.fmean(values), "interval_95": interval(values)}
+
+
+def shown(result: dict[str, Any], form: str) -> str:
+    """A mean with its interval, where there is one."""
+    half_width = result["interval_95"]
+    return format(result["mean"], form) + (f" ± {half_width:.2f}" if half_width is not None else " (one seed)")
+
+
+def save_record(path: Path, command: Sequence[str], results: Any) -> None:
+    """Figures beside what they were made with, as JSON."""
+    record = {
+        "command": ["python", *command],
+        "date": date.today().isoformat(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "packages": {name: version(name) for name in ("torch", "timm", "numpy")},
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
