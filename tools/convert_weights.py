@@ -19,12 +19,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
@@ -38,6 +40,10 @@ from mfm_dist.models.segmentor import build_segmentor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.key_maps import Part, read_decoder, read_encoder
 from tools.weight_files import NETWORKS, fit, inside, leave_out, read_source
+
+PLAIN = {"decoder": "decode_head."}
+HRDA = {"decoder": "decode_head.head.", "attention": "decode_head.scale_attention."}
+"""Where a checkpoint keeps what we call the decoder and the attention."""
 
 
 def convert_encoder(source: Path, output: Path, *, weights: str = "student", ignore: Sequence[str] = ()) -> list[str]:
@@ -56,7 +62,8 @@ def convert_encoder(source: Path, output: Path, *, weights: str = "student", ign
     if any(name.startswith("backbone.") for name in tensors):
         tensors = leave_out(tensors, ("decode_head.", "auxiliary_head."), found.ignored)
         tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    encoder = read_encoder(tensors)
+    with _blaming(f"{source}"):
+        encoder = read_encoder(tensors)
     with torch.device("meta"):
         expected = build_classifier(encoder.name, 0).state_dict()
     fitted = fit(encoder.tensors, expected, f"{source} as {encoder.name}")
@@ -95,20 +102,8 @@ def convert_segmentor(
     refuse_what_is_no_export(output)
     found = read_source(source, weights, ignore)
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
-    encoder = read_encoder(inside(tensors, "backbone."))
-    prefixes = {"decoder": "decode_head."}
-    if any(name.startswith("decode_head.scale_attention.") for name in tensors):
-        prefixes = {"decoder": "decode_head.head.", "attention": "decode_head.scale_attention."}
-    heads: dict[str, Part] = {}
-    for role, prefix in prefixes.items():
-        try:
-            branches = dilations if role == "decoder" or heads["decoder"].name == "deeplabv2" else None
-            heads[role] = read_decoder(inside(tensors, prefix), dilations=branches, coarse_first=coarse_first)
-        except ConfigError as error:
-            raise ConfigError([f"{source}, {prefix}: {problem}" for problem in error.problems]) from error
+    encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
-    if decoder.name == "deeplabv3plus" and not encoder.options and dilations is None:
-        raise ConfigError(f"{source}: a DeepLabV3+ decoder on {encoder.name}, whose dilations vary: give --dilations")
     about = About(
         backbone=encoder.name,
         backbone_options=encoder.options,
@@ -131,7 +126,7 @@ def convert_segmentor(
     renamed = {f"backbone.net.{_flat(name)}": tensor for name, tensor in encoder.tensors.items()}
     for role, part in heads.items():
         renamed |= {f"{role}.{name}": tensor for name, tensor in part.tensors.items()}
-    used = ("backbone.", *prefixes.values())
+    used = ("backbone.", *(HRDA if attention else PLAIN).values())
     renamed |= {name: tensor for name, tensor in tensors.items() if not name.startswith(used)}
     model = _build(about)
     fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
@@ -144,6 +139,35 @@ def convert_segmentor(
         *(f"assumed: {text}" for part in heads.values() for text in part.assumed),
         f"load it with: mfm_dist.load({str(output)!r}), or python -m mfm_dist.predict --model {output} ...",
     ]
+
+
+def _read_parts(
+    tensors: Mapping[str, Tensor], source: Path, dilations: Sequence[int] | None, coarse_first: bool | None
+) -> tuple[Part, dict[str, Part]]:
+    """The encoder, and the heads by what an ``HRDASegmentor`` calls them."""
+    with _blaming(f"{source}, backbone."):
+        encoder = read_encoder(inside(tensors, "backbone."))
+    heads: dict[str, Part] = {}
+    two_resolutions = any(name.startswith(HRDA["attention"]) for name in tensors)
+    for role, prefix in (HRDA if two_resolutions else PLAIN).items():
+        with _blaming(f"{source}, {prefix}"):
+            heads[role] = read_decoder(inside(tensors, prefix), dilations=dilations, coarse_first=coarse_first)
+    name = heads["decoder"].name
+    for option, value, given_to_segformer in (("--dilations", dilations, False), ("--stacked", coarse_first, True)):
+        if value is not None and (name == "segformer") != given_to_segformer:
+            raise ConfigError(f"{option} means nothing for a decoder {name}, which {source} holds")
+    if name == "deeplabv3plus" and encoder.name.startswith("mit") and dilations is None:
+        raise ConfigError(f"{source}: a DeepLabV3+ decoder on {encoder.name}, whose dilations vary: give --dilations")
+    return encoder, heads
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Says in front of every problem where it was found."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error
 
 
 def _build(about: About) -> TrainedSegmentor:

@@ -52,8 +52,7 @@ HUGGING_FACE: Rules = (
     (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.downsample."),
     (r"^encoder\.block\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"^encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
-    (r"\.(patch_embed|downsample)\.layer_norm\.", r".\1.norm."),
-    (r"^patch_embed\.layer_norm\.", "patch_embed.norm."),
+    (r"\b(patch_embed|downsample)\.layer_norm\.", r"\1.norm."),
     (r"\.layer_norm_([12])\.", r".norm\1."),
     (r"\.attention\.self\.query\.", ".attn.q."),
     (r"\.attention\.self\.(key|value)\.", r".attn.\1."),
@@ -129,7 +128,7 @@ def _join_keys_and_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key in [name for name in tensors if ".attn.key." in name]:
         value = key.replace(".attn.key.", ".attn.value.")
         if value in tensors:
-            joined[key.replace(".attn.key.", ".attn.kv.")] = torch.cat([joined.pop(key), joined.pop(value)])
+            joined[key.replace(".attn.key.", ".attn.kv.")] = torch.cat([joined.pop(value), joined.pop(key)])
     return joined
 
 

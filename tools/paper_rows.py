@@ -48,12 +48,11 @@ def synthia(name: str, without: float, with_mfm: float) -> Row:
     return row(f"syn2cs/{name}", sixteen, Published(score="miou_synthia13"))
 
 
-MIT = "model.weights=data/weights/mit_{}.pth"
+MIT = "model.weights=data/weights/mit_{}.safetensors"
 MIC_ON_DEEPLAB = (
     "model.backbone=resnet101c",
     "model.backbone_options={output_stride: 8, out_indices: [1, 2, 3, 4]}",
-    "model.pretrained=true",
-    "model.weights=null",
+    "model.weights=data/weights/resnet101_v1c.safetensors",
     "model.decoder=deeplabv2",
     "hrda.attention=deeplabv2",
     "hrda.attention_options={}",
@@ -77,7 +76,7 @@ NETWORKS = (
         "gta2cs/dacs_resnet50",
         Published(52.0, 55.1),
         config="gta2cs/dacs",
-        overrides=("model.backbone=resnet50c",),
+        overrides=("model.backbone=resnet50c", "model.weights=data/weights/resnet50_v1c.safetensors"),
     ),
     row(
         "gta2cs/dacs_deeplabv3plus",

@@ -83,25 +83,28 @@ def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
             form: {run.seed: run.folder(under) for run in runs_of([row], [form], MOST_SEEDS) if finds(run, under)}
             for form in row.forms
         }
-        for published in row.published:
-            values = {form: scores(folders, published.score) for form, folders in finished.items()}
-            both = sorted(values.get("without", {}).keys() & values.get("with", {}).keys())
-            results.append(
-                {
-                    "row": row.name,
-                    "score": published.score,
-                    "published": {"without": published.without, "with": published.with_mfm},
-                    "ours": {
-                        form: {"by_seed": ours, **mean_of(list(ours.values()))} for form, ours in values.items() if ours
-                    },
-                    "gain": mean_of([values["with"][seed] - values["without"][seed] for seed in both])
-                    if both
-                    else None,
-                    "cost": {form: cost(folders.values()) for form, folders in finished.items() if folders},
-                    "other_settings": [line for form in finished for line in other_settings(row, form, finished[form])],
-                }
-            )
+        results += [
+            {
+                "row": row.name,
+                "score": published.score,
+                "published": {"without": published.without, "with": published.with_mfm},
+                **ours({form: scores(folders, published.score) for form, folders in finished.items() if folders}),
+                "cost": {form: cost(folders.values()) for form, folders in finished.items() if folders},
+                "other_settings": [line for form in finished for line in other_settings(row, form, finished[form])],
+            }
+            for published in row.published
+        ]
     return results
+
+
+def ours(values: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Means of what was trained here, by form and seed, and of the gain, paired by seed; None without a pair."""
+    without, with_mfm = (values.get(form, {}) for form in FORMS)
+    gains = [with_mfm[seed] - without[seed] for seed in sorted(without.keys() & with_mfm.keys())]
+    return {
+        "ours": {form: {"by_seed": by_seed, **mean_of(list(by_seed.values()))} for form, by_seed in values.items()},
+        "gain": mean_of(gains) if gains else None,
+    }
 
 
 def finds(run: Run, under: Path) -> bool:
@@ -110,9 +113,9 @@ def finds(run: Run, under: Path) -> bool:
 
 
 def scores(folders: dict[int, Path], score: str) -> dict[int, float]:
-    """mIoU by seed."""
+    """mIoU by seed, in percent."""
     last = {seed: last_scores(folder) for seed, folder in folders.items()}
-    return {seed: scores["miou"] if score == "miou" else scores["means"][score] for seed, scores in last.items()}
+    return {seed: found["miou"] if score == "miou" else found["means"][score] for seed, found in last.items()}
 
 
 def cost(folders: Iterable[Path]) -> dict[str, float]:
@@ -136,10 +139,9 @@ def other_settings(row: Row, form: str, folders: dict[int, Path]) -> list[str]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, one line a row and class set."""
-    lines = [
-        "| row | classes | published | with MFM | ours (mean ± 95 %) | with MFM | gain, paired | seeds | time a step | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["row", "classes", "published", "with MFM", "ours (mean ± 95 %)", "with MFM", "gain, paired", "seeds"]
+    columns += ["time a step", "memory"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for result in results:
         classes = "19" if result["score"] == "miou" else result["score"].removeprefix("miou_synthia")
         published = [("" if value is None else f"{value:.1f}") for value in result["published"].values()]
@@ -206,7 +208,8 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for problem in pool.map(run_one, runs_of(arguments.rows, arguments.forms, arguments.seeds)):
             failed += [problem] if problem else []
-            save(arguments)
+            if arguments.json:
+                save(arguments)
     return failed
 
 

@@ -1,4 +1,4 @@
-"""What the tools that train over several seeds share: one run of them, kept once it is finished; means and intervals."""
+"""Shared by the tools that train over several seeds: one run, kept once it is finished; means and intervals."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def is_finished(run: Path) -> bool:
 
 
 def last_scores(run: Path) -> dict[str, Any]:
-    """What the last evaluation of a run wrote."""
-    scores: dict[str, Any] = json.loads(max((run / "eval").glob("step_*.json")).read_text())
+    """What the last evaluation of a run wrote. Raises RuntimeError: there is none."""
+    written = sorted((run / "eval").glob("step_*.json"))
+    if not written:
+        raise RuntimeError(f"{run} has no evaluation")
+    scores: dict[str, Any] = json.loads(written[-1].read_text())
     return scores
 
 

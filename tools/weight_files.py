@@ -82,7 +82,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         reason = f"it holds {', '.join(found)}" if found else str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"{path} is no file of tensors ({reason}). A file with other objects is not opened, because that can run "
-            "code. Where it was made, keep its tensors alone: torch.save(dict(state_dict=checkpoint['state_dict']))"
+            "code. Where it was made, keep its tensors alone: torch.save(checkpoint['state_dict'], PATH)"
         ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not tensors by name")

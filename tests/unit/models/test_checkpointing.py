@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from mfm_dist.errors import ConfigError
 from mfm_dist.evaluation import batch_norm_buffers
 from mfm_dist.models.backbone import Backbone
-from mfm_dist.models.checkpointing import checkpoint_blocks, find_blocks
+from mfm_dist.models.checkpointing import checkpoint_blocks, find_blocks, find_stages
 from mfm_dist.train_module import batch_norm_untracked
 
-SMALL = ("test_resnet", "test_convnext", "mit_b0", "swin_tiny_patch4_window7_224")
-"""BatchNorm, a layer scale of the block's own, drop-path in stages with other parts, and maps of another layout."""
+SMALL = ("test_resnet", "test_convnext", "mit_b0", "swin_tiny_patch4_window7_224", "regnetx_002", "dla46_c")
+"""BatchNorm, a layer scale of the block's own, drop-path in stages with other parts, maps of another layout, and two
+whose stages are checkpointed whole."""
 
 
 def small_backbone(name: str) -> Backbone:
@@ -45,9 +46,25 @@ def test_blocks_are_those_of_the_papers(name: str, blocks: dict[str, int]) -> No
     assert Counter(type(block).__name__ for block in found) == blocks
 
 
-def test_an_encoder_without_blocks_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("regnety_002", {"ConvNormAct": 1, "RegStage": 4}),
+        ("densenet121", {"DenseBlock": 4, "DenseTransition": 3}),
+        ("dla34", {"Sequential": 2 + 1, "DlaTree": 4}),
+    ],
+)
+def test_stages_where_there_are_no_blocks(name: str, stages: dict[str, int]) -> None:
     with torch.device("meta"):
-        backbone = Backbone("vgg11")
+        net = Backbone(name).net
+    assert find_blocks(net) == []
+    assert Counter(type(stage).__name__ for stage in find_stages(net)) == stages
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn", "nasnetalarge"])
+def test_an_encoder_without_blocks_is_refused(name: str) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(name)
     with pytest.raises(ConfigError, match="no block was found"):
         checkpoint_blocks(backbone)
 
