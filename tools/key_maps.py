@@ -128,7 +128,7 @@ def _join_keys_and_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key in [name for name in tensors if ".attn.key." in name]:
         value = key.replace(".attn.key.", ".attn.value.")
         if value in tensors:
-            joined[key.replace(".attn.key.", ".attn.kv.")] = torch.cat([joined.pop(value), joined.pop(key)])
+            joined[key.replace(".attn.key.", ".attn.kv.")] = torch.cat([joined.pop(key), joined.pop(value)])
     return joined
 
 
