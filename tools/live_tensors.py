@@ -90,7 +90,8 @@ class StateCount:
             named["reduction bucket"] = tensors_in([vars(b) for b in zero.ipg_buckets.values()], depth=3)
             for name, value in vars(zero).items():
                 named.setdefault(name, list(tensors_in(value, depth=3)))
-        named["other"] = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+        # Not its other subclasses: what torch.compile traces with looks like a tensor and has no memory.
+        named["other"] = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
         sizes = {name: count_once(tensors, counted) for name, tensors in named.items()}
         return {name: size for name, size in sizes.items() if size}
 
