@@ -29,6 +29,7 @@ from mfm_dist.checkpoint import DamagedError, Progress, read_checkpoint, write_c
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.preflight_checks import Peers, device_problem
 from mfm_dist.errors import EXIT_CONFIG, UserError
@@ -235,4 +236,4 @@ def _count_nodes(launch: Launch) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

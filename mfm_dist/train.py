@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.lifeline import end_with_launcher
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, StorageError, UserError
@@ -101,4 +102,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

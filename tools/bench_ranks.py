@@ -23,6 +23,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.metrics import write_atomically
@@ -190,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

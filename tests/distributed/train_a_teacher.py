@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.config.loader import load_config
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.start import start_engine
 
 STEPS, DECAY = 300, 0.999
@@ -79,3 +80,4 @@ def error(found: list[Tensor], exact: list[Tensor], initial: list[Tensor]) -> fl
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    end_process(0)

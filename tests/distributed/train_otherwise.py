@@ -14,6 +14,7 @@ from mfm_dist import train, trainer
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import MFMSection
 from mfm_dist.distributed import teacher
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.train_module import TrainModule
 
@@ -65,4 +66,4 @@ def swapped_sample() -> None:
 
 if __name__ == "__main__":
     globals()[os.environ["OTHERWISE"]]()
-    sys.exit(train.main(sys.argv[1:]))
+    end_process(train.main(sys.argv[1:]))

@@ -8,6 +8,7 @@ import torch
 
 from mfm_dist import train
 from mfm_dist.batch import UDABatch
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.trainer import Trainer
 
 honest_step = Trainer.train_step
@@ -23,4 +24,4 @@ def step_and_flip(self: Trainer, batches: list[UDABatch]) -> None:
 
 if __name__ == "__main__":
     Trainer.train_step = step_and_flip  # type: ignore[method-assign]
-    sys.exit(train.main(sys.argv[1:]))
+    end_process(train.main(sys.argv[1:]))

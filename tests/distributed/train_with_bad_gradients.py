@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mfm_dist import train
+from mfm_dist.distributed.ending import end_process
 from mfm_dist.train_module import StepOutput, TrainModule
 
 BAD = {int(block) for block in os.environ["BAD_BLOCKS"].split(",")}
@@ -28,4 +29,4 @@ def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepO
 
 if __name__ == "__main__":
     TrainModule.forward = forward_with_faults  # type: ignore[method-assign]
-    sys.exit(train.main(sys.argv[1:]))
+    end_process(train.main(sys.argv[1:]))
