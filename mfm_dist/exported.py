@@ -92,6 +92,30 @@ class TrainedSegmentor(nn.Module):
         return predict_labels(self.segmentor, image, next(self.parameters()).device, self.normalise)
 
 
+def segmentor_of(about: About) -> Segmentor:
+    """The network that is described, with random weights.
+
+    Raises:
+        ConfigError: if there is no such network.
+    """
+    segmentor = build_segmentor(
+        backbone=about.backbone,
+        decoder=about.decoder,
+        num_classes=len(about.class_names),
+        backbone_options=about.backbone_options,
+        decoder_options=about.decoder_options,
+    )
+    if about.attention is None:
+        return segmentor
+    return at_two_resolutions(
+        segmentor,
+        attention=about.attention,
+        options=about.attention_options,
+        num_classes=len(about.class_names),
+        window=about.crop,
+    )
+
+
 def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
     """See ``mfm_dist.load``."""
     folder = Path(path)
@@ -100,21 +124,7 @@ def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu"
 
         return open_run(folder).trained_segmentor().to(device).eval()
     about = read_about(folder)
-    segmentor = build_segmentor(
-        backbone=about.backbone,
-        decoder=about.decoder,
-        num_classes=len(about.class_names),
-        backbone_options=about.backbone_options,
-        decoder_options=about.decoder_options,
-    )
-    if about.attention is not None:
-        segmentor = at_two_resolutions(
-            segmentor,
-            attention=about.attention,
-            options=about.attention_options,
-            num_classes=len(about.class_names),
-            window=about.crop,
-        )
+    segmentor = segmentor_of(about)
     try:
         segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -182,7 +182,7 @@ class Trainer:
         self.progress = back
         self.step_log.begin(back.step)
         # Written over the one it came from: a run that is killed now must not meet the same data again.
-        self.saved_step = -1
+        self.saved_step = self.audited_step = -1
         self.save()
 
     def log(self) -> None:

@@ -31,11 +31,9 @@ from torch import Tensor
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
 from mfm_dist.export import refuse_what_is_no_export, write_export
-from mfm_dist.exported import About, TrainedSegmentor
+from mfm_dist.exported import About, TrainedSegmentor, segmentor_of
 from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.models.backbone import build_classifier
-from mfm_dist.models.hrda import at_two_resolutions
-from mfm_dist.models.segmentor import build_segmentor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.key_maps import Part, read_decoder, read_encoder
@@ -171,23 +169,7 @@ def _blaming(what: str) -> Iterator[None]:
 
 
 def _build(about: About) -> TrainedSegmentor:
-    classes = len(about.class_names)
-    segmentor = build_segmentor(
-        backbone=about.backbone,
-        decoder=about.decoder,
-        num_classes=classes,
-        backbone_options=about.backbone_options,
-        decoder_options=about.decoder_options,
-    )
-    if about.attention is not None:
-        segmentor = at_two_resolutions(
-            segmentor,
-            attention=about.attention,
-            options=about.attention_options,
-            num_classes=classes,
-            window=about.crop,
-        )
-    return TrainedSegmentor(segmentor, about).eval()
+    return TrainedSegmentor(segmentor_of(about), about).eval()
 
 
 def _left_out(ignored: Counter[str]) -> list[str]:

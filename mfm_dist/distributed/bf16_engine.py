@@ -29,7 +29,7 @@ class BF16Engine(DeepSpeedEngine):
         for buffer in module.buffers():  # BatchNorm wants its statistics in the type of its weights
             if buffer.is_floating_point():
                 buffer.data = buffer.data.bfloat16()
-        pairs = self._teacher_pairs()
+        pairs = self._teacher_pairs
         self._student_of = {teacher: student for student, teacher in pairs}
         self._average: dict[nn.Parameter, Tensor] = {}
         """Exact values of this rank's piece of each teacher parameter, flat, fp32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -180,7 +181,7 @@ class Engine:
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
         """teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
-        update_teacher(self._teacher_pairs(), decay)
+        update_teacher(self._teacher_pairs, decay)
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """A whole parameter in full precision, wherever its pieces are. Collective."""
@@ -237,6 +238,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return applied
 
+    @cached_property
     def _teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Each student parameter and the teacher's that follows it."""
         return list(cast(Any, self.module).teacher_pairs())

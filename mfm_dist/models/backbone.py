@@ -157,7 +157,9 @@ def _load(net: nn.Module, architecture: str, options: Mapping[str, object], stat
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name. Never unpickles anything but tensors and plain containers."""
     if not path.is_file():
-        raise ConfigError(f"model.weights: there is no file {path}")
+        raise ConfigError(
+            f"model.weights: there is no file {path}; tools/convert_weights.py makes one of published weights"
+        )
     try:
         content: object
         if path.suffix == ".safetensors":
