@@ -33,6 +33,8 @@ SAME_STEP_FAILURES = 3
 """Failures in a row without a new checkpoint after which a job gives up."""
 SAME_STEP_ATTEMPTS = 10
 """The same for attempts of any kind: stopped by a signal every time, before the first step of its own."""
+PREFLIGHT = "preflight.json"
+"""As ``mfm_dist.preflight`` writes it, which needs torch."""
 SNAPSHOT = ("mfm_dist", "configs", "slurm", "setup.py", "constraints.txt")
 FAILURE = re.compile(r"^(\[rank\d+\]: *)?([\w.]*(Error|Exception)\b.*|hung: .*|.*exitcode *: -?\d.*)$")
 """Lines of a log that say why a process ended: Python's last line of a traceback, the watchdog's, torchrun's."""
@@ -127,9 +129,9 @@ def plan(folder: Path, *, nodes: int, processes: int) -> int:
         f"micro-batches of {config.train.micro_batch}, {blocks // (used * processes)} a process and step; "
         f"from step {_saved_step(config)}",
     )
-    (config.run.folder / "preflight.json").unlink(missing_ok=True)  # of the attempt before
-    if _outcome(config, folder.name):
-        (config.run.folder / OUTCOME).unlink()
+    for report in (PREFLIGHT, OUTCOME):  # of the attempt before
+        if _report(config, report, folder.name):
+            (config.run.folder / report).unlink()
     for number in range(used):
         with (folder / f"node-{number}.log").open("a", encoding="utf-8") as log:
             log.write(f"{_attempt_line(folder)}\n")
@@ -139,7 +141,7 @@ def plan(folder: Path, *, nodes: int, processes: int) -> int:
 def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
     """What to do after an attempt, and the exit code for the case that it is to stop."""
     config = load_config(folder / "config.yaml")
-    outcome = _outcome(config, folder.name)
+    outcome = _report(config, OUTCOME, folder.name)
     step = _saved_step(config)
     code = outcome.get("code")
     reason = str(outcome.get("reason", "ended without a word (killed, or a bug)"))
@@ -147,7 +149,8 @@ def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[st
     kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_CORRUPT, None) else "ended"
     if code is None and (signalled or cancelled):
         kind, reason = "stopped", "asked to stop before training began"
-    if code is None and (preflight := _preflight(config)):
+    preflight = _report(config, PREFLIGHT, folder.name)
+    if code is None and preflight.get("problems"):
         reason, nodes = "preflight: " + "; ".join(preflight["problems"]), preflight["nodes"]
         kind, code, away = ("failed", None, away + nodes) if nodes else ("ended", int(preflight["code"]), away)
     if lost:
@@ -198,20 +201,12 @@ def first_failure(log: str) -> str | None:
     return next((line.strip()[:300] for line in last.splitlines() if FAILURE.match(line.strip())), None)
 
 
-def _preflight(config: RunConfig) -> dict[str, Any]:
-    """What the preflight of this attempt found wrong; empty if nothing, or if there was none."""
+def _report(config: RunConfig, name: str, job: str) -> dict[str, Any]:
+    """What this job said in a file of the run folder; empty if it could not, or if the file is of another job."""
     with suppress(OSError, ValueError):
-        report: dict[str, Any] = json.loads((config.run.folder / "preflight.json").read_text(encoding="utf-8"))
-        return report if report["problems"] else {}
-    return {}
-
-
-def _outcome(config: RunConfig, job: str) -> dict[str, Any]:
-    """How the training of this attempt ended; empty if it could not say, or if the outcome is of another job."""
-    with suppress(OSError, ValueError):
-        outcome = json.loads((config.run.folder / OUTCOME).read_text(encoding="utf-8"))
-        if isinstance(outcome, dict) and outcome.get("job") == job:
-            return outcome
+        report = json.loads((config.run.folder / name).read_text(encoding="utf-8"))
+        if isinstance(report, dict) and report.get("job") == job:
+            return report
     return {}
 
 

@@ -32,7 +32,7 @@ STALE_SECONDS = 100.0
 """More than the minute for which NFS may show an old time of a file."""
 
 
-def end_process(reason: str) -> None:
+def end_without_saving(reason: str) -> None:
     """Nothing is saved: whoever has the folder now goes on from the last checkpoint."""
     os.write(sys.stderr.fileno(), f"{reason}\n".encode())
     os._exit(EXIT_CONFIG)
@@ -53,7 +53,7 @@ class Lease:
         cls,
         folder: Path,
         *,
-        on_lost: Callable[[str], object] = end_process,
+        on_lost: Callable[[str], object] = end_without_saving,
         say: Callable[[str], object] = print,
         environment: Mapping[str, str] = os.environ,
     ) -> Lease:

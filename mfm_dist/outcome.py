@@ -22,9 +22,12 @@ def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
         folder: the run folder.
         step: global batches consumed, -1 if training did not begin.
     """
-    outcome: dict[str, int | str] = {"code": code, "reason": reason, "step": step}
-    if job := os.environ.get("SLURM_JOB_ID"):
-        outcome["job"] = job  # whose it is: a job that is refused the folder of another says so here too
-    text = json.dumps(outcome) + "\n"
+    text = json.dumps({"code": code, "reason": reason, "step": step, **whose()}) + "\n"
     with suppress(OSError):
         write_atomically(folder / OUTCOME, text)
+
+
+def whose() -> dict[str, str]:
+    """Which Slurm job says it, if any: one that is refused the folder of another leaves its word there too."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"job": job} if job else {}

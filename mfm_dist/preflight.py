@@ -33,6 +33,7 @@ from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.preflight_checks import Peers, device_problem
 from mfm_dist.errors import EXIT_CONFIG, UserError
+from mfm_dist.outcome import whose
 from mfm_dist.whole_folder import write_atomically
 
 REPORT = "preflight.json"
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"preflight: all well, {figures}, {time.monotonic() - began:.1f} s", flush=True)
         # Nodes to stay away from, where others have nothing wrong with them.
         nodes = sorted({node for node, _ in found}) if len({node for node, _ in found}) < _count_nodes(launch) else []
-        report = {"code": EXIT_CONFIG if lines else 0, "problems": lines, "nodes": nodes}
+        report = {"code": EXIT_CONFIG if lines else 0, "problems": lines, "nodes": nodes, **whose()}
         with suppress(OSError):
             write_atomically(config.run.folder / REPORT, json.dumps(report, indent=1) + "\n")
     peers.close()

@@ -42,10 +42,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Job:
     """One job of a cluster, its output and its run."""
 
-    def __init__(self, cluster: Cluster, clone: Path, run: Path, *overrides: str, **environment: str) -> None:
+    def __init__(
+        self, cluster: Cluster, clone: Path, run: Path, *overrides: str, nodes: int = 2, **environment: str
+    ) -> None:
         defaults = str(REPOSITORY / "tests" / "defaults.yaml")
         self.cluster, self.run = cluster, run
-        options = ["--nodes=2", f"--output={run}.out"]
+        options = [f"--nodes={nodes}", f"--output={run}-%j.out"]
         self.number = cluster.submit(*options, SCRIPT, defaults, *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
@@ -68,7 +70,7 @@ class Job:
 
     def told(self) -> str:
         """Everything that was printed."""
-        files = [Path(f"{self.run}.out"), *sorted(self.folder.glob("*.log"))]
+        files = [Path(f"{self.run}-{self.number}.out"), *sorted(self.folder.glob("*.log"))]
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
 
@@ -112,6 +114,26 @@ def test_a_mistake_is_told_at_once(cluster: Cluster, clone: Path, tmp_path: Path
     assert cluster.job(job.number)["ExitCode"] == "2:0"
     assert "did you mean 'train.steps'?" in job.told()
     assert "Traceback" not in job.told()
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_of_two_jobs_with_one_run_folder_the_second_refuses(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    settings = [*tiny_overrides(scenes, tmp_path / "run"), "train.steps=10000"]
+    first = Job(cluster, clone, tmp_path / "run", *settings, nodes=1, MFM_PREFLIGHT="0")
+    first.wait_for_step(2)
+    second = Job(cluster, clone, tmp_path / "run", *settings, nodes=1, MFM_PREFLIGHT="0")
+    assert second.end() == "FAILED", second.told()
+    assert cluster.job(second.number)["ExitCode"] == "2:0"
+    assert f"is in use by Slurm job {first.number} on" in second.told()
+    seen = len(metrics_of(first.run))
+    first.wait_for(lambda: len(metrics_of(first.run)) > seen, "the first goes on")
+    cluster.run("scancel", str(first.number))
+    assert first.end() == "CANCELLED", first.told()
+    outcome = json.loads((first.run / "outcome.json").read_text())
+    assert (outcome["reason"], outcome["job"]) == ("stopped by SIGTERM", str(first.number))
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)

@@ -125,12 +125,20 @@ def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> 
 @pytest.mark.parametrize(("nodes", "decision"), [([], ("stop", 2)), (["n2"], ("requeue n2", 0))])
 def test_what_preflight_found(folder: Path, nodes: list[str], decision: tuple[str, int]) -> None:
     job.plan(folder, nodes=2, processes=1)
-    report = {"code": 2, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes}
+    report = {"code": 2, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
     (run_of(folder) / "preflight.json").write_text(json.dumps(report))
     assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == decision
     assert "preflight: n2: its scratch is full" in (folder / "summary.log").read_text()
     job.plan(folder, nodes=2, processes=1)
     assert not (run_of(folder) / "preflight.json").exists()
+
+
+def test_what_another_job_left_in_the_run_folder_says_nothing_of_this_one(folder: Path) -> None:
+    """That one was refused, while this one trained and was killed."""
+    job.plan(folder, nodes=2, processes=1)
+    for name, report in (("outcome.json", {"reason": "in use"}), ("preflight.json", {"problems": ["x"], "nodes": []})):
+        (run_of(folder) / name).write_text(json.dumps({"code": 2, "job": "8"} | report))
+    assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == ("again", 0)
 
 
 def test_the_first_error_of_the_last_attempt_is_the_cause() -> None:
