@@ -56,27 +56,24 @@ def blocks(
     return sorted(found, key=lambda block: block.block)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_blocks_are_equal_for_every_world_size_and_a_resume_that_changes_it(
-    folders: tuple[Path, Path], name: str
+WORLD_SIZES = [(1, 8), (2, 4), (4, 1), (8, 2)]
+WORKERS = [(0, 3), (1, 0), (3, 1)]
+"""Before and after a resume."""
+CASES = [(name, sizes, workers) for name in ("plain", "lanes") for sizes in WORLD_SIZES for workers in WORKERS]
+CASES += [(name, (4, 2), (1, 3)) for name in SETTINGS]
+
+
+@pytest.mark.parametrize(("name", "world_sizes", "workers"), CASES)
+def test_blocks_are_equal_for_every_world_size_and_workers_and_a_resume_that_changes_both(
+    folders: tuple[Path, Path], name: str, world_sizes: tuple[int, int], workers: tuple[int, int]
 ) -> None:
     data = SETTINGS[name]
-    expected = blocks(folders, data, steps=range(5), world_size=1)
+    expected = blocks(folders, data, steps=range(4), world_size=1)
     assert any(block.bad_samples for block in expected)
     assert len({tuple(block.source_label.flatten().tolist()) for block in expected}) == len(expected)
-    for world_size in (2, 4, 8):
-        assert_equal(blocks(folders, data, steps=range(5), world_size=world_size), expected)
-    resumed = blocks(folders, data, steps=range(2), world_size=4)
-    resumed += blocks(folders, data, steps=range(2, 5), world_size=2)
-    assert_equal(resumed, expected)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_workers_change_nothing(folders: tuple[Path, Path], name: str, workers: int) -> None:
-    data = SETTINGS[name]
-    expected = blocks(folders, data, steps=range(1, 4), world_size=1)
-    assert_equal(blocks(folders, data, steps=range(1, 4), world_size=2, workers=workers), expected)
+    found = blocks(folders, data, steps=range(2), world_size=world_sizes[0], workers=workers[0])
+    found += blocks(folders, data, steps=range(2, 4), world_size=world_sizes[1], workers=workers[1])
+    assert_equal(found, expected)
 
 
 FEW = [(shards, world_size, 0) for shards in (1, 3, 7) for world_size in (1, 2, 4)]
