@@ -7,6 +7,9 @@ of a start live side by side in the same processes and step in turn, there and b
 the same draws: a drift of the machine falls on all alike. A step is as long as it takes the slowest rank. The figures
 are medians, over the rounds, of times and of ratios within a round. No shards are read and nothing is logged; for the
 whole training step with its data see profile_throughput.py.
+
+After the steps each way saves all it has, in turns too: for how long training stands still. The engine copies, and
+writes in a thread; torch.save and DeepSpeed's save_checkpoint write before they return.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -26,6 +31,7 @@ from typing import Any
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
+from mfm_dist.checkpoint import CheckpointWriter, Progress
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.ending import end_process
@@ -41,18 +47,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder i
 from tools.bench_memory import random_batch
 from tools.profile_throughput import QUICKSTART, at_least
 from tools.ranks import run_ranks
-from tools.raw_loops import StepFunction, bare_loop, deepspeed_loop
+from tools.raw_loops import Loop, bare_loop, deepspeed_loop
 from tools.step_profile import cpu_name
 
 STARTS = {"single": ("cpu_single", 1), "ddp": ("cpu_ddp", 2), "zero2": ("cpu_zero2", 2), "zero3": ("cpu_zero3", 2)}
 """Launch file and number of processes."""
 PROMISE = 1.03
 """At most this much of a bare loop's step without DeepSpeed, and of a raw DeepSpeed loop's with it."""
+SAVES = 7
+"""Timed checkpoints of each way."""
+SETTLE_SECONDS = 1.0
+"""Before each save; the engine's thread still writes after its own."""
 RATIOS = (("engine", "bare"), ("engine", "raw DeepSpeed"), ("raw DeepSpeed", "bare"))
 
 
-def engine_loop(config: RunConfig, engine: Engine) -> StepFunction:
-    """What the trainer asks the engine for in one step."""
+def engine_loop(config: RunConfig, engine: Engine) -> Loop:
+    """What the trainer asks the engine for in one step, and for a checkpoint."""
     module = build_train_module(config)
     engine.prepare(module, build_optimizer(module, config.optim))
     weight = mfm_weight(0, config.mfm)
@@ -65,35 +75,73 @@ def engine_loop(config: RunConfig, engine: Engine) -> StepFunction:
         if engine.step().applied:
             engine.update_teacher(ema_decay_at(next(updates), config.self_training.ema_decay))
 
-    return step
+    writers: dict[Path, CheckpointWriter] = {}
+
+    def save(folder: Path, number: int) -> None:
+        if folder not in writers:
+            writers[folder] = CheckpointWriter(folder, engine, config, data={}, written=lambda _: None)
+        writers[folder].save(module, Progress(step=number))
+
+    return Loop(step, save)
 
 
-def time_ways(config: RunConfig, *, steps: int, warmup: int) -> list[dict[str, float]] | None:
-    """In a rank: seconds of each way by round. Rank 0 returns them, the others None."""
+Rounds = list[dict[str, float]]
+"""Seconds of each way, of the slowest rank, by round."""
+
+
+def time_ways(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Rounds] | None:
+    """In a rank: how long steps and saves take. Rank 0 returns it, the others None."""
     engine = start_engine(config)
-    ways: dict[str, StepFunction] = {"engine": engine_loop(config, engine)}
+    ways: dict[str, Loop] = {"engine": engine_loop(config, engine)}
     if Launch.from_environment().zero_stage is not None:
         ways["raw DeepSpeed"] = deepspeed_loop(config, engine.device)
     ways["bare"] = bare_loop(config, engine.device, engine.world_size)
-    own: list[dict[str, float]] = []
-    for number in range(warmup + steps):
+
+    def step(number: int) -> dict[str, Callable[[], None]]:
         first = number * config.blocks_per_step + engine.rank * engine.accumulation
         batches = [random_batch(config, first + index) for index in range(engine.accumulation)]
+        return {name: partial(way.step, batches) for name, way in ways.items()}
+
+    def save(number: int) -> dict[str, Callable[[], None]]:
+        return {name: partial(way.save, folder, number) for name, way in ways.items()}
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
+        folder = Path(engine.gather_objects(own)[0])
+        found = {
+            "steps": take_turns(engine, step, rounds=steps, warmup=warmup),
+            "saves": take_turns(engine, save, rounds=SAVES, warmup=1, pause=SETTLE_SECONDS),
+        }
+        time.sleep(SETTLE_SECONDS)
+        engine.barrier()  # the folder is rank 0's
+    engine.close()
+    return found if engine.is_main else None
+
+
+def take_turns(
+    engine: Engine,
+    work: Callable[[int], Mapping[str, Callable[[], None]]],
+    *,
+    rounds: int,
+    warmup: int,
+    pause: float = 0.0,
+) -> Rounds:
+    """Times what ``work`` gives for each round, there and back."""
+    own: Rounds = []
+    for number in range(warmup + rounds):
+        ways = work(number)
         seconds: dict[str, float] = {}
-        for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
+        for name in list(ways)[:: 1 if number % 2 == 0 else -1]:
+            time.sleep(pause)
             engine.barrier()
             started = time.perf_counter()
-            ways[name](batches)
+            ways[name]()
             seconds[name] = time.perf_counter() - started
         own.append(seconds)
     ranks = engine.gather_objects(own[warmup:])
-    engine.close()
-    if not engine.is_main:
-        return None
-    return [{name: max(rank[index][name] for rank in ranks) for name in ways} for index in range(steps)]
+    return [{name: max(rank[index][name] for rank in ranks) for name in ranks[0][index]} for index in range(rounds)]
 
 
-def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def summary(rounds: Sequence[Mapping[str, float]], saves: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Medians of one start: seconds of each way, and the ratios of ``RATIOS`` that it has."""
     ways = rounds[0]
     ratios = {f"{over} / {under}": [one[over] / one[under] for one in rounds]
@@ -101,6 +149,7 @@ def summary(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {
         "seconds": {name: statistics.median(one[name] for one in rounds) for name in ways},
         "ratios": {name: median_and_quartiles(values) for name, values in ratios.items()},
+        "save_seconds": {name: statistics.median(one[name] for one in saves) for name in ways},
     }
 
 
@@ -112,13 +161,14 @@ def median_and_quartiles(values: list[float]) -> dict[str, float]:
 def table(starts: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, one line a start."""
     ways, ratios = ("engine", "raw DeepSpeed", "bare"), [f"{over} / {under}" for over, under in RATIOS]
-    lines = ["| start | " + " | ".join([f"{way}, ms" for way in ways] + ratios) + " |"]
-    lines.append("|---|" + "---|" * (len(ways) + len(ratios)))
+    heads = [*(f"{way}, ms" for way in ways), *ratios, *(f"{way} saves, ms" for way in ways)]
+    lines = ["| start | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for name, one in starts.items():
         cells = [f"{1000 * one['seconds'][way]:.1f}" if way in one["seconds"] else "" for way in ways]
         for ratio in ratios:
             found = one["ratios"].get(ratio)
             cells.append("{median:.3f} ({quartile_low:.3f} to {quartile_high:.3f})".format(**found) if found else "")
+        cells += [f"{1000 * one['save_seconds'][way]:.1f}" if way in one["save_seconds"] else "" for way in ways]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -132,7 +182,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in arguments.starts:
         launch, processes = STARTS[name]
         rounds[name] = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
-        starts[name] = summary(rounds[name])
+        starts[name] = summary(rounds[name]["steps"], rounds[name]["saves"])
         print(f"{name}: {starts[name]['ratios']}", flush=True)
     return {"device": cpu_name(), "load_average": os.getloadavg(), "starts": starts, "rounds": rounds}
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,11 +28,18 @@ from mfm_dist.methods.self_training import ema_decay_at
 from mfm_dist.optim import build_optimizer, mfm_weight
 from mfm_dist.train_module import TrainModule
 
-StepFunction = Callable[[Sequence[UDABatch]], None]
-"""One optimiser step of this rank's micro-batches."""
+
+@dataclass(frozen=True)
+class Loop:
+    """One way to train."""
+
+    step: Callable[[Sequence[UDABatch]], None]
+    """One optimiser step of this rank's micro-batches."""
+    save: Callable[[Path, int], None]
+    """Saves all weights and the optimiser's state below a folder, under a number. Collective."""
 
 
-def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> StepFunction:
+def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> Loop:
     """Plain PyTorch; below torch's DDP, set up as the engine does it, where there are several processes."""
     module = build_train_module(config).to(device)
     optimizer = build_optimizer(module, config.optim)
@@ -52,10 +62,15 @@ def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> StepF
         optimizer.zero_grad(set_to_none=True)
         average()
 
-    return step
+    def save(folder: Path, number: int) -> None:
+        if world_size == 1 or dist.get_rank() == 0:
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / f"bare_{number}.pt")
+
+    return Loop(step, save)
 
 
-def deepspeed_loop(config: RunConfig, device: torch.device) -> StepFunction:
+def deepspeed_loop(config: RunConfig, device: torch.device) -> Loop:
     """DeepSpeed called by hand, told the same as by the engine but for the clipping, which is its own here."""
     import deepspeed
 
@@ -71,7 +86,10 @@ def deepspeed_loop(config: RunConfig, device: torch.device) -> StepFunction:
             wrapped.step()
         average()
 
-    return step
+    def save(folder: Path, number: int) -> None:
+        wrapped.save_checkpoint(str(folder), tag=f"deepspeed_{number}")
+
+    return Loop(step, save)
 
 
 def ema(module: TrainModule, config: RunConfig) -> Callable[[], None]:

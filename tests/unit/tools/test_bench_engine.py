@@ -46,7 +46,7 @@ def test_engine_and_bare_loop_do_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     before = weights(built[0])
     for _ in range(2):
         for way in ways:
-            way(deepcopy(batches))
+            way.step(deepcopy(batches))
     ours, bare = (weights(module) for module in built)
     assert (ours - before).abs().max() > 1e-3
     torch.testing.assert_close(ours, bare, rtol=0, atol=1e-6)
@@ -54,10 +54,13 @@ def test_engine_and_bare_loop_do_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_medians_are_of_ratios_within_a_round() -> None:
     rounds = [{"engine": 2.0, "bare": 1.0}, {"engine": 3.0, "bare": 4.0}, {"engine": 9.0, "bare": 6.0}]
-    found = summary(rounds)
+    found = summary(rounds, [{"engine": 0.1, "bare": 0.2}])
+    assert found["save_seconds"] == {"engine": 0.1, "bare": 0.2}
     assert found["seconds"] == {"engine": 3.0, "bare": 4.0}
     assert found["ratios"] == {"engine / bare": {"median": 1.5, "quartile_low": 1.125, "quartile_high": 1.75}}
-    assert table({"ddp": found}).splitlines()[-1] == "| ddp | 3000.0 |  | 4000.0 | 1.500 (1.125 to 1.750) |  |  |"
+    assert table({"ddp": found}).splitlines()[-1] == (
+        "| ddp | 3000.0 |  | 4000.0 | 1.500 (1.125 to 1.750) |  |  | 100.0 |  | 200.0 |"
+    )
 
 
 def test_two_deepspeed_engines_and_ddp_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +73,9 @@ def test_two_deepspeed_engines_and_ddp_take_turns(tmp_path: Path, capsys: pytest
         "engine / raw DeepSpeed",
         "raw DeepSpeed / bare",
     }
-    assert [set(one) for one in found["rounds"]["zero3"]] == [{"engine", "raw DeepSpeed", "bare"}] * 2
+    rounds = found["rounds"]["zero3"]
+    assert [set(one) for one in rounds["steps"]] == [{"engine", "raw DeepSpeed", "bare"}] * 2
+    assert [set(one) for one in rounds["saves"]] == [{"engine", "raw DeepSpeed", "bare"}] * bench_engine.SAVES
 
 
 def test_what_has_no_twin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
