@@ -1,0 +1,32 @@
+"""Every method, with and without MFM, under ZeRO-3: it trains, and goes on from a checkpoint with the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_train, tiny_overrides
+from tests.contracts.test_methods import EXTRA, METHODS
+from tests.end_to_end.test_train import assert_equal_bits, metrics_of
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("mfm", [True, False], ids=["mfm", "plain"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_goes_on_under_zero3(name: str, mfm: bool, scenes: Path, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+
+    def train(run: Path) -> str:
+        settings = [*tiny_overrides(scenes, run), *EXTRA, *METHODS[name], f"mfm.enabled={mfm}"]
+        completed = run_train(settings, launch="cpu_zero3", timeout=600)
+        assert completed.returncode == 0, completed.stderr[-4000:]
+        return completed.stdout
+
+    train(whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000004")
+    assert f"resuming {resumed / 'checkpoints' / 'step_00000002'}" in train(resumed)
+    assert_equal_bits(whole, resumed)
+    assert metrics_of(whole) == metrics_of(resumed)
