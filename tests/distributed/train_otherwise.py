@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mfm_dist import train, trainer
+from mfm_dist import session, train, trainer
 from mfm_dist.batch import UDABatch
-from mfm_dist.config.schema import MFMSection
+from mfm_dist.config.schema import MFMSection, RunConfig
 from mfm_dist.distributed import teacher
 from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.engine import Engine
@@ -50,6 +51,21 @@ def stale_shard() -> None:
         return stale
 
     teacher.held = held
+
+
+def last_bits() -> None:
+    """No fault: the last bit of every other initial weight is another one, as rounding would leave it."""
+    honest = session.build_train_module
+
+    @torch.no_grad()
+    def build(config: RunConfig) -> TrainModule:
+        module, generator = honest(config), torch.Generator().manual_seed(0)
+        for parameter in module.parameters():
+            way = torch.randint(-1, 2, parameter.shape, generator=generator) * torch.inf
+            parameter.copy_(torch.where(way.isnan(), parameter, torch.nextafter(parameter, way)))
+        return module
+
+    session.build_train_module = build
 
 
 def swapped_sample() -> None:
