@@ -8,6 +8,7 @@ import torch
 
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.schema import DataSection, RunConfig, is_stream
+from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
@@ -135,6 +136,23 @@ def open_readers(config: RunConfig, supervised_on: str) -> Readers:
     validation = opened[data.validation]
     assert isinstance(validation, ShardReader)  # the configuration was checked
     return Readers(opened[labelled], opened[data.target], validation)
+
+
+def train_pipeline(
+    config: RunConfig, readers: Readers, rank: int, world_size: int, *, first_block: int
+) -> TrainPipeline:
+    """This rank's blocks of the run, from the step that begins with ``first_block``."""
+    return TrainPipeline(
+        source=readers.labelled,
+        target=readers.target,
+        seed=config.seed,
+        data=config.data,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world_size=world_size,
+        blocks_per_step=config.blocks_per_step,
+        first_block=first_block,
+    )
 
 
 def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:

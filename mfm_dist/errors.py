@@ -15,6 +15,8 @@ class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do about it."""
 
     exit_code: int = 1
+    step: int = -1
+    """Global batches consumed when it happened, -1 before training."""
 
 
 class ConfigError(UserError):

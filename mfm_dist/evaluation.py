@@ -21,7 +21,7 @@ from mfm_dist.metrics import confusion_matrix, iou_percent, mean_iou_percent, wr
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.pictures import save_overlay
 
-PROTOCOL = "student, eval mode, fp32, {images}, single scale, no flip; label at its stored size; 255 not counted"
+PROTOCOL = "student, eval mode, {precision}, {images}, single scale, no flip; label at its stored size; 255 not counted"
 
 FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
 """Predicted in a turn without a sample, because under ZeRO-3 a forward is collective."""
@@ -76,7 +76,7 @@ class Scores:
     """Samples of this rank that could not be read; excluded, never replaced."""
     means: dict[str, float] = field(default_factory=dict)
     """Mean IoU in percent over the classes of each set that was asked for, in both conventions (``means_over``)."""
-    protocol: str = PROTOCOL.format(images="whole image")
+    protocol: str = PROTOCOL.format(images="whole image", precision="fp32")
 
     def to_json(self) -> str:
         """Indented JSON text."""
@@ -109,6 +109,7 @@ def evaluate(
     ranks: Ranks,
     *,
     step: int,
+    precision: str = "fp32",
     class_sets: Sequence[str] = (),
     overlays: int = 0,
     overlay_folder: Path | None = None,
@@ -121,6 +122,7 @@ def evaluate(
     Args:
         items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
             under ZeRO-3 it is collective.
+        precision: what the forwards run in, to be said in the protocol.
         class_sets: names in ``CLASS_SETS`` to give means over, too.
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
         before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
@@ -156,7 +158,7 @@ def evaluate(
         images=int(totals[-1]),
         bad_samples=[str(sample) for sample in bad],
         means={name: value for key in class_sets for name, value in means_over(key, confusion).items()},
-        protocol=PROTOCOL.format(images=images),
+        protocol=PROTOCOL.format(images=images, precision=precision),
     )
     return scores, bad
 

@@ -15,7 +15,7 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.distributed.trackers import Trackers, tracker_problems
 from mfm_dist.distributed.watchdog import Watchdog, to_stderr
-from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError
+from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError, UserError
 from mfm_dist.lease import Lease
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run_folder import RunFolder
@@ -27,19 +27,20 @@ def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
     """Build everything, resume if there is something to resume, train, say how it ended."""
     engine = start_engine(config)
     with engine.agreed(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
-        return train_with(engine, config, run, stop)
+        engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
+        with closing(watch_over(engine, config, run)) as watchdog:
+            return train_with(engine, config, run, stop, watchdog)
 
 
-def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
+def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequested, watchdog: Watchdog) -> int:
     """The same, once the processes know of one another and the run folder is theirs."""
     module = build_train_module(config)
-    engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
     readers = engine.agreed(lambda: open_readers(config, module.method.supervised_on))
 
     rests_on = {**readers.fingerprints, **module.fingerprints()}
     say = print if engine.is_main else lambda _: None
     # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
-    found = engine.agreed(lambda: find_resumable(run.checkpoints, report=say) if engine.is_main else None)
+    found = engine.agreed(lambda: find_resumable(run.checkpoints, say, watchdog.moving) if engine.is_main else None)
     checkpoint = engine.gather_objects(found)[0]
     progress = Progress()
     if checkpoint is not None:
@@ -51,20 +52,12 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
             raise ConfigError(problems)
     engine.prepare(module, build_optimizer(module, config.optim))
     if checkpoint is not None:
-        load_state(checkpoint, module, engine)
+        load_state(checkpoint, module, engine, watchdog.moving)
     world = {"world_size": engine.world_size, "device": str(engine.device)}
     engine.agreed(lambda: run.begin(config, world, progress.step))
 
     trackers = engine.agreed(lambda: Trackers(config, enabled=engine.is_main, step=progress.step))
-    watchdog = Watchdog(
-        run.path,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        seconds=config.watchdog.seconds,
-        start=engine.gather_objects(str(time.time_ns()))[0],
-        on_hang=lambda reason, step: tell_hang(run, reason, step),
-    )
-    with closing(watchdog), closing(trackers):
+    with closing(trackers):
         stop.training_begins()
         trainer = Trainer(
             config=config,
@@ -78,7 +71,11 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
             asked_to_stop=lambda: stop.name,
             watchdog=watchdog,
         )
-        finished = trainer.fit()
+        try:
+            finished = trainer.fit()
+        except UserError as error:
+            error.step = trainer.progress.step
+            raise
     code, reason = (EXIT_DONE, "done") if finished else (EXIT_STOPPED, f"stopped by {trainer.stopped_by}")
     if finished and trainer.scores is not None:
         result = {"run": str(run.path), "step": trainer.progress.step, "miou": round(trainer.scores.miou, 4)}
@@ -88,6 +85,18 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
     run.outcome(code, reason, trainer.progress.step)
     engine.close()
     return code
+
+
+def watch_over(engine: Engine, config: RunConfig, run: RunFolder) -> Watchdog:
+    """This rank's watchdog. Collective."""
+    return Watchdog(
+        run.path,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        seconds=config.watchdog.seconds,
+        start=engine.gather_objects(str(time.time_ns()))[0],
+        on_hang=lambda reason, step: tell_hang(run, reason, step),
+    )
 
 
 def tell_hang(run: RunFolder, reason: str, step: int) -> None:

@@ -92,6 +92,7 @@ def gone_back(progress: Progress, saved: Progress) -> Progress:
         block=progress.block,
         rollbacks=progress.rollbacks + 1,
         trouble=max(progress.step, progress.trouble),
+        back_to=saved.step,
         losses=saved.losses,
         grad_norms=saved.grad_norms,
     )
@@ -101,7 +102,8 @@ def diagnosis(progress: Progress, reason: str) -> str:
     """What is told to the person whose run ends because going back does not help."""
     return (
         f"step {progress.step}: {progress.skipped} steps in a row could not be applied, the last because: {reason}. "
-        f"The run went back {progress.rollbacks} times and came here again, each time with other data. Checkpoints are "
-        "sound. Try a lower optim.lr or optim.rebuilder_lr, train.clip_norm or train.clip_parts, a smaller "
-        "mfm.loss_weight or a ramp, or train.precision=fp32; then start the same command again"
+        f"The run went back {progress.rollbacks} times, further each time as far as there were checkpoints, at last to "
+        f"step {progress.back_to}, and came here again, each time with other data. Try a lower optim.lr or "
+        "optim.rebuilder_lr, train.clip_norm or train.clip_parts, a smaller mfm.loss_weight or a ramp, or "
+        "train.precision=fp32; then start the same command again"
     )

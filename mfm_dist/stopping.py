@@ -1,4 +1,6 @@
-"""How a run is asked to stop: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm's warning), at any time, any number of times.
+"""How a run is asked to stop, at any time, any number of times.
+
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning) or SIGHUP (the terminal is gone; not below nohup, which ignores it).
 
 Light on purpose: the command listens before it imports torch, which takes seconds.
 """
@@ -11,7 +13,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818  not an error
@@ -38,7 +40,8 @@ class StopRequested:
         receiving, sending = os.pipe()
         os.set_blocking(sending, False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
         threading.Thread(target=self._listen, args=(receiving,), daemon=True, name="stop signals").start()

@@ -81,7 +81,7 @@ def tell(error: UserError, rank: int, folder: Path | None) -> int:
     if rank == 0:
         print(error, file=sys.stderr, flush=True)
         if folder is not None and folder.is_dir():
-            write_outcome(folder, code=error.exit_code, reason=str(error), step=-1)
+            write_outcome(folder, code=error.exit_code, reason=str(error), step=error.step)
     return error.exit_code
 
 

@@ -8,11 +8,11 @@ import torch
 
 from mfm_dist.bad_samples import BadSamples
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import Readers
-from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved, find_latest, load_state
+from mfm_dist.build import Readers, train_pipeline
+from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved, find_sound, load_state
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.console import Console
-from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
+from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
@@ -77,6 +77,8 @@ class Trainer:
         self.saved_step = progress.step
         """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
         self.audited_step = progress.step
+        self.compiled = not config.train.compile
+        """torch.compile translates in the first step."""
         self.writer = CheckpointWriter(
             run.checkpoints,
             engine,
@@ -103,7 +105,8 @@ class Trainer:
 
     def _fit(self) -> None:
         config = self.config
-        blocks = self._blocks()
+        rank, world_size = self.engine.rank, self.engine.world_size
+        blocks = iter(train_pipeline(config, self.readers, rank, world_size, first_block=self.progress.block))
         if self._evaluation_is_missing():
             self.evaluate()
         while self.progress.step < config.train.steps:
@@ -140,13 +143,14 @@ class Trainer:
         weight = mfm_weight(progress.step, config.mfm)
         own_losses = []
         for batch in batches:
-            self.watchdog.beat("micro-batch", progress.step)
+            self.watchdog.beat("micro-batch" if self.compiled else "compile", progress.step)
             losses = self.engine.micro_batch(batch.to(self.engine.device), weight)
             self.step_log.add(losses)
             own_losses.append(losses["total"])
         self.watchdog.beat("update", progress.step)
         limits = ceilings(progress, config.stability)
         result = self.engine.step(limits)
+        self.compiled = True
         progress.step += 1
         progress.block += config.blocks_per_step
         if result.applied:
@@ -160,7 +164,9 @@ class Trainer:
         self.console.advance()
 
     def roll_back(self) -> None:
-        """Go back to the last checkpoint, and on from there with the data that comes next. Collective.
+        """Go back to the last sound checkpoint, and on from there with the data that comes next. Collective.
+
+        If that did not help, to an earlier one: what went wrong may have been saved before it showed.
 
         Raises:
             UnstableError: on every rank, after ``stability.rollbacks`` times in vain.
@@ -170,12 +176,13 @@ class Trainer:
             raise UnstableError(diagnosis(progress, self.skipped.reason))
         self.watchdog.beat("save", progress.step)
         self.writer.wait()
-        found = find_latest(run.checkpoints, self.console.line) if self.engine.is_main else None
+        before, moving = progress.back_to if progress.rollbacks else None, self.watchdog.moving
+        found = find_sound(run.checkpoints, before, self.console.line, moving) if self.engine.is_main else None
         checkpoint = self.engine.gather_objects(found)[0]
         # Before the first checkpoint the weights are all there is; no skipped step has touched them.
         back = gone_back(progress, checkpoint.progress if checkpoint else progress)
         if checkpoint is not None:
-            load_state(checkpoint, self.module, self.engine)
+            load_state(checkpoint, self.module, self.engine, moving)
         run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
@@ -205,6 +212,7 @@ class Trainer:
                 items,
                 self.engine,
                 step=step,
+                precision="bf16" if config.train.precision == "bf16_weights" else "fp32",
                 class_sets=config.eval.class_sets,
                 overlays=config.eval.overlays,
                 overlay_folder=path.with_suffix(""),
@@ -279,21 +287,6 @@ class Trainer:
         for problem in self.trackers.log(values, step):
             self.run.event("tracker_failed", step=step, reason=problem)
             self.console.line(problem)
-
-    def _blocks(self) -> Iterator[UDABatch]:
-        config = self.config
-        pipeline = TrainPipeline(
-            source=self.readers.labelled,
-            target=self.readers.target,
-            seed=config.seed,
-            data=config.data,
-            micro_batch=config.train.micro_batch,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            blocks_per_step=config.blocks_per_step,
-            first_block=self.progress.block,
-        )
-        return iter(pipeline)
 
     def _fetch(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
         """This rank's micro-batches of the next step.

@@ -18,7 +18,15 @@ the ZeRO stage of the writer matters to the reader:
 """
 
 from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_state, load_student, load_teacher
-from mfm_dist.checkpoint.files import Checkpoint, DamagedError, Progress, find_latest, read_checkpoint, write_checkpoint
+from mfm_dist.checkpoint.files import (
+    Checkpoint,
+    DamagedError,
+    Progress,
+    find_latest,
+    find_sound,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mfm_dist.checkpoint.resume import find_resumable, resume_problems
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 
@@ -31,6 +39,7 @@ __all__ = [
     "collect",
     "find_latest",
     "find_resumable",
+    "find_sound",
     "load_modules",
     "load_optimizer",
     "load_state",

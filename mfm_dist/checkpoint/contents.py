@@ -57,13 +57,24 @@ def parts(module: TrainModule) -> dict[nn.Module, str]:
     return named
 
 
-def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
+def load_state(
+    checkpoint: Checkpoint, module: TrainModule, engine: Engine, moving: Callable[[], object] = lambda: None
+) -> None:
     """Put everything back, after the engine wrapped the module. Collective.
+
+    Args:
+        moving: called again and again meanwhile.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    load_modules(checkpoint, module, engine.rank, engine.set_parameter)
+
+    def put(parameter: nn.Parameter, whole: Tensor) -> None:
+        moving()
+        engine.set_parameter(parameter, whole)
+
+    load_modules(checkpoint, module, engine.rank, put)
+    moving()
     load_optimizer(checkpoint, module, engine)
 
 

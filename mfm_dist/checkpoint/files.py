@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Progress:
     """Times the run went back without having got past ``trouble`` since."""
     trouble: int = 0
     """Furthest step from which the run went back."""
+    back_to: int = 0
+    """Step that it went back to the last time, while ``rollbacks`` counts."""
     losses: list[float] = field(default_factory=list)
     """Of the last applied steps, where ``stability.spike_factor`` asks for them. Replaced, never changed in place."""
     grad_norms: list[float] = field(default_factory=list)
@@ -90,6 +92,8 @@ def write_checkpoint(
 ) -> None:
     """Write the folder ``final``, point ``latest`` beside it at it, then remove all but the last ``keep``.
 
+    Amid steps that are not applied nothing is removed: a run that has to go back needs one from before.
+
     Args:
         moving: called again and again meanwhile, for whoever wonders whether this hangs.
 
@@ -116,21 +120,51 @@ def write_checkpoint(
         }
         (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
     write_atomically(final.with_name("latest"), final.name + "\n")
-    _remove_old(final, keep)
+    if not progress.skipped:
+        _remove_old(final, keep)
 
 
-def find_latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def find_latest(
+    folder: Path, report: Callable[[str], None], moving: Callable[[], object] = lambda: None
+) -> Checkpoint | None:
     """The newest complete checkpoint of ``folder``, or None. A damaged one is reported and the one before it tried."""
+    return next(_complete(folder, report, moving), None)
+
+
+def find_sound(
+    folder: Path, before: int | None, report: Callable[[str], None], moving: Callable[[], object]
+) -> Checkpoint | None:
+    """Where a run can go back to: the newest complete checkpoint that was not saved amid steps not applied; or None.
+
+    Args:
+        before: look for one of an earlier step than this; the earliest there is where none is early enough.
+    """
+    sound = None
+    for sound in _complete(folder, report, moving, wanted=lambda checkpoint: not checkpoint.progress.skipped):
+        if before is None or sound.progress.step < before:
+            break
+    return sound
+
+
+def _complete(
+    folder: Path,
+    report: Callable[[str], None],
+    moving: Callable[[], object],
+    wanted: Callable[[Checkpoint], bool] = lambda _: True,
+) -> Iterator[Checkpoint]:
+    """Complete checkpoints from the newest to the oldest; damaged ones are reported."""
     for path in reversed(_folders(folder)):
         try:
-            return read_checkpoint(path)
+            checkpoint = read_checkpoint(path, moving)
         except DamagedError as error:
             reason = " ".join(str(error).split())[:300]  # what a damaged file says may be anything
             report(f"{path} is damaged ({reason}); looking for an earlier one")
-    return None
+        else:
+            if wanted(checkpoint):
+                yield checkpoint
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, moving: Callable[[], object] = lambda: None) -> Checkpoint:
     """Verify a checkpoint, every byte of it, and read its state.
 
     Raises:
@@ -144,16 +178,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if unnamed := sorted((present | _NEEDED) - set(manifest)):
             raise DamagedError(f"manifest.json does not name {' and '.join(unnamed)}")
         for name, written in manifest.items():
-            _verify_file(path / name, written["bytes"], written["sha256"])
+            _verify_file(path / name, written["bytes"], written["sha256"], moving)
         return _from_state(path, _read_json(path / "state.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
 
 
-def _verify_file(path: Path, size: int, sha256: str) -> None:
+def _verify_file(path: Path, size: int, sha256: str, moving: Callable[[], object]) -> None:
     if (actual := path.stat().st_size) != size:
         raise DamagedError(f"{path.name} has {actual} bytes instead of {size}")
-    if _sha256(path) != sha256:
+    if _sha256(path, moving) != sha256:
         raise DamagedError(f"{path.name} differs from what was written")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
@@ -195,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256(path: Path, moving: Callable[[], object] = lambda: None) -> str:
+def _sha256(path: Path, moving: Callable[[], object]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -43,7 +43,9 @@ and workers change nothing but speed; rates, weights, crops, the global batch an
 Of the data sets not the name counts but the content."""
 
 
-def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def find_resumable(
+    folder: Path, report: Callable[[str], None], moving: Callable[[], object] = lambda: None
+) -> Checkpoint | None:
     """The newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
 
     Raises:
@@ -56,7 +58,7 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | 
         damaged.append(line)
         report(line)
 
-    checkpoint = find_latest(folder, note)
+    checkpoint = find_latest(folder, note, moving)
     if checkpoint is None and damaged:
         raise StorageError(
             f"no checkpoint in {folder} is whole ({len(damaged)} damaged, see above), and nothing was started: put a "

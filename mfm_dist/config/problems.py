@@ -5,6 +5,9 @@ from __future__ import annotations
 from mfm_dist.config.data_problems import data_problems
 from mfm_dist.config.schema import RunConfig
 
+LONGEST_WINDOW = 10_000
+"""Steps; ``checkpoint.files`` reads no JSON beyond 4 MiB, of which these take about 0.4."""
+
 
 def problems(config: RunConfig) -> list[str]:
     """Every value out of range and every contradiction between fields, each with the fix."""
@@ -104,6 +107,11 @@ def _cross_field_problems(config: RunConfig) -> list[str]:
         problems.append(f"mfm.trains={mfm.trains} is about the decoder, which mfm.rebuilds={mfm.rebuilds} does not use")
     if 0 < config.stability.spike_factor <= 1:
         problems.append(f"stability.spike_factor={config.stability.spike_factor}: must be above 1, or 0 for never")
+    if config.stability.spike_window > LONGEST_WINDOW:
+        problems.append(
+            f"stability.spike_window={config.stability.spike_window}: at most {LONGEST_WINDOW}, for every checkpoint "
+            "holds the losses and gradient norms of these steps"
+        )
     if mfm.ramp_to < mfm.ramp_from:
         problems.append(f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them")
     if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:

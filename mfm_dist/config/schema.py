@@ -181,8 +181,8 @@ class DebugSection:
 @dataclass(kw_only=True)
 class WatchdogSection:
     seconds: float = 300.0
-    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Less than NCCL's own
-    limit of 600 s, which would abort without a name."""
+    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
+    at the start, while the networks are compiled and while a checkpoint is waited for."""
 
 
 @dataclass(kw_only=True)

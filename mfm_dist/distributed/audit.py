@@ -2,8 +2,8 @@
 
 DDP and ZeRO 1 and 2 hold every parameter on every rank, so the ranks' fingerprints are compared; ZeRO-3 holds no
 parameter twice across ranks. What a rank does hold twice are the trainable parameters themselves and DeepSpeed's fp32
-master of them, at ZeRO 1 to 3; these are compared on the spot. Not covered: at ZeRO-3 the teacher, which exists once;
-anywhere the optimiser's moments, which exist once under ZeRO.
+master of them, at ZeRO 1 to 3; these are compared on the spot. DDP and ZeRO-0 hold the optimiser's state on every rank,
+which is compared too. Not covered, because it exists once: the state at ZeRO 1 to 3, and the teacher at ZeRO-3.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ def audit(module: nn.Module, engine: Engine) -> list[str]:
     """Compare all that is held twice. Collective; reads every weight once.
 
     Returns:
-        one line for each parameter that differs, the same on every rank; empty if all is well.
+        one line for each tensor that differs, the same on every rank; empty if all is well.
     """
     own = [f"{name} differs from its fp32 master on rank {engine.rank}" for name in engine.unlike_master()]
     findings = [line for lines in engine.gather_objects(own) for line in lines]
     if engine.replicates_parameters and engine.world_size > 1:
-        named = dict(module.named_parameters())
-        everyone = engine.gather(torch.stack([fingerprint(p) for p in named.values()]))  # [world, parameters, 2]
+        named: dict[str, Tensor] = dict(module.named_parameters())
+        if engine.replicates_gradients:
+            named |= {
+                f"{key} of {name}": value
+                for name, parameter in module.named_parameters()
+                for key, value in sorted(engine.optimizer_state(parameter).items())
+            }
+        everyone = engine.gather(torch.stack([fingerprint(p) for p in named.values()]))  # [world, tensors, 2]
         differs = (everyone != everyone[:1]).any(-1).any(0).tolist()
         findings += [
             f"{name} differs: {_dissenters(everyone[:, index])}" for index, name in enumerate(named) if differs[index]

@@ -28,7 +28,8 @@ class DeepSpeedEngine(Engine):
             assert group["base_lr"] == rate, "DeepSpeed reordered the parameter groups"
         # ZeRO-3 would go on using a copy that it keeps resident, and never see what the EMA writes into the shard.
         resident = [name for name, p in module.named_parameters() if getattr(p, "ds_persist", False)]
-        assert not resident, f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them"
+        if resident:
+            raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
         self._check_gradients()
 
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ class DeepSpeedEngine(Engine):
         return parts
 
     @property
-    def _replicates_gradients(self) -> bool:
+    def replicates_gradients(self) -> bool:
         return False
 
     def _update(self, factors: Tensor) -> bool:

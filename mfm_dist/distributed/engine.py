@@ -104,7 +104,7 @@ class Engine:
         self._finish_backward()
         parts = self._gradients_by_part()
         # A gradient that every rank holds whole is counted once.
-        share = 1.0 / self.world_size if self._replicates_gradients else 1.0
+        share = 1.0 / self.world_size if self.replicates_gradients else 1.0
         squares = [share * sum_of_squares(gradients, self.device) for gradients in parts.values()]
         *squares, loss = self.sum(torch.stack([*squares, self._loss / (self.accumulation * self.world_size)]))
         norms = torch.stack(squares).sqrt()
@@ -226,8 +226,8 @@ class Engine:
         return parts
 
     @property
-    def _replicates_gradients(self) -> bool:
-        """Whether every rank holds every gradient whole."""
+    def replicates_gradients(self) -> bool:
+        """Whether every rank holds every gradient whole, and so the optimiser's state."""
         return True
 
     def _update(self, factors: Tensor) -> bool:

@@ -16,10 +16,15 @@ from mfm_dist.config.schema import RunConfig
 
 ZERO_SETTINGS = frozenset({
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size",
+    "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
     "stage3_max_live_parameters", "stage3_max_reuse_distance",
 })  # fmt: skip
 """What a DeepSpeed file of the launcher may set: how ZeRO exchanges and what it holds, never what it computes."""
+NOT_THESE = {
+    "round_robin_gradients": "it deals the parameters out to the ranks in another order than DeepSpeed's own map of "
+    "them says (0.19.8), so checkpoints would hold the optimiser's state of other parameters"
+}
+"""Settings that look like those above and are not, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,23 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
             "train.global_batch and train.micro_batch",
         ),
         "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", ("none",), "train.clip_norm"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+            "offload_optimizer_device",
+            ("none",),
+            "memory.offload_optimizer",
+        ),
+        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", ("no",), "train.compile"),
     }
     for variable, (entry, neutral, key) in stands_in_config.items():
         value = environment.get(variable, neutral[0])
         if value.lower() not in neutral:
             problems.append(f"the launch file sets {entry}: {value}; leave it out, {key} of the run decides it")
     problems += _zero_settings(environment)[1]
+    if (device := environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")).lower() != "none":
+        problems.append(
+            f"the launch file sets offload_param_device: {device}; parameters cannot be offloaded: leave it out "
+            "(memory.lean, memory.checkpoint_backbone and memory.offload_optimizer save memory, too)"
+        )
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if environment.get(variable, "false").lower() == "true":
             problems.append(f"{name} is not supported: use DDP (distributed_type: MULTI_GPU) or DeepSpeed ZeRO 1 to 3")
@@ -112,7 +128,7 @@ def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list
         what = f"{type(error).__name__}: {error}"
         return {}, [f"deepspeed_config_file={name} does not give zero_optimization with a stage ({what})"]
     problems = [
-        f"{name} sets {key!r}, which the run's configuration decides: leave it out"
+        f"{name} sets {key!r}: leave it out, {NOT_THESE.get(key, 'the configuration of the run decides it')}"
         for key in (*content, *sorted(set(settings) - ZERO_SETTINGS))
     ]
     if stage not in range(4):

@@ -14,6 +14,8 @@ Faults of accelerate and DeepSpeed that are avoided here, each measured:
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -26,6 +28,7 @@ from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
+from mfm_dist.distributed.watchdog import SLOW_FACTOR
 from mfm_dist.distributed.zero0_engine import Zero0Engine
 from mfm_dist.errors import ConfigError
 
@@ -57,8 +60,12 @@ def start_engine(config: RunConfig) -> Engine:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    exchange: dict[str, Any] = {}
+    if config.watchdog.seconds:  # it names who hangs; a library's own limit, 10 minutes on GPUs, would not
+        exchange["timeout"] = timedelta(seconds=2 * SLOW_FACTOR * config.watchdog.seconds)
     if launch.zero_stage is None:
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        handlers: list[Any] = [ddp, InitProcessGroupKwargs(**exchange)]
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         engine = Engine(accelerator, config)
     else:
@@ -68,8 +75,9 @@ def start_engine(config: RunConfig) -> Engine:
         os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launch))
         _switch_off_inference_kernel()
-        backend = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
-        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=backend)
+        exchange |= {"backend": "gloo"} if on_cpu else {}
+        handlers = [InitProcessGroupKwargs(**exchange)]
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=handlers)
         engine = _deepspeed_engine(config, launch)(accelerator, config)
     if engine.world_size != launch.world_size:
         raise ConfigError(

@@ -25,8 +25,13 @@ from typing import Literal
 
 from mfm_dist.errors import EXIT_HUNG
 
-Phase = Literal["start", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
-"""What a rank is about. ``agreement``: it has its data and waits until all do; ``micro-batch``: forward, backward."""
+Phase = Literal["start", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
+"""What a rank is about. ``agreement``: it has its data and waits until all do; ``micro-batch``: forward, backward;
+``compile``: the first of these, if it translates the networks."""
+SLOW: frozenset[Phase] = frozenset({"start", "compile", "save"})
+"""Phases with a single step that may take long and cannot say that it moves: a large file written, a translation."""
+SLOW_FACTOR = 6
+"""Their time limit is this many times that of the others."""
 TICKS = 20
 """Looks within the time limit; also how exact that is."""
 NAMED = 8
@@ -127,8 +132,10 @@ class Watchdog:
             if self._moves != seen:
                 seen, idle = self._moves, 0.0
                 self._write_heartbeat()
-            elif idle >= self.seconds and self._others_idle() >= self.seconds - self._tick:
-                self._end()
+            else:
+                limit = self.seconds * (SLOW_FACTOR if self._place[0] in SLOW else 1)
+                if idle >= limit and self._others_idle() >= limit - self._tick:
+                    self._end()
 
     def _write_heartbeat(self) -> None:
         with suppress(OSError):  # a full disk is told by whoever needs it
@@ -162,8 +169,8 @@ class Watchdog:
             reports.setdefault(self.rank, self.report())
             reason = name_the_hang(reports, self._last_seen(), self.world_size)
             with suppress(OSError):
-                self._on_hang(f"{reason}. Nothing moved for {self.seconds:g} s; stacks of all threads: {self._reports}",
-                              min(report.step for report in reports.values()))  # fmt: skip
+                told = f"{reason}. Nothing moved for {self.seconds:g} s or more; stacks of all threads: {self._reports}"
+                self._on_hang(told, min(report.step for report in reports.values()))
             with suppress(OSError):
                 verdict.write_text(reason + "\n", encoding="utf-8")
         else:  # the launcher ends everything as soon as one rank has ended

@@ -14,13 +14,16 @@ from tests.conftest import run_train, tiny_overrides
     ("launch", "finding"),
     [
         ("cpu_ddp", "student.backbone.net.conv1.0.weight differs: rank 0 against rank 1"),
+        ("cpu_zero0", "exp_avg of student.backbone.net.conv1.0.weight differs: rank 0 against rank 1"),
         ("cpu_zero3", "student.backbone.net.conv1.0.weight differs from its fp32 master on rank 1"),
     ],
 )
 def test_a_flipped_bit_is_found_and_not_saved(launch: str, finding: str, scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = [*tiny_overrides(scenes, folder), "debug.audit_every=100"]
-    completed = run_train(arguments, launch=launch, module="tests.distributed.train_with_a_flipped_bit")
+    where = {"FLIPPED": "exp_avg" if finding.startswith("exp_avg") else "weight"}
+    module = "tests.distributed.train_with_a_flipped_bit"
+    completed = run_train(arguments, launch=launch, module=module, environment=where)
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["code"] == 77, completed.stderr[-3000:]
     assert finding in outcome["reason"]

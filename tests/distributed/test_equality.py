@@ -62,7 +62,8 @@ def trained(
     checkpoint = folder / "checkpoints" / f"step_{steps:08d}"
     state = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("student", "teacher", "rebuilder")}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"state": state, "metrics": metrics, "checkpoint": checkpoint}
+    scores = json.loads((folder / "eval" / "step_00000000.json").read_text())
+    return {"state": state, "metrics": metrics, "scores": scores, "checkpoint": checkpoint}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,7 @@ def assert_same_training(
     for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
         for key in ("loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert run["scores"] == reference["scores"], "of the initial weights, and so of the same bits"
     return found
 
 

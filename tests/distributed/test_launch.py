@@ -33,6 +33,9 @@ def test_a_plain_start_has_no_problem() -> None:
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "train.clip_norm"),
         ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "missing.json", "does not give zero_optimization with a stage"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "memory.offload_optimizer"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "parameters cannot be offloaded"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile"),
     ],
 )
 def test_what_a_launch_file_must_not_say(variable: str, value: str, told: str) -> None:
@@ -53,10 +56,13 @@ def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:
     assert told["gradient_clipping"] == 0.0, "left out, DeepSpeed would clip at 1.0"
 
     file.write_text(json.dumps({"bf16": {}, "zero_optimization": {"stage": 2, "offload_optimizer": {}}}))
-    assert [problem.split(", which")[0] for problem in launch_problems(environment)] == [
+    assert [problem.split(":")[0] for problem in launch_problems(environment)] == [
         f"{file} sets 'bf16'",
         f"{file} sets 'offload_optimizer'",
     ]
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    (problem,) = launch_problems(environment)
+    assert "checkpoints would hold the optimiser's state of other parameters" in problem
 
 
 def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:

@@ -18,6 +18,7 @@ from mfm_dist.checkpoint import (
     Saved,
     collect,
     find_latest,
+    find_sound,
     load_modules,
     load_optimizer,
     read_checkpoint,
@@ -57,6 +58,46 @@ def save_checkpoint(folder: Path, module: TrainModule, engine: Engine, progress:
     writes.wait()
     writes.close()
     return saved[0].path
+
+
+def write_small(folder: Path, step: int, *, skipped: int = 0, keep: int = 1) -> None:
+    """A checkpoint of one number, in the wake of that many steps that were not applied."""
+    write_checkpoint(
+        folder / f"step_{step:08d}",
+        {"student": {"weight": torch.tensor(float(step))}},
+        progress=Progress(step=step, applied=step - skipped, block=step, skipped=skipped),
+        config={},
+        data={},
+        keep=keep,
+    )
+
+
+def test_a_save_amid_trouble_costs_no_sound_checkpoint(tmp_path: Path) -> None:
+    """A run stopped by signals while its steps are not applied can still go back to before."""
+    write_small(tmp_path, 4)
+    write_small(tmp_path, 7, skipped=2)
+    write_small(tmp_path, 8, skipped=3)
+    latest = find_latest(tmp_path, pytest.fail)
+    assert latest is not None
+    assert latest.progress.step == 8, "where a start goes on"
+    sound = find_sound(tmp_path, None, pytest.fail, lambda: None)
+    assert sound is not None
+    assert sound.progress.step == 4
+    write_small(tmp_path, 10)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000010"]
+
+
+def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write_small(tmp_path, step, skipped=2 if step == 6 else 0, keep=9)
+
+    def back_to(before: int | None) -> int:
+        found = find_sound(tmp_path, before, pytest.fail, lambda: None)
+        assert found is not None
+        return found.progress.step
+
+    assert [back_to(before) for before in (None, 8, 4, 2)] == [8, 4, 2, 2], "at last there is nothing further"
+    assert find_sound(tmp_path / "nothing", None, pytest.fail, lambda: None) is None
 
 
 def test_round_trip_restores_every_tensor(
