@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
+from mfm_dist.distributed.launch import ZERO_SETTINGS
 from tests.conftest import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
@@ -48,6 +49,7 @@ def trained(
     processes: int = 2,
     steps: int = 4,
     otherwise: str | None = None,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train; the last checkpoint's tensors and the metrics."""
     completed = run_train(
@@ -55,7 +57,7 @@ def trained(
         launch=launch,
         processes=processes,
         module="tests.distributed.train_otherwise" if otherwise else "mfm_dist.train",
-        environment={"OTHERWISE": otherwise} if otherwise else {},
+        environment={**({"OTHERWISE": otherwise} if otherwise else {}), **(environment or {})},
         timeout=600,
     )
     assert completed.returncode == 0, completed.stderr[-4000:]
@@ -82,13 +84,11 @@ def differences(run: dict[str, Any], reference: dict[str, Any], initial: State) 
     return found
 
 
-def assert_same_training(
-    run: dict[str, Any], reference: dict[str, Any], initial: State, bound: float = 1e-4
-) -> dict[str, float]:
-    """Student, teacher and Rebuilder each within ``bound`` of its largest movement; returns ``differences``."""
+def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial: State) -> dict[str, float]:
+    """Student, teacher and Rebuilder each within 1e-4 of its largest movement; returns ``differences``."""
     found = differences(run, reference, initial)
     for part, difference in found.items():
-        assert difference <= bound, f"{part}: {difference} of its largest movement"
+        assert difference <= 1e-4, f"{part}: {difference} of its largest movement"
     for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
         for key in ("loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
@@ -140,6 +140,9 @@ def test_gradients_add_up_over_the_micro_batches_of_a_step(
         pytest.param("cpu_zero0", ["memory.lean=true"], marks=CAMPAIGN),
         pytest.param("cpu_zero1", ["memory.lean=true"], marks=CAMPAIGN),
         pytest.param("cpu_zero3", ["memory.lean=true"], marks=CAMPAIGN),
+        pytest.param("cpu_ddp", ["memory.checkpoint_backbone=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero2", ["memory.checkpoint_backbone=true"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", ["memory.checkpoint_backbone=true"], marks=CAMPAIGN),
         pytest.param("cpu_zero1", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
         pytest.param("cpu_zero2", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
         pytest.param("cpu_zero3", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
@@ -183,8 +186,6 @@ class Reference(NamedTuple):
     overrides: list[str]
     run: dict[str, Any]
     initial: State
-    last_bits: float
-    """How far it is from a run in one process whose initial weights differ in their last bits, over the movement."""
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +197,8 @@ def references(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         overrides = [*(PAPERS if network == "papers" else ["train.global_batch=8"]),
                      *(SGD if optimizer == "sgd" else ADAMW)]  # fmt: skip
         folder, initial = tmp_path_factory.mktemp("reference"), initial_state(scenes, *overrides)
-        run = trained(scenes, folder / "run", *overrides, launch=None)
-        other = trained(scenes, folder / "last_bits", *overrides, launch=None, otherwise="last_bits")
-        return Reference(overrides, run, initial, max(differences(other, run, initial).values()))
+        run = trained(scenes, folder, *overrides, launch=None)
+        return Reference(overrides, run, initial)
 
     return reference
 
@@ -224,13 +224,44 @@ def test_any_number_of_processes_trains_any_network_as_one(
     references: Callable[[str, str], Reference],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Within 1e-4, or where last bits alone make one process differ by more (ReLUs that are nearly 0), within that."""
     reference = references(network, optimizer)
     run = trained(scenes, tmp_path, *reference.overrides, launch=launch, processes=processes)
-    bound = max(1e-4, reference.last_bits)
-    found = assert_same_training(run, reference.run, reference.initial, bound)
+    record_property("difference_over_movement", differences(run, reference.run, reference.initial))
+    assert_same_training(run, reference.run, reference.initial)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("network", ["tiny", "papers"])
+def test_how_far_last_bits_lead(
+    network: str,
+    scenes: Path,
+    tmp_path: Path,
+    references: Callable[[str, str], Reference],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """One process against itself, its initial weights changed as rounding would: no promise, but what 1e-4 is worth.
+
+    It stays below what a planted fault makes of it, which is above 1e-3.
+    """
+    reference = references(network, "sgd")
+    other = trained(scenes, tmp_path, *reference.overrides, launch=None, otherwise="last_bits")
+    found = differences(other, reference.run, reference.initial)
     record_property("difference_over_movement", found)
-    record_property("that_of_last_bits", reference.last_bits)
+    assert max(found.values()) < 1e-3
+
+
+@pytest.mark.campaign
+def test_a_planted_fault_is_noticed_in_the_papers_network(
+    scenes: Path,
+    tmp_path: Path,
+    references: Callable[[str, str], Reference],
+    record_property: Callable[[str, object], None],
+) -> None:
+    reference = references("papers", "sgd")
+    run = trained(scenes, tmp_path, *reference.overrides, launch="cpu_zero3", otherwise="swapped_sample")
+    found = differences(run, reference.run, reference.initial)
+    record_property("difference_over_movement", found)
+    assert min(found.values()) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +291,7 @@ FORMS = {
     "alone": (None, 1),
     "ddp": ("cpu_ddp", 2),
     "zero0": ("cpu_zero0", 2),
+    "zero1": ("cpu_zero1", 2),
     "zero2": ("cpu_zero2", 2),
     "zero3": ("cpu_zero3", 2),
     "zero2 of 4": ("cpu_zero2", 4),
@@ -306,5 +338,43 @@ def test_a_run_goes_on_in_any_form(
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{later:08d}")
     launch, processes = FORMS[reader]
     run = trained(scenes, tmp_path / "run", *TWELVE, launch=launch, processes=processes, steps=12)
-    found = assert_same_training(run, {"state": tensors, "metrics": lines}, initial)
-    record_property("difference_over_movement", found)
+    scores = json.loads((alone / "eval" / "step_00000000.json").read_text())
+    reference = {"state": tensors, "metrics": lines, "scores": scores}
+    record_property("difference_over_movement", differences(run, reference, initial))
+    assert_same_training(run, reference, initial)
+
+
+@pytest.mark.parametrize(
+    ("stage", "knobs"),
+    [
+        (2, {"contiguous_gradients": False, "reduce_scatter": False, "allgather_partitions": False,
+             "overlap_comm": True, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}),
+        (3, {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 1000, "sub_group_size": 500,
+             "stage3_prefetch_bucket_size": 1000, "stage3_max_live_parameters": 1000,
+             "stage3_max_reuse_distance": 1000}),
+    ],
+)  # fmt: skip
+@pytest.mark.campaign
+def test_what_a_deepspeed_file_may_say_changes_nothing(
+    stage: int, knobs: dict[str, Any], scenes: Path, tmp_path: Path, larger_alone: dict[str, Any], initial: State
+) -> None:
+    """Each knob away from its default; checkpoints hold the optimiser's state of the right parameters."""
+    assert {*knobs, "stage"} <= ZERO_SETTINGS
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **knobs}}))
+    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    run = trained(scenes, tmp_path / "run", *LARGER, launch=f"cpu_zero{stage}", environment=said)
+    assert_same_training(run, larger_alone, initial)
+    ours, theirs = (load_file(one["checkpoint"] / "optimizer.safetensors") for one in (run, larger_alone))
+    assert ours.keys() == theirs.keys()
+    for name, momentum in theirs.items():
+        torch.testing.assert_close(ours[name], momentum, rtol=1e-3, atol=1e-3 * float(momentum.abs().max()))
+
+
+def test_a_parameter_that_deepspeed_keeps_resident_ends_the_run(scenes: Path, tmp_path: Path) -> None:
+    """Its shard would take the teacher's update, and the forward go on with the copy."""
+    arguments = [*tiny_overrides(scenes, tmp_path), *SGD]
+    module, said = "tests.distributed.train_otherwise", {"OTHERWISE": "resident_parameters"}
+    completed = run_train(arguments, launch="cpu_zero3", module=module, environment=said)
+    assert completed.returncode != 0
+    assert "DeepSpeed keeps parameters resident" in completed.stderr

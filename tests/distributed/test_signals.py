@@ -42,7 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Start:
     """One start of a run below ``accelerate launch``, or alone."""
 
-    def __init__(self, run: Path, arguments: list[str], *, launch: str | None) -> None:
+    def __init__(
+        self, run: Path, arguments: list[str], *, launch: str | None, module: str = "mfm_dist.train", **said: str
+    ) -> None:
         command = [sys.executable, "-m"]
         if launch is not None:
             file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
@@ -53,9 +55,9 @@ class Start:
         self.log = run.with_name(f"{run.name}_{self.started}.log")
         with self.log.open("w") as log:
             self.launcher = subprocess.Popen(
-                [*command, "mfm_dist.train", *DEFAULTS, *arguments],
+                [*command, module, *DEFAULTS, *arguments],
                 cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **SIGNALS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, **SIGNALS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **said},
             )  # fmt: skip
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:
@@ -121,9 +123,9 @@ def start(long_scenes: Path) -> Iterator[Callable[..., Start]]:
     """Starts runs, and leaves none behind."""
     started: list[Start] = []
 
-    def one(run: Path, *overrides: str, launch: str | None = "cpu_ddp") -> Start:
+    def one(run: Path, *overrides: str, launch: str | None = "cpu_ddp", **said: str) -> Start:
         arguments = [*tiny_overrides(long_scenes, run), f"train.steps={STEPS}", "checkpoint.every=5", *overrides]
-        started.append(Start(run, arguments, launch=launch))
+        started.append(Start(run, arguments, launch=launch, **said))
         return started[-1]
 
     yield one
@@ -194,6 +196,26 @@ def test_a_run_disturbed_four_times_ends_like_an_undisturbed_one(start: Callable
     for step in (0, STEPS):
         name = f"eval/step_{step:08d}.json"
         assert read_json(run / name) == read_json(undisturbed.run / name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [(["checkpoint.background=false"], signal.SIGTERM), (["checkpoint.background=true"], signal.SIGHUP)],
+)
+def test_a_signal_to_the_launcher_while_a_checkpoint_is_written(
+    overrides: list[str], number: signal.Signals, start: Callable[..., Start], tmp_path: Path
+) -> None:
+    """The write ends, all ranks end after the step they are in, and a checkpoint of that step is there."""
+    otherwise = {"module": "tests.distributed.train_otherwise", "OTHERWISE": "slow_write"}
+    life = start(tmp_path / "run", "train.steps=100000", "checkpoint.every=3", *overrides, **otherwise)
+    life.wait_for((life.run / "writing").exists, "a checkpoint being written")
+    life.launcher.send_signal(number)
+    output = life.output()
+    outcome = life.outcome()
+    assert (outcome["code"], outcome["reason"]) == (75, f"stopped by {number.name}"), output
+    assert (life.run / "checkpoints" / "latest").read_text().strip() == f"step_{outcome['step']:08d}"
+    if overrides == ["checkpoint.background=false"]:
+        assert outcome["step"] == 3, "training stood still meanwhile, so not one step more"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import run_train, tiny_overrides
 
+CAMPAIGN = pytest.mark.campaign
 PLANTED = "tests.distributed.train_with_bad_gradients"
 LENGTH = ["train.steps=12", "checkpoint.every=2", "checkpoint.keep=10", "debug.audit_every=1", "eval.every=100"]
 """A step is two micro-batches: with two processes, the odd ones are on rank 1."""
@@ -41,6 +42,12 @@ def disturbed(run: Path, scenes: Path, blocks: str, kind: str, *overrides: str, 
         ("cpu_ddp", "loss", []),
         ("cpu_zero2", "gradient", ["memory.offload_optimizer=true"]),
         ("cpu_zero3", "gradient", []),
+        pytest.param("cpu_zero0", "gradient", [], marks=CAMPAIGN),
+        pytest.param("cpu_zero1", "loss", [], marks=CAMPAIGN),
+        pytest.param("cpu_zero2", "gradient", ["train.precision=bf16"], marks=CAMPAIGN),
+        pytest.param("cpu_zero2", "gradient", ["train.precision=bf16_weights"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", "gradient", ["train.precision=bf16_weights"], marks=CAMPAIGN),
+        pytest.param("cpu_zero3", "gradient", ["memory.lean=true"], marks=CAMPAIGN),
     ],
 )
 def test_all_ranks_skip_and_go_back_together(

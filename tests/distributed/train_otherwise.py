@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from mfm_dist import session, train, trainer
 from mfm_dist.batch import UDABatch
+from mfm_dist.checkpoint import writer
 from mfm_dist.config.schema import MFMSection, RunConfig
-from mfm_dist.distributed import teacher
+from mfm_dist.distributed import start, teacher
 from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.launch import Launch
 from mfm_dist.train_module import TrainModule
 
 
@@ -51,6 +55,30 @@ def stale_shard() -> None:
         return stale
 
     teacher.held = held
+
+
+def resident_parameters() -> None:
+    """A fault: ZeRO-3 is left to its default, by which small parameters stay gathered."""
+    honest = start.deepspeed_config
+
+    def told(config: RunConfig, launch: Launch) -> dict[str, Any]:
+        told = honest(config, launch)
+        del told["zero_optimization"]["stage3_param_persistence_threshold"]
+        return told
+
+    start.deepspeed_config = told
+
+
+def slow_write() -> None:
+    """No fault: a disk that takes seconds for a checkpoint. The file ``writing`` in the run folder says when."""
+    honest = writer.write_checkpoint
+
+    def write(final: Path, *arguments: Any, **keywords: Any) -> None:
+        (final.parent.parent / "writing").touch()
+        time.sleep(4)
+        honest(final, *arguments, **keywords)
+
+    writer.write_checkpoint = write
 
 
 def last_bits() -> None:
