@@ -30,6 +30,8 @@ from mfm_dist.rng import Stream
 
 PREFETCHED_BLOCKS = 4
 """Blocks each worker keeps ready."""
+_KEPT_BY_THE_HEAP = 24 << 20
+"""Bytes; several decoded images, and below the 32 MiB from which on glibc learns nothing."""
 _ENDLESS = sys.maxsize
 
 
@@ -109,6 +111,9 @@ class TrainPipeline:
         slots = PREFETCHED_BLOCKS + 2 + -(-self._held // max(self._workers, 1))
         pool = BlockPool(workers=self._workers, slots=slots, size=self._blocks.size)
         self._blocks.put_into(pool)
+        # glibc's heap keeps free memory up to twice the largest piece it saw freed. With less than a few images it
+        # gives pages back after one decode and gets them again, cleared, for the next: up to 4 % of a block.
+        torch.empty(_KEPT_BY_THE_HEAP, dtype=torch.uint8)
         pinned = torch.cuda.is_available()
         for block in self._by_workers() if self._workers else map(self._blocks.__getitem__, self._numbers):
             if isinstance(block, DataError):
