@@ -95,10 +95,10 @@ class PackedBlock:
     block: int
     bad_samples: tuple[BadSample, ...]
 
-    def batch(self, pool: BlockPool) -> UDABatch:
-        """The block, in page-locked memory where there is a GPU."""
+    def batch(self, pool: BlockPool, *, pinned: bool) -> UDABatch:
+        """The block, in page-locked memory if it is to be ``pinned``."""
         pixels = self.pixels if isinstance(self.pixels, Tensor) else pool.lend(self.pixels)
-        if torch.cuda.is_available():
+        if pinned:
             pixels = pixels.pin_memory()
         return unpacked(pixels, self.shape, self.block, self.bad_samples)
 
@@ -121,6 +121,15 @@ def unpacked(
     )
 
 
+class Places(NamedTuple):
+    """Where the pixels of each sample of a block go: views of the block's memory."""
+
+    source: list[tuple[Tensor, Tensor]]
+    """uint8 [3, h, w] and uint8 [h, w], its label."""
+    target: list[tuple[Tensor, Tensor]]
+    """uint8 [3, h, w] and bool [h, w], what is valid."""
+
+
 class Blocks(Dataset["PackedBlock | DataError"]):
     """Any block by its number."""
 
@@ -132,8 +141,9 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         self.shape = (micro_batch, *data.crop)
         self.size = math.prod(self.shape) * BYTES_PER_PIXEL
         """Bytes of a block."""
-        self.pool: BlockPool | None = None
-        """Where blocks are put; each gets memory of its own without one, and where all of it is in use."""
+        self._pool: BlockPool | None = None
+        self._places_of: dict[int, Places] = {}
+        """By slot of the pool. Making these views anew for every block takes about as long as cutting an image."""
         self.source_resize = Resize(box=data.source_resize, scale=data.scale_range)
         self.target_resize = Resize(box=data.target_resize, scale=data.scale_range)
         self.target_margins = data.target_margins
@@ -148,24 +158,41 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         except StorageError as error:  # of the disk that shards are copied to
             return DataError(str(error))
 
-    def _build(self, block: int) -> PackedBlock:
-        slot = self.pool.take() if self.pool else None
-        pixels = torch.empty(self.size, dtype=torch.uint8) if slot is None or not self.pool else self.pool.fill(slot)
-        try:
-            bad = self._fill(unpacked(pixels, self.shape, block))
-        except (DataError, StorageError):
-            if slot is not None and self.pool:
-                self.pool.give_back(slot)
-            raise
-        return PackedBlock(pixels if slot is None else slot, self.shape, block, bad)
+    def put_into(self, pool: BlockPool) -> None:
+        """Where blocks go from now on; each gets memory of its own without a pool, and where all of it is in use."""
+        self._pool = pool
+        self._places_of = {}
 
-    def _fill(self, batch: UDABatch) -> tuple[BadSample, ...]:
-        """Puts the pixels of a block into its place; returns the samples that could not be used."""
+    def _build(self, block: int) -> PackedBlock:
+        slot = self._pool.take() if self._pool else None
+        if slot is None or not self._pool:
+            pixels = torch.empty(self.size, dtype=torch.uint8)
+            return PackedBlock(pixels, self.shape, block, self._fill(block, self._places(pixels)))
+        if slot not in self._places_of:
+            self._places_of[slot] = self._places(self._pool.fill(slot))
+        try:
+            bad = self._fill(block, self._places_of[slot])
+        except (DataError, StorageError):
+            self._pool.give_back(slot)
+            raise
+        return PackedBlock(slot, self.shape, block, bad)
+
+    def _places(self, pixels: Tensor) -> Places:
+        """Views of the memory of a block, uint8 [B * h * w * ``BYTES_PER_PIXEL``]."""
+        batch = unpacked(pixels, self.shape, block=0)
+        return Places(
+            source=list(zip(batch.source_image, batch.source_label, strict=True)),
+            target=list(zip(batch.target_image, batch.target_valid, strict=True)),
+        )
+
+    def _fill(self, block: int, places: Places) -> tuple[BadSample, ...]:
+        """Puts the pixels of a block into their places; returns the samples that could not be used."""
         bad: list[BadSample] = []
-        for position, image, label in zip(batch.positions, batch.source_image, batch.source_label, strict=True):
-            self._source(position, bad, into=(image, label))
-        for position, image, valid in zip(batch.positions, batch.target_image, batch.target_valid, strict=True):
-            self._target(position, bad, into=(image, valid))
+        first = block * self.shape[0]
+        for position, into in enumerate(places.source, first):
+            self._source(position, bad, into)
+        for position, into in enumerate(places.target, first):
+            self._target(position, bad, into)
         return tuple(bad)
 
     def _source(self, position: int, bad: list[BadSample], into: tuple[Tensor, Tensor]) -> None:
@@ -192,4 +219,4 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pool": None}  # memory shared by a fork cannot be sent
+        return {**self.__dict__, "_pool": None, "_places_of": {}}  # memory shared by a fork cannot be sent

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -85,7 +86,7 @@ class DatasetIndex:
         """(shard, row inside it) of a sample number."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in {self.folder}")
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        shard = bisect_right(self.starts, number) - 1
         return shard, number - int(self.starts[shard])
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mfm_dist.batch import BadSample, UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
-from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, Samples, read
+from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, PackedBlock, Samples, read
 from mfm_dist.data.lanes import LaneOrder
 from mfm_dist.data.order import SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
@@ -30,6 +30,8 @@ from mfm_dist.rng import Stream
 
 PREFETCHED_BLOCKS = 4
 """Blocks each worker keeps ready."""
+_KEPT_BY_THE_HEAP = 24 << 20
+"""Bytes; several decoded images, and below the 32 MiB from which on glibc learns nothing."""
 _ENDLESS = sys.maxsize
 
 
@@ -97,16 +99,7 @@ class TrainPipeline:
         )
         self._workers = workers
         self._held = blocks_per_step // world_size
-        self._loader = DataLoader(
-            self._blocks,
-            batch_size=None,  # the data set yields whole blocks
-            sampler=range(first_block + rank, _ENDLESS, world_size),
-            num_workers=workers,
-            prefetch_factor=PREFETCHED_BLOCKS if workers else None,
-            worker_init_fn=_obey_only_the_parent,
-            multiprocessing_context="fork" if workers else None,  # a spawned worker imports torch again, 2 s or more
-            generator=torch.Generator(),  # or the loader draws its worker seed from torch's global generator
-        )
+        self._numbers = range(first_block + rank, _ENDLESS, world_size)
 
     def __iter__(self) -> Iterator[UDABatch]:
         """Yields this rank's blocks from ``first_block`` on, for ever.
@@ -117,11 +110,28 @@ class TrainPipeline:
         # A worker has blocks that are ready, one in its hands, and some that this process has not done with yet.
         slots = PREFETCHED_BLOCKS + 2 + -(-self._held // max(self._workers, 1))
         pool = BlockPool(workers=self._workers, slots=slots, size=self._blocks.size)
-        self._blocks.pool = pool
-        for block in self._loader:
+        self._blocks.put_into(pool)
+        # glibc's heap keeps free memory up to twice the largest piece it saw freed. With less than a few images it
+        # gives pages back after one decode and gets them again, cleared, for the next: up to 4 % of a block.
+        torch.empty(_KEPT_BY_THE_HEAP, dtype=torch.uint8)
+        pinned = torch.cuda.is_available()
+        for block in self._by_workers() if self._workers else map(self._blocks.__getitem__, self._numbers):
             if isinstance(block, DataError):
                 raise block
-            yield block.batch(pool)
+            yield block.batch(pool, pinned=pinned)
+
+    def _by_workers(self) -> DataLoader[PackedBlock | DataError]:
+        """The same blocks in the same order, made by other processes."""
+        return DataLoader(
+            self._blocks,
+            batch_size=None,  # the data set yields whole blocks
+            sampler=self._numbers,
+            num_workers=self._workers,
+            prefetch_factor=PREFETCHED_BLOCKS,
+            worker_init_fn=_obey_only_the_parent,
+            multiprocessing_context="fork",  # a spawned worker imports torch again, which takes 2 s or more
+            generator=torch.Generator(),  # or the loader draws its worker seed from torch's global generator
+        )
 
 
 def _order(reader: ShardReader, stream: Stream, *, seed: int, data: DataSection, micro_batch: int) -> Order:

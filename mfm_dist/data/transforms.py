@@ -28,6 +28,9 @@ RARE_CLASS_TRIES = 10
 PAD_COLOUR = (124, 116, 104)
 """The ImageNet mean, so that padding is 0 after normalisation, up to rounding."""
 
+MIRRORED_ROWS = 128
+"""Rows mirrored at a time. torch mirrors into new memory, and that of a few rows stays in the cache."""
+
 Box = tuple[slice, slice]
 """Rows and columns."""
 
@@ -48,6 +51,8 @@ class Resize:
             factor = min(max(self.box) / max(stored), min(self.box) / min(stored))
         if self.scale != (1.0, 1.0):
             factor *= generator.uniform(*self.scale)
+        if factor == 1.0:
+            return stored
         height, width = (max(int(side * factor + 0.5), 1) for side in stored)
         return height, width
 
@@ -204,7 +209,7 @@ def _draw_box(shape: tuple[int, int], size: tuple[int, int], generator: np.rando
 def _is_varied(label: Tensor) -> bool:
     strided = label[::LABEL_STRIDE, ::LABEL_STRIDE].numpy()
     counts = np.bincount(strided.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-    return bool(np.count_nonzero(counts) > 1 and counts.max() < LARGEST_CLASS_SHARE * counts.sum())
+    return bool(counts.max() < LARGEST_CLASS_SHARE * counts.sum())  # False for one class alone, and for none
 
 
 def _empty_image(size: tuple[int, int]) -> Tensor:
@@ -217,17 +222,18 @@ def _put_image(image: Tensor, into: Tensor, flips: bool) -> None:
 
     Mirrored after it was copied: torch flips what lies in one piece several times faster than a part of an image.
     """
-    height, width = image.shape[1:]
     if image.shape != into.shape:
         into.copy_(torch.tensor(PAD_COLOUR, dtype=torch.uint8).view(3, 1, 1).expand(into.shape))
-    inside = into[:, :height, :width]
-    inside.copy_(image)
+        into = into[:, : image.shape[1], : image.shape[2]]
+    into.copy_(image)
     if flips:
-        inside.copy_(inside.permute(1, 2, 0).flip(1).permute(2, 0, 1))
+        for rows in into.permute(1, 2, 0).split(MIRRORED_ROWS):
+            rows.copy_(rows.flip(1))
 
 
 def _put_plane(plane: Tensor, into: Tensor, flips: bool, padding: int | bool) -> None:
     """[h', w'] into [h, w], mirrored if it ``flips``, ``padding`` on the right and at the bottom."""
     if plane.shape != into.shape:
         into.fill_(padding)
-    into[: plane.shape[0], : plane.shape[1]].copy_(plane.flip(-1) if flips else plane)
+        into = into[: plane.shape[0], : plane.shape[1]]
+    into.copy_(plane.flip(-1) if flips else plane)
