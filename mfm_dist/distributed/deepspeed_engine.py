@@ -35,7 +35,7 @@ class DeepSpeedEngine(Engine):
     def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         if self.config.memory.lean and self._pending == 0:
             # One exchange of gradients for all backwards of the step. Without it every backward would exchange, and
-            # ZeRO-3 would silently keep the last gradient alone of a parameter that some of them do not touch.
+            # ZeRO-3 would silently add to an old gradient where a later one is the first to touch a parameter.
             self._exchange.enter_context(self._wrapped.coalesce_grad_reduction())  # type: ignore[operator]
         try:
             losses = super().micro_batch(batch, mfm_weight)
