@@ -19,6 +19,9 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [ ! -f mfm_dist/train.py ]; then
     echo "submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]" >&2
     exit 2
 fi
+# How Slurm's commands call this job. The bare number of an array's last task is that of the whole array.
+me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+me=${me:-$SLURM_JOB_ID}
 
 # ---- signals ------------------------------------------------------------------------------------------------------
 
@@ -35,7 +38,7 @@ ask_to_stop() { # once a step, for torchrun takes the second signal for "at once
         if [ "$(find "$JOB/started" -type f | wc -l)" -ge "$used" ]; then
             asked=yes
             say "the end was announced: the ranks are asked to save"
-            scancel --signal=USR1 "$SLURM_JOB_ID"
+            scancel --signal=USR1 "$me"
         else
             sleep 0.2
         fi
@@ -131,13 +134,13 @@ requeue() { # [NODES to stay away from]
     local before
     say "requeued${1:+, without $1}"
     trap '' TERM # Slurm ends this script when it requeues the job, and there is one thing left to do
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! scontrol requeue "$me"; then
         say "this cluster refused the requeue; submit the same command again, it goes on from the last checkpoint"
         exit 75
     fi
     if [ -n "${1:-}" ]; then
-        before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1${before:+,${before/(null)/}}"
+        before=$(scontrol show job "$me" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+        scontrol update JobId="$me" ExcNodeList="$1${before:+,${before/(null)/}}"
     fi
     exit 75
 }
@@ -145,7 +148,7 @@ requeue() { # [NODES to stay away from]
 # ---- attempts, until it is done or not worth another ----------------------------------------------------------------
 
 starts=$((${SLURM_RESTART_COUNT:-0} * 100))
-say "job $SLURM_JOB_ID, life $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}: $JOB"
+say "job $me, life $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}: $JOB"
 while true; do
     used=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
     well=yes

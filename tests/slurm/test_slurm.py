@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone
 
 
+def wait_until(condition: Callable[[], object], what: str, *, told: Callable[[], str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{told()}"
+        time.sleep(0.1)
+
+
 class Job:
     """One job of a cluster, its output and its run."""
 
@@ -51,11 +59,8 @@ class Job:
         self.number = cluster.submit(*options, SCRIPT, defaults, *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
-    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.told()}"
-            time.sleep(0.1)
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        wait_until(condition, what, told=self.told)
 
     def wait_for_step(self, step: int) -> None:
         metrics = self.run / "metrics.jsonl"
@@ -105,6 +110,51 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert not (job.run / "lease.json").exists()
     assert_equal_bits(job.run, undisturbed.run, step=STEPS)
     assert metrics_of(job.run) == metrics_of(undisturbed.run)
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_of_a_sweep_one_task_is_preempted_and_the_report_follows(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """The task that has the array's own number, by which Slurm's commands mean all tasks."""
+    run = tmp_path / "sweep"
+    overrides = [*tiny_overrides(scenes, run), "train.steps=60", "checkpoint.every=1000", "eval.overlays=0"]
+    environment = {
+        "SBATCH_OPTIONS": f"--nodes=1 --output={tmp_path}/%a.out",
+        "SBATCH_OUTPUT": f"{tmp_path}/report.out",
+        "MFM_PREFLIGHT": "0",
+    }
+    defaults = str(REPOSITORY / "tests" / "defaults.yaml")
+    sweep = [str(clone / "slurm" / "sweep.sh"), "0-1", str(run), defaults, *overrides]
+    said = cluster.run("env", *[f"{name}={value}" for name, value in environment.items()], *sweep)
+    array, report = re.findall(r"job (?:array )?(\d+)", said)
+
+    def told() -> str:
+        return "\n".join(f"--- {file}\n{file.read_text()}" for file in sorted(tmp_path.rglob("*.[ol][uo][tg]")))
+
+    def begun(seed: int) -> bool:
+        metrics = run / f"seed_{seed}" / "metrics.jsonl"
+        return metrics.exists() and '"step": 3,' in metrics.read_text()
+
+    wait_until(lambda: begun(0) and begun(1), "both tasks train", told=told)
+    seed = next(seed for seed in (0, 1) if cluster.job(f"{array}_{seed}")["JobId"] == array)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_{seed}")
+    ended = [cluster.wait(f"{array}_{number}", seconds=180) for number in (0, 1)]
+    assert ended == ["COMPLETED", "COMPLETED"], told()
+    assert cluster.job(f"{array}_{seed}")["Restarts"] == "1", told()
+    assert cluster.job(f"{array}_{1 - seed}")["Restarts"] == "0", told()
+    reasons = {
+        number: [
+            json.loads(line)["reason"]
+            for file in (run / f"seed_{number}").glob("jobs/*/attempts.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        for number in (0, 1)
+    }
+    assert reasons == {seed: ["stopped by SIGUSR1", "done"], 1 - seed: ["done"]}, told()
+    assert cluster.wait(report, seconds=120) == "COMPLETED", told()
+    assert "seed_0" in (tmp_path / "report.out").read_text()
 
 
 @needs_slurm
