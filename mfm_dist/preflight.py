@@ -27,8 +27,9 @@ import torch
 
 from mfm_dist.checkpoint import DamagedError, Progress, read_checkpoint, write_checkpoint
 from mfm_dist.config.loader import load_config
-from mfm_dist.config.schema import RunConfig
-from mfm_dist.data.reader import ShardReader
+from mfm_dist.config.schema import RunConfig, is_stream
+from mfm_dist.data.manifest import MANIFEST_FILE
+from mfm_dist.data.reader import SampleError, ShardReader
 from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.preflight_checks import Peers, device_problem
@@ -42,6 +43,8 @@ CLOCK_SECONDS = 5.0
 """Clocks further apart make log files and heartbeats misleading; NTP keeps them within milliseconds."""
 PROBE = 16 << 20
 """Bytes written to each folder, and the least that must be free."""
+SAMPLES_READ = 5
+"""Of each shard set, from its first to its last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,18 +156,36 @@ def folder_problems(key: str, folder: Path, needed: int) -> Iterator[str]:
 
 
 def shard_problems(config: RunConfig) -> Iterator[str]:
-    """Whether the shard sets open, and their first and last image decode."""
+    """Whether the shard sets open, and images spread over each of them decode.
+
+    Single images may be bad, as ``data.bad_sample_limit`` allows; training names and counts them.
+    """
     data = config.data
     for key, name in (("source", data.source), ("target", data.target), ("validation", data.validation)):
         folder = data.root / name
-        if ":" in name or (data.render_scenes and not folder.exists()):
-            continue  # a stream, which nothing but reading it checks; or shards that this run will make
+        if is_stream(name) or (data.render_scenes and not (folder / MANIFEST_FILE).is_file()):
+            continue  # a stream, which nothing but reading it checks; or shards that this run will make or finish
+        check = f"is it mounted there? python tools/check_shards.py {folder}"
         try:
-            reader = ShardReader(folder)
-            for number in (0, len(reader) - 1):
-                reader.read(number, with_label=False)
+            reader = ShardReader(folder, bad_limit=data.bad_sample_limit)
         except UserError as error:
-            yield f"data.{key}: {error}: is it mounted there? python tools/check_shards.py {folder}"
+            yield f"data.{key}: {error}: {check}"
+            continue
+        last = len(reader) - 1
+        numbers = sorted({last * part // (SAMPLES_READ - 1) for part in range(SAMPLES_READ)} if last >= 0 else ())
+        bad = [problem for number in numbers if (problem := _unreadable(reader, number))]
+        if not numbers:
+            yield f"data.{key}: {folder} holds no samples: make the shards again"
+        elif len(bad) == len(numbers) or (bad and data.bad_sample_limit == 0):
+            yield f"data.{key}: {len(bad)} of {len(numbers)} samples tried cannot be used, first {bad[0]}: {check}"
+
+
+def _unreadable(reader: ShardReader, number: int) -> str | None:
+    try:
+        reader.read(number, with_label=False)
+    except SampleError as error:
+        return str(error)
+    return None
 
 
 def write_probe(folder: Path) -> list[str]:

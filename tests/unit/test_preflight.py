@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mfm_dist import preflight
+from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed import preflight_checks
 from mfm_dist.distributed.launch import Launch
@@ -64,6 +66,53 @@ def test_a_full_folder_is_named_with_its_space(tmp_path: Path, monkeypatch: pyte
     (problem,) = preflight.folder_problems("data.scratch", tmp_path, 1)
     assert "No space left" in problem
     assert list(tmp_path.iterdir()) == []
+
+
+def shards_of(scenes: Path, folder: Path) -> RunConfig:
+    """A copy of the scenes to damage."""
+    shutil.copytree(scenes, folder)
+    return load_config(None, [f"data.root={folder}"])
+
+
+def spoil(shards: Path, *names: str) -> None:
+    """Leave the size of tars as it is, and nothing in them that can be read."""
+    for name in names:
+        (shards / name).write_bytes(b"\0" * (shards / name).stat().st_size)
+
+
+def test_shards_that_the_run_will_render_or_finish_are_not_missed(scenes: Path, tmp_path: Path) -> None:
+    config = shards_of(scenes, tmp_path / "scenes")
+    manifest = tmp_path / "scenes" / "game_train" / "dataset.json"
+    manifest.rename(manifest.with_name("dataset.unfinished.json"))
+    shutil.rmtree(tmp_path / "scenes" / "camera_val")
+    assert len(list(preflight.shard_problems(config))) == 2
+    config.data.render_scenes = True
+    assert list(preflight.shard_problems(config)) == []
+
+
+def test_single_bad_samples_are_left_to_the_limit_of_the_run(scenes: Path, tmp_path: Path) -> None:
+    config = shards_of(scenes, tmp_path / "scenes")
+    shards = tmp_path / "scenes" / "game_train"
+    spoil(shards, "000000.tar")
+    assert list(preflight.shard_problems(config)) == []
+    config.data.bad_sample_limit = 0.0
+    (problem,) = preflight.shard_problems(config)
+    assert problem.startswith("data.source: 2 of 5 samples tried cannot be used, first ")
+    config.data.bad_sample_limit = 0.5
+    (shards / "000000.tar").unlink()  # 5 of 12 samples
+    assert list(preflight.shard_problems(config)) == []
+    (shards / "000000.tar").write_bytes(b"")
+    spoil(shards, "000001.tar", "000002.tar")
+    (problem,) = preflight.shard_problems(config)
+    assert problem.startswith("data.source: 5 of 5 samples tried cannot be used")
+
+
+def test_a_shard_set_without_samples_is_told(scenes: Path, tmp_path: Path) -> None:
+    config = shards_of(scenes, tmp_path / "scenes")
+    manifest = tmp_path / "scenes" / "camera_train" / "dataset.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shards": []}))
+    (problem,) = preflight.shard_problems(config)
+    assert problem == f"data.target: {manifest.parent} holds no samples: make the shards again"
 
 
 def _no_space(_: int) -> None:
