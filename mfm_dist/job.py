@@ -1,7 +1,7 @@
 """What slurm/train_mfm.sh does not decide in shell: one job of a batch system, over all its attempts and lives.
 
     prepare   once a life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
-    plan      before each attempt: on how many of the nodes to train; prints their number
+    plan      before each attempt: what shares the global batch evenly; prints nodes and processes a node
     verdict   after each attempt: prints done, again, stop, or requeue and the nodes to stay away from;
               its exit code is the job's
 
@@ -13,6 +13,7 @@ torch, so it answers at once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, ConfigError, UserError
+from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, UserError
 from mfm_dist.outcome import OUTCOME
 from mfm_dist.whole_folder import write_atomically
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "prepare":
             print(prepare(arguments.config, arguments.overrides, job=arguments.job, seed=arguments.array_task))
         elif arguments.command == "plan":
-            print(plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes))
+            print(*plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes))
         else:
             word, code = verdict(
                 arguments.folder,
@@ -108,26 +109,20 @@ def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int 
     return folder
 
 
-def plan(folder: Path, *, nodes: int, processes: int) -> int:
-    """The largest number of nodes, of those there are, that can share the global batch evenly. Begins an attempt.
-
-    Raises:
-        ConfigError: if not even one node can.
-    """
+def plan(folder: Path, *, nodes: int, processes: int) -> tuple[int, int]:
+    """How many nodes, and processes on each: the most that share the global batch evenly. Begins an attempt."""
     config = load_config(folder / "config.yaml")
-    blocks = config.blocks_per_step
-    fitting = [count for count in range(1, nodes + 1) if not config.world_problems(count * processes)]
-    if not fitting:
-        raise ConfigError(config.world_problems(processes))
-    used = fitting[-1]
+    used, each = largest_world(config, nodes=nodes, processes=processes)
     batch = f"train.global_batch={config.train.global_batch}"
-    if used < nodes:
-        say(folder, f"{nodes} nodes are there, {used} used: {batch} cannot be shared evenly by more of them")
+    idle = nodes * processes - used * each
+    if idle:
+        reason = _why_idle(config, nodes * processes)
+        say(folder, f"of {nodes} node(s) x {processes} process(es), {idle} stay idle: {reason}")
     say(
         folder,
-        f"attempt {len(_attempts(folder)) + 1}: {used} node(s) x {processes} process(es), {batch} = {blocks} "
-        f"micro-batches of {config.train.micro_batch}, {blocks // (used * processes)} a process and step; "
-        f"from step {_saved_step(config)}",
+        f"attempt {len(_attempts(folder)) + 1}: {used} node(s) x {each} process(es), {batch} = "
+        f"{config.blocks_per_step} micro-batches of {config.train.micro_batch}, "
+        f"{config.blocks_per_step // (used * each)} a process and step; from step {_saved_step(config)}",
     )
     for report in (PREFLIGHT, OUTCOME):  # of the attempt before
         if _report(config, report, folder.name):
@@ -135,7 +130,29 @@ def plan(folder: Path, *, nodes: int, processes: int) -> int:
     for number in range(used):
         with (folder / f"node-{number}.log").open("a", encoding="utf-8") as log:
             log.write(f"{_attempt_line(folder)}\n")
-    return used
+    return used, each
+
+
+def largest_world(config: RunConfig, *, nodes: int, processes: int) -> tuple[int, int]:
+    """Of (nodes, processes a node), the pair with the most processes that the run fits, on the fewest nodes."""
+    pairs = itertools.product(range(1, nodes + 1), range(1, processes + 1))
+    return max(
+        (pair for pair in pairs if not config.world_problems(pair[0] * pair[1])),
+        key=lambda pair: (pair[0] * pair[1], pair[1]),
+    )
+
+
+def _why_idle(config: RunConfig, processes: int) -> str:
+    """What keeps the run from using that many, and what to change."""
+    train, lanes = config.train, config.data.lanes
+    if lanes % processes:
+        return f"data.lanes={lanes} cannot be shared evenly by more; a multiple of {processes} would use all"
+    share = processes * train.micro_batch
+    all_used = -(-train.global_batch // share) * share
+    return (
+        f"train.global_batch={train.global_batch} cannot be shared evenly by more; "
+        f"train.global_batch={all_used} would use all"
+    )
 
 
 def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:

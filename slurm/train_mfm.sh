@@ -2,7 +2,7 @@
 # Train on a Slurm cluster; preempted, out of time or with a node lost, the job requeues itself and goes on.
 #
 #   sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]       (the quickstart if nothing is said)
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml train.global_batch=64
 #
 # Submit it from the repository's folder. What differs between clusters stands in slurm/site.env (a copy of
 # slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest.
@@ -112,7 +112,7 @@ run_on_all_nodes() { # MODULE [COMMAND ...]: accelerate launch once a node, the 
         bash -c 'touch "$JOB/started/$SLURM_PROCID" && exec "$@" --machine_rank "$SLURM_PROCID" -m "$MODULE" --config "$JOB/config.yaml"' \
         node "${python[@]}" -m accelerate.commands.accelerate_cli launch \
         --config_file "$launch_file" \
-        --num_machines "$used" --num_processes $((used * processes)) \
+        --num_machines "$used" --num_processes $((used * each)) \
         --main_process_ip "${address:-${nodes[0]}}" --main_process_port "$port" --rdzv_backend static &
     step=$!
     if [ -n "$signalled" ]; then ask_to_stop; fi
@@ -150,7 +150,8 @@ requeue() { # [NODES to stay away from]
 starts=$((${SLURM_RESTART_COUNT:-0} * 100))
 say "job $me, life $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}: $JOB"
 while true; do
-    used=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
+    planned=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
+    read -r used each <<<"$planned"
     well=yes
     if [ "${MFM_PREFLIGHT:-1}" != 0 ] && [ -z "$signalled$cancelled" ]; then
         run_on_all_nodes mfm_dist.preflight timeout 300

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mfm_dist import job
-from mfm_dist.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 CONFIG = REPOSITORY / "tests" / "defaults.yaml"
@@ -59,19 +58,36 @@ def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
     assert "seed: 3" in (other / "config.yaml").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("nodes", "processes", "used"), [(1, 1, 1), (2, 1, 2), (3, 1, 2), (5, 1, 4), (3, 2, 2)])
-def test_plan_takes_the_most_nodes_that_share_four_micro_batches(
-    folder: Path, nodes: int, processes: int, used: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("nodes", "processes", "used", "each", "all_used"),
+    [(1, 1, 1, 1, 0), (2, 1, 2, 1, 0), (3, 1, 2, 1, 12), (5, 1, 4, 1, 10), (3, 2, 2, 2, 12), (2, 8, 1, 4, 32),
+     (4, 8, 1, 4, 64), (1, 3, 1, 2, 12), (3, 3, 2, 2, 18)],
+)  # fmt: skip
+def test_plan_takes_the_most_processes_that_share_four_micro_batches(
+    folder: Path, nodes: int, processes: int, used: int, each: int, all_used: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert job.plan(folder, nodes=nodes, processes=processes) == used
-    told = capsys.readouterr().err
-    assert (f"{nodes} nodes are there, {used} used" in told) == (used < nodes)
-    assert f"8 = 4 micro-batches of 2, {4 // (used * processes)} a process and step" in told
+    assert job.main(["plan", f"--nodes={nodes}", f"--processes={processes}", str(folder)]) == 0
+    printed, told = capsys.readouterr()
+    assert printed == f"{used} {each}\n"
+    assert f"{used} node(s) x {each} process(es), train.global_batch=8 = 4 micro-batches of 2" in told
+    assert f"{4 // (used * each)} a process and step" in told
+    idle = f"of {nodes} node(s) x {processes} process(es), {nodes * processes - used * each} stay idle"
+    assert (idle in told) == bool(all_used)
+    assert (f"train.global_batch={all_used} would use all" in told) == bool(all_used)
 
 
-def test_plan_refuses_processes_that_fit_no_number_of_nodes(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="8 processes cannot share evenly"):
-        job.plan(folder, nodes=2, processes=8)
+@pytest.mark.parametrize("name", ["quickstart", "scenes/dacs", "gta2cs/mic"])
+def test_shipped_runs_begin_on_nodes_of_eight(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = job.prepare(REPOSITORY / "configs" / f"{name}.yaml", ["run.folder=run"], job="7", seed=None)
+    used, each = job.plan(folder, nodes=4, processes=8)
+    assert used * each >= 1
+
+
+def test_plan_names_lanes_that_leave_processes_idle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("lanes: 0", "lanes: 6"))
+    assert job.plan(folder, nodes=4, processes=1) == (2, 1)
+    assert "data.lanes=6 cannot be shared evenly by more; a multiple of 4 would use all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
