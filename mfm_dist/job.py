@@ -1,6 +1,6 @@
 """What slurm/train_mfm.sh does not decide in shell: one job of a batch system, over all its attempts and lives.
 
-    prepare   once a life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
+    prepare   in the first life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
     plan      before each attempt: what shares the global batch evenly; prints nodes and processes a node
     verdict   after each attempt: prints done, again, stop, or requeue and the nodes to stay away from;
               its exit code is the job's
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare")
     command.add_argument("--job", required=True, help="its number")
+    command.add_argument("--restart", action="store_true", help="not its first life")
     command.add_argument("--array-task", type=int, help="train with this seed, in a run folder of its own")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "prepare":
-            print(prepare(arguments.config, arguments.overrides, job=arguments.job, seed=arguments.array_task))
+            of = {"job": arguments.job, "seed": arguments.array_task, "restart": arguments.restart}
+            print(prepare(arguments.config, arguments.overrides, **of))
         elif arguments.command == "plan":
             print(*plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes))
         else:
@@ -85,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int | None) -> Path:
+def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int | None, restart: bool) -> Path:
     """The job's folder, with the code and the configuration as they were when it started for the first time.
+
+    Numbers of jobs come again, on another cluster or after years: a first life puts a folder aside that has its number.
 
     Raises:
         ConfigError: with everything that is wrong about the configuration.
@@ -96,6 +100,8 @@ def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int 
         config.seed = seed
         config.run.folder = config.run.folder / f"seed_{seed}"
     folder = config.run.folder / "jobs" / job
+    if folder.exists() and not restart:
+        folder.rename(folder.with_name(f"{job}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
     if not (folder / "config.yaml").exists():
         for name in SNAPSHOT:
             source, target = Path(name), folder / "code" / name

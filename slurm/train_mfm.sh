@@ -15,10 +15,8 @@
 
 set -u
 cd "${MFM_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
-if [ -z "${SLURM_JOB_ID:-}" ] || [ ! -f mfm_dist/train.py ]; then
-    echo "submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]" >&2
-    exit 2
-fi
+usage="submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]"
+if [ -z "${SLURM_JOB_ID:-}" ]; then echo "$usage" >&2; exit 2; fi
 # How Slurm's commands call this job. The bare number of an array's last task is that of the whole array.
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 me=${me:-$SLURM_JOB_ID}
@@ -59,16 +57,33 @@ python=("${MFM_PREFIX[@]}" "$MFM_PYTHON")
 
 # ---- what this life of the job starts with ------------------------------------------------------------------------
 
-config=configs/quickstart.yaml
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-    config=$1
-    shift
+prepare() { # [CONFIG] [section.key=value ...]: prints the job's folder
+    local config=configs/quickstart.yaml of=(--job "$SLURM_JOB_ID")
+    if [ ! -f mfm_dist/train.py ]; then echo "$usage" >&2; return 2; fi
+    if [ "$restarts" -gt 0 ]; then of+=(--restart); fi
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
+    if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+        config=$1
+        shift
+    fi
+    # Before the other settings, so that those win.
+    if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
+    "${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@"
+}
+
+restarts=${SLURM_RESTART_COUNT:-0}
+# Where the first life put code and configuration; later ones ask the clone for nothing. With what was submitted, for a
+# number that comes again on another cluster.
+note=runs/.jobs/${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID
+submitted=$(printf '%q ' "$@")
+noted=()
+if [ "$restarts" -gt 0 ] && [ -f "$note" ]; then mapfile -t noted <"$note"; fi
+if [ "${noted[1]:-}" = "$submitted" ] && [ -f "${noted[0]}/config.yaml" ]; then
+    JOB=${noted[0]}
+else
+    JOB=$(prepare "$@") || exit
+    mkdir -p runs/.jobs && printf '%s\n' "$JOB" "$submitted" >"$note"
 fi
-# Before the other settings, so that those win.
-if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
-of=(--job "$SLURM_JOB_ID")
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
-JOB=$("${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@") || exit
 export JOB
 # From here on the code is the copy: editing the clone does not change a job that waits or trains (Python 3.11, newer).
 code=$(realpath "$JOB")/code
@@ -83,8 +98,11 @@ processes=${MFM_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 if [ -z "$processes" ]; then
     processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || processes=1
 fi
-launch_file=$code/configs/accelerate/multinode_zero${MFM_ZERO_STAGE:-2}.yaml
-if [ "${MFM_ZERO_STAGE:-2}" = ddp ]; then launch_file=$code/configs/accelerate/multinode_ddp.yaml; fi
+stage=zero${MFM_ZERO_STAGE:-2}
+launch_file=$code/configs/accelerate/multinode_${stage/zeroddp/ddp}.yaml
+deepspeed_file=$code/configs/deepspeed/$stage.json # named relative to the clone in the launch file
+launch_with=(--config_file "$launch_file")
+if [ -f "$deepspeed_file" ]; then launch_with+=(--deepspeed_config_file "$deepspeed_file"); fi
 if [ ! -f "$launch_file" ]; then
     say "MFM_ZERO_STAGE=$MFM_ZERO_STAGE: it must be 1, 2, 3 or ddp"
     exit 2
@@ -111,7 +129,7 @@ run_on_all_nodes() { # MODULE [COMMAND ...]: accelerate launch once a node, the 
         --cpu-bind=none --kill-on-bad-exit=0 --wait=30 --open-mode=append --output="$JOB/node-%n.log" \
         bash -c 'touch "$JOB/started/$SLURM_PROCID" && exec "$@" --machine_rank "$SLURM_PROCID" -m "$MODULE" --config "$JOB/config.yaml"' \
         node "${python[@]}" -m accelerate.commands.accelerate_cli launch \
-        --config_file "$launch_file" \
+        "${launch_with[@]}" \
         --num_machines "$used" --num_processes $((used * each)) \
         --main_process_ip "${address:-${nodes[0]}}" --main_process_port "$port" --rdzv_backend static &
     step=$!
@@ -147,8 +165,8 @@ requeue() { # [NODES to stay away from]
 
 # ---- attempts, until it is done or not worth another ----------------------------------------------------------------
 
-starts=$((${SLURM_RESTART_COUNT:-0} * 100))
-say "job $me, life $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}: $JOB"
+starts=$((restarts * 100))
+say "job $me, life $((restarts + 1)), on ${nodes[*]}: $JOB"
 while true; do
     planned=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
     read -r used each <<<"$planned"

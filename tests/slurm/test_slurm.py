@@ -51,12 +51,18 @@ class Job:
     """One job of a cluster, its output and its run."""
 
     def __init__(
-        self, cluster: Cluster, clone: Path, run: Path, *overrides: str, nodes: int = 2, **environment: str
+        self,
+        cluster: Cluster,
+        clone: Path,
+        run: Path,
+        *overrides: str,
+        nodes: int = 2,
+        config: Path = REPOSITORY / "tests" / "defaults.yaml",
+        **environment: str,
     ) -> None:
-        defaults = str(REPOSITORY / "tests" / "defaults.yaml")
         self.cluster, self.run = cluster, run
         options = [f"--nodes={nodes}", f"--output={run}-%j.out"]
-        self.number = cluster.submit(*options, SCRIPT, defaults, *overrides, cwd=clone, **environment)
+        self.number = cluster.submit(*options, SCRIPT, str(config), *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
@@ -95,13 +101,19 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert "preflight: all well, 2 node(s), 2 process(es) on cpu" in undisturbed.told()
 
     # As Slurm warns the script ahead of the time limit.
-    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), MFM_PREFLIGHT="0")
+    config = tmp_path / "mine.yaml"
+    config.write_text("train: {steps: 12}")
+    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), config=config, MFM_PREFLIGHT="0")
     job.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
     job.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "requeued")
-    shutil.rmtree(clone / "mfm_dist" / "methods")  # whoever edits the clone meanwhile does not disturb the job
+    # Whoever edits the clone meanwhile does not disturb the job.
+    config.unlink()
+    for name in ("mfm_dist", "configs"):
+        (clone / name).rename(clone / f"no {name}")
     assert job.end() == "COMPLETED", job.told()
-    shutil.copytree(REPOSITORY / "mfm_dist" / "methods", clone / "mfm_dist" / "methods")
+    for name in ("mfm_dist", "configs"):
+        (clone / f"no {name}").rename(clone / name)
 
     attempts = [json.loads(line) for line in (job.folder / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["reason"] for attempt in attempts] == ["stopped by SIGUSR1", "done"], job.told()

@@ -20,7 +20,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mfm_dist").mkdir()
     (tmp_path / "mfm_dist" / "train.py").write_text("# as submitted")
-    return job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=8"], job="7", seed=None)
+    return prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=8"])
+
+
+def prepare(overrides: list[str], *, config: Path = CONFIG, restart: bool = False) -> Path:
+    return job.prepare(config, overrides, job="7", seed=None, restart=restart)
 
 
 def run_of(folder: Path) -> Path:
@@ -41,10 +45,19 @@ def ended(folder: Path, *, saved: int, outcome: dict[str, Any] | None, **told: A
 
 def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
-    again = job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], job="7", seed=None)
+    again = prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], restart=True)
     assert again == folder == tmp_path / "my run" / "jobs" / "7"
     assert (folder / "code" / "mfm_dist" / "train.py").read_text() == "# as submitted"
     assert "global_batch: 8" in (folder / "config.yaml").read_text()
+
+
+def test_a_number_that_comes_again_is_another_job(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
+    assert prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"]) == folder
+    assert (folder / "code" / "mfm_dist" / "train.py").read_text() == "# edited"
+    assert "global_batch: 2" in (folder / "config.yaml").read_text()
+    (before,) = folder.parent.glob("7.until-*")
+    assert "global_batch: 8" in (before / "config.yaml").read_text()
 
 
 def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
@@ -79,7 +92,7 @@ def test_plan_takes_the_most_processes_that_share_four_micro_batches(
 @pytest.mark.parametrize("name", ["quickstart", "scenes/dacs", "gta2cs/mic"])
 def test_shipped_runs_begin_on_nodes_of_eight(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = job.prepare(REPOSITORY / "configs" / f"{name}.yaml", ["run.folder=run"], job="7", seed=None)
+    folder = prepare(["run.folder=run"], config=REPOSITORY / "configs" / f"{name}.yaml")
     used, each = job.plan(folder, nodes=4, processes=8)
     assert used * each >= 1
 
