@@ -181,8 +181,7 @@ while true; do
     fi
     if [ -n "$well" ] && [ -z "$signalled$cancelled" ]; then run_on_all_nodes mfm_dist.train; fi
     lost=
-    outcome=${JOB%/jobs/*}/outcome.json
-    if [ ! -f "$outcome" ] || grep -q '"code": 7[67]' "$outcome"; then lost=$(lost_nodes); fi
+    if ! job answered "$JOB"; then lost=$(lost_nodes); fi
     # shellcheck disable=SC2086  # each is one word or none
     decision=$(job verdict $signalled $cancelled --lost "$lost" "$JOB")
     code=$?

@@ -146,6 +146,49 @@ def test_signals_in_between_do_not_hide_a_crash_loop_and_are_no_failures(folder:
     assert ended(folder, saved=5, outcome={"code": 77}) == ("stop", 1)
 
 
+def killed_with_its_node(folder: Path, *, saved: int, outcome: dict[str, Any] | None = None) -> int:
+    """An attempt whose verdict nobody was left to give; returns the exit code of its plan."""
+    code = job.main(["plan", "--nodes=2", "--processes=1", str(folder)])
+    (run_of(folder) / "checkpoints").mkdir(exist_ok=True)
+    (run_of(folder) / "checkpoints" / "latest").write_text(f"step_{saved:08d}\n")
+    if outcome is not None:
+        (run_of(folder) / "outcome.json").write_text(
+            json.dumps({"reason": "told", "step": saved, "job": "7"} | outcome)
+        )
+    return code
+
+
+def test_a_crash_loop_that_takes_the_first_node_with_it_is_noticed(folder: Path) -> None:
+    assert [killed_with_its_node(folder, saved=saved) for saved in (0, 0, 5, 5, 5, 5)] == [0, 0, 0, 0, 0, 1]
+    summary = (folder / "summary.log").read_text()
+    assert "GIVING UP: 3 attempts in a row brought no checkpoint beyond step 5" in summary
+    lines = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("failed", s) for s in (0, 0, 5, 5, 5)]
+
+
+def test_who_said_before_it_was_killed_that_it_stopped_did_not_fail(folder: Path) -> None:
+    assert [killed_with_its_node(folder, saved=5, outcome={"code": 75}) for _ in range(4)] == [0] * 4
+    assert ended(folder, saved=5, outcome=None) == ("again", 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        ({"code": 0}, 0),
+        ({"code": 75}, 0),
+        ({"code": 76}, 1),
+        ({"code": 77}, 1),
+        ({"code": 2, "job": "8"}, 1),
+        (None, 1),
+    ],
+)
+def test_only_a_last_word_of_its_own_keeps_lost_nodes_from_being_looked_for(
+    folder: Path, outcome: dict[str, Any] | None, code: int
+) -> None:
+    killed_with_its_node(folder, saved=1, outcome=outcome)
+    assert job.main(["answered", str(folder)]) == code
+
+
 def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> None:
     decisions = [ended(folder, saved=5, outcome={"code": 75})[0] for _ in range(job.SAME_STEP_ATTEMPTS)]
     assert decisions == ["requeue"] * (job.SAME_STEP_ATTEMPTS - 1) + ["stop"]
