@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -196,6 +197,41 @@ def test_of_two_jobs_with_one_run_folder_the_second_refuses(
     assert first.end() == "CANCELLED", first.told()
     outcome = json.loads((first.run / "outcome.json").read_text())
     assert (outcome["reason"], outcome["job"]) == ("stopped by SIGTERM", str(first.number))
+
+
+def sweep(clone: Path, seeds: str) -> subprocess.CompletedProcess[str]:
+    """``slurm/sweep.sh`` where sbatch prints what it was given."""
+    sbatch = clone / "bin" / "sbatch"
+    sbatch.parent.mkdir(exist_ok=True)
+    sbatch.write_text('#!/bin/sh\necho "$@" >>submitted\necho 7\n')
+    sbatch.chmod(0o755)
+    (clone / "submitted").unlink(missing_ok=True)
+    command = [clone / "slurm" / "sweep.sh", seeds, "runs/my sweep", "my.yaml", "seed=1"]
+    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "array", "expected"),
+    [("0-4", "0,1,2,3,4", [0, 1, 2, 3, 4]), ("0-8:2", "0,2,4,6,8", [0, 2, 4, 6, 8]), ("08-10", "8,9,10", [8, 9, 10]),
+     ("7,1,1-2%2", "1,2,7%2", [1, 2, 7]), ("3", "3", [3])],
+)  # fmt: skip
+def test_a_sweep_reports_the_folders_it_trains_in(clone: Path, seeds: str, array: str, expected: list[int]) -> None:
+    done = sweep(clone, seeds)
+    assert done.returncode == 0, done.stderr
+    folders = " ".join(f"runs/my sweep/seed_{seed}" for seed in expected)
+    assert (clone / "submitted").read_text().splitlines() == [
+        f"--parsable --array={array} slurm/train_mfm.sh my.yaml seed=1 run.folder=runs/my sweep",
+        f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:7 slurm/report.sh {folders}",
+    ]
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "4-1", "1,,2", "0-8:0", "0-4%", "0-4%0", "0x1", "1-2-3", "-1", "%2"])
+def test_a_sweep_refuses_what_is_no_seeds_before_it_submits(clone: Path, seeds: str) -> None:
+    done = sweep(clone, seeds)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"SEEDS={seeds}: give numbers and ranges")
+    assert not (clone / "submitted").exists()
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)
