@@ -225,7 +225,8 @@ def _how_it_ended(config: RunConfig, job: str, *, asked: bool, lost: Sequence[st
     preflight = _report(config, PREFLIGHT, job)
     if code is None and preflight.get("problems"):
         reason, nodes = "preflight: " + "; ".join(preflight["problems"]), preflight["nodes"]
-        kind, code, away = ("failed", None, away + nodes) if nodes else ("ended", int(preflight["code"]), away)
+        passes = nodes or lost or preflight["code"] == EXIT_HUNG
+        kind, code, away = ("failed", None, away + nodes) if passes else ("ended", int(preflight["code"]), away)
     if lost:
         reason += f"; nodes that do not answer: {', '.join(lost)}"
     return {"time": time.time(), "kind": kind, "code": code, "reason": reason, "step": _saved_step(config)}, away

@@ -172,10 +172,10 @@ while true; do
     read -r used each <<<"$planned"
     well=yes
     if [ "${MFM_PREFLIGHT:-1}" != 0 ] && [ -z "$signalled$cancelled" ]; then
-        run_on_all_nodes mfm_dist.preflight timeout 300
+        run_on_all_nodes mfm_dist.preflight timeout 120 # a minute of its own, and one to start
         case $? in
             0) ;;
-            124) say "preflight: no answer for 5 minutes. Can the nodes reach one another? MFM_NETWORK names the interface" ;&
+            124) say "preflight: no answer for 2 minutes. Can the nodes reach one another? MFM_NETWORK names the interface" ;&
             *) well= ;;
         esac
     fi

@@ -194,10 +194,12 @@ def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> 
     assert decisions == ["requeue"] * (job.SAME_STEP_ATTEMPTS - 1) + ["stop"]
 
 
-@pytest.mark.parametrize(("nodes", "decision"), [([], ("stop", 2)), (["n2"], ("requeue n2", 0))])
-def test_what_preflight_found(folder: Path, nodes: list[str], decision: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("code", "nodes", "decision"), [(2, [], ("stop", 2)), (2, ["n2"], ("requeue n2", 0)), (76, [], ("again", 0))]
+)
+def test_what_preflight_found(folder: Path, code: int, nodes: list[str], decision: tuple[str, int]) -> None:
     job.plan(folder, nodes=2, processes=1)
-    report = {"code": 2, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
+    report = {"code": code, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
     (run_of(folder) / "preflight.json").write_text(json.dumps(report))
     assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == decision
     assert "preflight: n2: its scratch is full" in (folder / "summary.log").read_text()
