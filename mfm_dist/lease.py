@@ -196,7 +196,7 @@ def _is_gone(holder: Mapping[str, Any], place: str | None) -> bool | None:
 
 
 def _place() -> str | None:
-    """Where the numbers of processes mean the same: one start of a machine, one container. None where that is not told."""
+    """Where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
     with suppress(OSError):
         if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

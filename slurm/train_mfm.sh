@@ -5,12 +5,13 @@
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml train.global_batch=64
 #
 # Submit it from the repository's folder. What differs between clusters stands in slurm/site.env (a copy of
-# slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest.
+# slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest. It takes bash 4.4 or newer.
 #
 #SBATCH --job-name=mfm
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# USR1 to this script, seconds before the time limit: enough to finish a step and save.
+# USR1 to this script, seconds before the time limit: enough to finish a step and save. What takes longer is killed, and
+# not requeued: then --signal=B:USR1@600 or so.
 #SBATCH --signal=B:USR1@180
 
 set -u
