@@ -1,18 +1,21 @@
 """What slurm/train_mfm.sh does not decide in shell: one job of a batch system, over all its attempts and lives.
 
-    prepare   once a life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
-    plan      before each attempt: on how many of the nodes to train; prints their number
-    verdict   after each attempt: prints done, again, stop, or requeue and the nodes to stay away from;
+    prepare   in the first life: the code and the resolved configuration into RUN/jobs/JOB/, whose path it prints
+    plan      before each attempt: what shares the global batch evenly; prints nodes and processes a node
+    answered  after each attempt: exit code 0 if the training said how it ended, 1 if a node may be lost
+    verdict   then: prints done, again, stop, or requeue and the nodes to stay away from;
               its exit code is the job's
 
 A *life* is the time from one start of the job by Slurm to the next, an *attempt* one start of the training. The folder
-of a job holds code/, config.yaml, node-N.log (what was printed on each node), attempts.jsonl and summary.log. Needs no
+of a job holds code/, config.yaml, node-N.log (what was printed on each node), attempts.jsonl and summary.log. Attempts
+are on record from their start: one that takes the first node, and so its verdict, with it counts as failed. Needs no
 torch, so it answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -25,7 +28,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, ConfigError, UserError
+from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, UserError
 from mfm_dist.outcome import OUTCOME
 from mfm_dist.whole_folder import write_atomically
 
@@ -41,19 +44,22 @@ FAILURE = re.compile(r"^(\[rank\d+\]: *)?([\w.]*(Error|Exception)\b.*|hung: .*|.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the three; returns its exit code."""
+    """Run one of the four; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mfm_dist.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare")
     command.add_argument("--job", required=True, help="its number")
+    command.add_argument("--restart", action="store_true", help="not its first life")
     command.add_argument("--array-task", type=int, help="train with this seed, in a run folder of its own")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command = commands.add_parser("plan")
     command.add_argument("--nodes", type=int, required=True, help="allocated")
     command.add_argument("--processes", type=int, required=True, help="on each of them")
+    command.add_argument("folder", type=Path)
+    command = commands.add_parser("answered")
     command.add_argument("folder", type=Path)
     command = commands.add_parser("verdict")
     command.add_argument("--signalled", action="store_true", help="the end of the job was announced")
@@ -63,9 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "prepare":
-            print(prepare(arguments.config, arguments.overrides, job=arguments.job, seed=arguments.array_task))
+            of = {"job": arguments.job, "seed": arguments.array_task, "restart": arguments.restart}
+            print(prepare(arguments.config, arguments.overrides, **of))
         elif arguments.command == "plan":
-            print(plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes))
+            planned = plan(arguments.folder, nodes=arguments.nodes, processes=arguments.processes)
+            if planned is None:
+                return 1
+            print(*planned)
+        elif arguments.command == "answered":
+            return 0 if answered(arguments.folder) else 1
         else:
             word, code = verdict(
                 arguments.folder,
@@ -84,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int | None) -> Path:
+def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int | None, restart: bool) -> Path:
     """The job's folder, with the code and the configuration as they were when it started for the first time.
+
+    Numbers of jobs come again, on another cluster or after years: a first life puts a folder aside that has its number.
 
     Raises:
         ConfigError: with everything that is wrong about the configuration.
@@ -95,6 +109,8 @@ def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int 
         config.seed = seed
         config.run.folder = config.run.folder / f"seed_{seed}"
     folder = config.run.folder / "jobs" / job
+    if folder.exists() and not restart:
+        folder.rename(folder.with_name(f"{job}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
     if not (folder / "config.yaml").exists():
         for name in SNAPSHOT:
             source, target = Path(name), folder / "code" / name
@@ -108,70 +124,118 @@ def prepare(config_file: Path, overrides: Sequence[str], *, job: str, seed: int 
     return folder
 
 
-def plan(folder: Path, *, nodes: int, processes: int) -> int:
-    """The largest number of nodes, of those there are, that can share the global batch evenly. Begins an attempt.
+def plan(folder: Path, *, nodes: int, processes: int) -> tuple[int, int] | None:
+    """How many nodes, and processes on each: the most that share the global batch evenly. Begins an attempt.
 
-    Raises:
-        ConfigError: if not even one node can.
+    Returns:
+        None if that is of no use any more.
     """
     config = load_config(folder / "config.yaml")
-    blocks = config.blocks_per_step
-    fitting = [count for count in range(1, nodes + 1) if not config.world_problems(count * processes)]
-    if not fitting:
-        raise ConfigError(config.world_problems(processes))
-    used = fitting[-1]
+    attempts, step = _attempts(folder), _saved_step(config)
+    if attempts and attempts[-1]["kind"] == "begun":  # the node that was to give the verdict is gone
+        attempts[-1], _ = _how_it_ended(config, folder.name, asked=False, lost=[])
+        _write_attempts(folder, attempts)
+        if _is_loop(attempts, step):
+            say(folder, _diagnosis(folder, attempts, step))
+            return None
+    used, each = largest_world(config, nodes=nodes, processes=processes)
     batch = f"train.global_batch={config.train.global_batch}"
-    if used < nodes:
-        say(folder, f"{nodes} nodes are there, {used} used: {batch} cannot be shared evenly by more of them")
+    idle = nodes * processes - used * each
+    if idle:
+        reason = _why_idle(config, nodes * processes)
+        say(folder, f"of {nodes} node(s) x {processes} process(es), {idle} stay idle: {reason}")
     say(
         folder,
-        f"attempt {len(_attempts(folder)) + 1}: {used} node(s) x {processes} process(es), {batch} = {blocks} "
-        f"micro-batches of {config.train.micro_batch}, {blocks // (used * processes)} a process and step; "
-        f"from step {_saved_step(config)}",
+        f"attempt {len(attempts) + 1}: {used} node(s) x {each} process(es), {batch} = "
+        f"{config.blocks_per_step} micro-batches of {config.train.micro_batch}, "
+        f"{config.blocks_per_step // (used * each)} a process and step; from step {step}",
     )
     for report in (PREFLIGHT, OUTCOME):  # of the attempt before
         if _report(config, report, folder.name):
             (config.run.folder / report).unlink()
     for number in range(used):
         with (folder / f"node-{number}.log").open("a", encoding="utf-8") as log:
-            log.write(f"{_attempt_line(folder)}\n")
-    return used
+            log.write(f"=== attempt {len(attempts) + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')} ===\n")
+    begun = {"time": time.time(), "kind": "begun", "code": None, "reason": "begun", "step": step}
+    _write_attempts(folder, [*attempts, begun])
+    return used, each
+
+
+def largest_world(config: RunConfig, *, nodes: int, processes: int) -> tuple[int, int]:
+    """Of (nodes, processes a node), the pair with the most processes that the run fits, on the fewest nodes."""
+    pairs = itertools.product(range(1, nodes + 1), range(1, processes + 1))
+    return max(
+        (pair for pair in pairs if not config.world_problems(pair[0] * pair[1])),
+        key=lambda pair: (pair[0] * pair[1], pair[1]),
+    )
+
+
+def _why_idle(config: RunConfig, processes: int) -> str:
+    """What keeps the run from using that many, and what to change."""
+    train, lanes = config.train, config.data.lanes
+    if lanes % processes:
+        return f"data.lanes={lanes} cannot be shared evenly by more; a multiple of {processes} would use all"
+    share = processes * train.micro_batch
+    all_used = -(-train.global_batch // share) * share
+    return (
+        f"train.global_batch={train.global_batch} cannot be shared evenly by more; "
+        f"train.global_batch={all_used} would use all"
+    )
+
+
+def answered(folder: Path) -> bool:
+    """Whether the training said how it ended, and it was not for want of an answer from some rank."""
+    outcome = _report(load_config(folder / "config.yaml"), OUTCOME, folder.name)
+    return outcome.get("code") not in (None, EXIT_HUNG, EXIT_CORRUPT)
 
 
 def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
     """What to do after an attempt, and the exit code for the case that it is to stop."""
     config = load_config(folder / "config.yaml")
-    outcome = _report(config, OUTCOME, folder.name)
-    step = _saved_step(config)
+    attempt, away = _how_it_ended(config, folder.name, asked=signalled or cancelled, lost=lost)
+    attempts, step = [*_attempts(folder)[:-1], attempt], attempt["step"]
+    _write_attempts(folder, attempts)
+    say(folder, f"attempt {len(attempts)} {attempt['kind']}, saved up to step {step}: {attempt['reason']}")
+
+    if attempt["kind"] == "ended":
+        return ("done" if attempt["code"] == EXIT_DONE else "stop"), int(attempt["code"])
+    if cancelled:
+        say(folder, "ended from outside; if Slurm does not start it again by itself, the same command goes on")
+        return "stop", EXIT_STOPPED
+    if _is_loop(attempts, step):
+        say(folder, _diagnosis(folder, attempts, step))
+        return "stop", 1
+    if attempt["kind"] == "stopped" or away or signalled:
+        return f"requeue {','.join(dict.fromkeys(away))}".strip(), 0
+    return "again", 0
+
+
+def _how_it_ended(config: RunConfig, job: str, *, asked: bool, lost: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The line of attempts.jsonl for the attempt that is over, and the nodes to stay away from.
+
+    Its kind is ``ended`` for good, ``stopped`` on request, or ``failed``.
+    """
+    outcome = _report(config, OUTCOME, job)
     code = outcome.get("code")
     reason = str(outcome.get("reason", "ended without a word (killed, or a bug)"))
     away = list(lost)
     kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_CORRUPT, None) else "ended"
-    if code is None and (signalled or cancelled):
+    if code is None and asked:
         kind, reason = "stopped", "asked to stop before training began"
-    preflight = _report(config, PREFLIGHT, folder.name)
+    preflight = _report(config, PREFLIGHT, job)
     if code is None and preflight.get("problems"):
         reason, nodes = "preflight: " + "; ".join(preflight["problems"]), preflight["nodes"]
-        kind, code, away = ("failed", None, away + nodes) if nodes else ("ended", int(preflight["code"]), away)
+        passes = nodes or lost or preflight["code"] == EXIT_HUNG
+        kind, code, away = ("failed", None, away + nodes) if passes else ("ended", int(preflight["code"]), away)
     if lost:
         reason += f"; nodes that do not answer: {', '.join(lost)}"
-    attempts = [*_attempts(folder), {"time": time.time(), "kind": kind, "code": code, "reason": reason, "step": step}]
-    _write_attempts(folder, attempts)
-    say(folder, f"attempt {len(attempts)} {kind} at step {outcome.get('step', '?')}, saved up to {step}: {reason}")
+    return {"time": time.time(), "kind": kind, "code": code, "reason": reason, "step": _saved_step(config)}, away
 
-    if kind == "ended":
-        return ("done" if code == EXIT_DONE else "stop"), int(code or 0)
-    if cancelled:
-        say(folder, "ended from outside; if Slurm does not start it again by itself, the same command goes on")
-        return "stop", EXIT_STOPPED
-    in_a_row = [attempt for attempt in attempts if attempt["step"] == step]
-    failures = [attempt for attempt in in_a_row if attempt["kind"] == "failed"]
-    if len(failures) >= SAME_STEP_FAILURES or len(in_a_row) >= SAME_STEP_ATTEMPTS:
-        say(folder, _diagnosis(folder, in_a_row, step))
-        return "stop", 1
-    if kind == "stopped" or away or signalled:
-        return f"requeue {','.join(dict.fromkeys(away))}".strip(), 0
-    return "again", 0
+
+def _is_loop(attempts: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether the last attempts brought no checkpoint beyond ``step``, too often."""
+    here = [attempt["kind"] for attempt in attempts if attempt["step"] == step]
+    return here.count("failed") >= SAME_STEP_FAILURES or len(here) >= SAME_STEP_ATTEMPTS
 
 
 def say(folder: Path, text: str) -> None:
@@ -184,11 +248,12 @@ def say(folder: Path, text: str) -> None:
 
 def _diagnosis(folder: Path, attempts: Sequence[Mapping[str, Any]], step: int) -> str:
     """Why it is of no use to go on."""
+    here = [attempt for attempt in attempts if attempt["step"] == step]
     lines = [
-        f"GIVING UP: {len(attempts)} attempts in a row brought no checkpoint beyond step {step}. Started once more it "
+        f"GIVING UP: {len(here)} attempts in a row brought no checkpoint beyond step {step}. Started once more it "
         f"would do the same; mend the cause below, then submit the same command, which goes on from step {step}."
     ]
-    lines += [f"  attempt: {attempt['reason']}" for attempt in attempts[-SAME_STEP_FAILURES:]]
+    lines += [f"  attempt: {attempt['reason']}" for attempt in here[-SAME_STEP_FAILURES:]]
     for log in sorted(folder.glob("node-*.log")):
         found = first_failure(log.read_text(encoding="utf-8", errors="replace"))
         lines.append(f"  {log.name}: {found or 'no error in it'}")
@@ -226,10 +291,6 @@ def _attempts(folder: Path) -> list[dict[str, Any]]:
 
 def _write_attempts(folder: Path, attempts: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(folder / "attempts.jsonl", "".join(json.dumps(attempt) + "\n" for attempt in attempts))
-
-
-def _attempt_line(folder: Path) -> str:
-    return f"=== attempt {len(_attempts(folder)) + 1}, {time.strftime('%Y-%m-%d %H:%M:%S')} ==="
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Not a lock of the file system, which network file systems promise and do not always keep. The heartbeat is the file's
 time, given and compared by the file system's own clock. A lease is taken over
 
-* at once by the same Slurm job, which was requeued, and where its process ran on this host and is gone;
+* at once by the same Slurm job, which was requeued, and where its process is known to be gone: its number is looked up
+  only in the same start of the same machine and the same container, and is another process's where that began later;
 * when its heartbeat stands still for ``STALE_SECONDS``.
 
 A start that meets a heartbeat that moves is refused. Two that start in the same instant may both believe that they
@@ -70,6 +71,8 @@ class Lease:
             "job": environment.get("SLURM_JOB_ID"),
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "place": _place(),
+            "began": _began(os.getpid()),
             "token": uuid.uuid4().hex,
         }
         text = json.dumps(owner) + "\n"
@@ -120,17 +123,15 @@ def _wait_until_free(path: Path, owner: Mapping[str, Any], say: Callable[[str], 
     while first is not None:
         holder = _read(path)
         same_job = owner["job"] is not None and holder.get("job") == owner["job"]
-        here = holder.get("host") == owner["host"] and holder.get("job") is None and owner["job"] is None
-        process = holder.get("process")
-        alive = isinstance(process, int) and _is_alive(process)
-        if same_job or (here and not alive) or time.monotonic() > patience or _age(path) > STALE_SECONDS:
+        gone = _is_gone(holder, owner["place"])
+        if same_job or gone or time.monotonic() > patience or _age(path) > STALE_SECONDS:
             path.unlink(missing_ok=True)
             say(f"taking over {path.parent} from {_describe(holder)}")
             return
         now = _heartbeat(path)
         if now is None:
             return
-        if now != first or here:
+        if now != first or gone is False:
             raise _in_use(path, holder)
         if not told:
             say(f"waiting up to {STALE_SECONDS:.0f} s to see whether {_describe(holder)} still holds {path.parent}")
@@ -180,11 +181,33 @@ def _age(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def _is_gone(holder: Mapping[str, Any], place: str | None) -> bool | None:
+    """Whether a holder's process has ended; None where that cannot be known, and its heartbeat has to tell."""
+    process = holder.get("process")
+    if place is None or holder.get("place") != place or not isinstance(process, int):
+        return None
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:  # of another user, and perhaps not the same process any more
+        return None
+    return _began(process) != holder.get("began")
+
+
+def _place() -> str | None:
+    """Where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
+    with suppress(OSError):
+        if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return None
+
+
+def _began(process: int) -> int | None:
+    """When a process began, in ticks since the machine did; None if it has ended, also if nobody has taken note yet."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()  # from the third on; the second is its name
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None

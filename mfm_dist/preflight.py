@@ -1,8 +1,8 @@
 """Before the hours of training, a minute: accelerate launch ... -m mfm_dist.preflight --config RUN.yaml
 
-Looks at every node of a launch: versions, devices, network, clocks, folders, shards, and whether a checkpoint that one
-node writes is read on another. Each thing wrong is one line with the node's name and what to do about it. Exit code 0
-if nothing is, else 2; ``preflight.json`` in the run folder says the same.
+Looks at every node of a launch: versions, devices, folders, shards, and whether a checkpoint that one node writes is
+read on the others; then, if all is well, at the network and the clocks. Each thing wrong is one line with the node's
+name and what to do about it. Exit code 0 if nothing is, else 2; ``preflight.json`` in the run folder says the same.
 """
 
 from __future__ import annotations
@@ -10,38 +10,52 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from mfm_dist.checkpoint import DamagedError, Progress, read_checkpoint, write_checkpoint
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.preflight_checks import Peers, device_problem
-from mfm_dist.errors import EXIT_CONFIG, UserError
+from mfm_dist.distributed.preflight_checks import (
+    ANSWER_SECONDS,
+    EXCHANGE_SECONDS,
+    GRACE_SECONDS,
+    Peers,
+    device_problem,
+)
+from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, UserError
+from mfm_dist.node_checks import (
+    PROBE,
+    folder_problems,
+    gpu_problems,
+    read_probe,
+    run_checks,
+    shard_problems,
+    space_needed,
+    versions,
+    write_probe,
+)
 from mfm_dist.outcome import whose
 from mfm_dist.whole_folder import write_atomically
 
 REPORT = "preflight.json"
-COMPARED = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy", "safetensors")
-CLOCK_SECONDS = 5.0
-"""Clocks further apart make log files and heartbeats misleading; NTP keeps them within milliseconds."""
-PROBE = 16 << 20
-"""Bytes written to each folder, and the least that must be free."""
+LOOK_SECONDS = 20.0
+"""For what one process looks at by itself; so much less than ``ANSWER_SECONDS`` that it may start late."""
+CLOCK_SECONDS = 2.5
+"""Clocks further off make log files and heartbeats misleading; NTP keeps them within milliseconds."""
+NETWORK = "can the nodes reach one another? MFM_NETWORK in slurm/site.env names the interface between them"
+
+Finding = tuple[str | None, str]
+"""The node, None if it is not known or cannot be blamed alone; what is wrong, and what to do about it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,180 +74,159 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return error.exit_code
     began = time.monotonic()
-    peers = Peers(launch)
-    found, figures = inspect(config, launch, peers)
-    lines = [f"{node}: {problem}" for node, problem in found]
-    if launch.rank == 0:
-        for line in lines:
-            print(f"preflight: {line}", flush=True)
-        if not lines:
-            print(f"preflight: all well, {figures}, {time.monotonic() - began:.1f} s", flush=True)
-        # Nodes to stay away from, where others have nothing wrong with them.
-        nodes = sorted({node for node, _ in found}) if len({node for node, _ in found}) < _count_nodes(launch) else []
-        report = {"code": EXIT_CONFIG if lines else 0, "problems": lines, "nodes": nodes, **whose()}
-        with suppress(OSError):
-            write_atomically(config.run.folder / REPORT, json.dumps(report, indent=1) + "\n")
-    peers.close()
-    return EXIT_CONFIG if lines else 0
-
-
-def inspect(config: RunConfig, launch: Launch, peers: Peers) -> tuple[list[tuple[str, str]], str]:
-    """All that is wrong, as (node, what and what to do), the same on every process; and figures for a person."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    own = [f"{peers.device} {problem}: have it looked at" for problem in [device_problem(peers.device)] if problem]
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        own += node_problems(config, launch)
-    probe = config.run.folder / f".preflight_{peers.gather(uuid.uuid4().hex)[0]}"
+    try:
+        peers = Peers(launch, node)
+        found, figures = inspect(config, launch, peers)
+        peers.part()
+    except RuntimeError as error:  # torch's, of its store
+        reason = str(error).partition("\n")[0][:200]
+        found, figures = [(None, f"no word from the first process ({reason}): {NETWORK}")], ""
+        print(f"preflight: {node}: {found[0][1]}", flush=True)
+    if launch.rank == 0:
+        for line in lines_of(found):
+            print(f"preflight: {line}", flush=True)
+        if not found:
+            print(f"preflight: all well, {figures}, {time.monotonic() - began:.1f} s", flush=True)
+        write_report(config, launch, found)
+    return EXIT_CONFIG if found else 0
+
+
+def inspect(config: RunConfig, launch: Launch, peers: Peers) -> tuple[list[Finding], str]:
+    """All that is wrong, the same on every process; and figures for a person."""
+    mine = {
+        "node": peers.node,
+        "problems": look(config, launch, peers),
+        "facts": {**versions(), "the device": peers.device.type},
+    }
+    found = peers.agree("look", mine, lambda said: judge_looks(said, peers), peers.seconds_left())
     if peers.rank == 0:
-        own += write_probe(probe)
-    nodes = peers.gather(node)
-    wrong, bandwidth = peers.all_reduce()
-    if wrong:
-        own.append(f"{wrong}: a cable, switch or memory is faulty; leave this node out (sbatch --exclude)")
-    if peers.rank == peers.world_size - 1:
-        own += read_probe(probe)
-    found = [(nodes[rank], problem) for rank, problems in enumerate(peers.gather(own)) for problem in problems]
-    if peers.rank == 0:
-        shutil.rmtree(probe, ignore_errors=True)
-    found += unlike(nodes, peers.gather(versions()))
-    clocks = peers.clocks()
-    found += wrong_clocks(nodes, clocks)
-    figures = [f"{len(set(nodes))} node(s), {peers.world_size} process(es) on {peers.device.type}"]
-    if peers.world_size > 1:
-        figures.append(f"all-reduce {min(peers.gather(bandwidth)):.2f} GB/s")
-        figures.append(f"clocks within {1000 * (max(clocks) - min(clocks)):.0f} ms")
-    return list(dict.fromkeys(found)), ", ".join(figures)
+        shutil.rmtree(_probe(config, peers), ignore_errors=True)
+    figures = f"{max(1, launch.world_size // launch.local_world_size)} node(s), {peers.world_size} process(es) on "
+    figures += peers.device.type
+    if found or peers.world_size == 1:
+        return found, figures
+    if peers.rank == 0:  # should a device take the process with it
+        write_report(config, launch, [(None, f"the exchange of data between the processes did not end: {NETWORK}")])
+    exchanged: dict[str, Any] = {"node": peers.node}
+
+    def exchange() -> Iterable[str]:
+        exchanged.update(peers.exchange())
+        return ()
+
+    exchanged["problems"] = run_checks({"the exchange of data with the others": exchange}, EXCHANGE_SECONDS)
+    found, more = peers.agree("exchange", exchanged, judge_exchanges, GRACE_SECONDS)
+    return found, f"{figures}{more}"
 
 
-def node_problems(config: RunConfig, launch: Launch) -> list[str]:
-    """What one process can see of its node alone."""
-    problems = [*gpu_problems(launch), *folder_problems("run.folder", config.run.folder, _space_needed(config))]
-    if config.data.scratch is not None:
-        problems += folder_problems("data.scratch", config.data.scratch, PROBE)
-    return [*problems, *shard_problems(config)]
+def look(config: RunConfig, launch: Launch, peers: Peers) -> list[str]:
+    """What one process finds wrong with its device and, once a node, with the node."""
+    run, scratch, probe = config.run.folder, config.data.scratch, _probe(config, peers)
+    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def device() -> Iterator[str]:
+        if problem := device_problem(peers.device):
+            yield f"{peers.device} {problem}: have it looked at"
+
+    def written() -> Iterator[str]:
+        problems = write_probe(probe)
+        if not problems:
+            peers.announce("probe")
+        yield from problems
+
+    def seen() -> Iterator[str]:
+        if peers.is_announced("probe", LOOK_SECONDS / 2):  # else the first node tells why
+            yield from read_probe(probe)
+
+    checks: dict[str, Callable[[], Iterable[str]]] = {}
+    if peers.rank == 0:  # before all else, for the others wait for it
+        checks[f"a checkpoint in run.folder={run}"] = written
+    checks[f"device {peers.device}"] = device
+    if is_first_of_node:
+        checks["nvidia-smi"] = lambda: gpu_problems(launch)
+        checks[f"run.folder={run}"] = lambda: folder_problems("run.folder", run, space_needed(config))
+        if scratch is not None:
+            checks[f"data.scratch={scratch}"] = lambda: folder_problems("data.scratch", scratch, PROBE)
+        checks[f"data.root={config.data.root}"] = lambda: shard_problems(config)
+        checks[f"the checkpoint that the first node wrote to run.folder={run}"] = seen
+    return run_checks(checks, LOOK_SECONDS)
 
 
-def gpu_problems(launch: Launch) -> Iterator[str]:
-    """GPUs that are missing, or whose memory has had errors that could not be corrected."""
-    promised = os.environ.get("SLURM_GPUS_ON_NODE")
-    if promised and torch.cuda.device_count() < min(int(promised), launch.local_world_size):
-        yield (
-            f"{torch.cuda.device_count()} GPUs can be used, Slurm gave {promised}: see nvidia-smi there; a driver that "
-            "is too old for this torch looks like this too"
-        )
-    with suppress(OSError, subprocess.SubprocessError):
-        query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        for line in answer.splitlines():
-            index, _, errors = line.partition(", ")
-            if errors.isdigit() and int(errors):
-                yield f"GPU {index} had {errors} uncorrected memory errors: have it reset, or leave the node out"
+def judge_looks(said: Sequence[dict[str, Any] | None], peers: Peers) -> list[Finding]:
+    """What the nodes found by themselves, who is missing, and who is unlike the others."""
+    found: list[Finding] = []
+    absent = []
+    for rank, one in enumerate(said):
+        if one is not None:
+            found += [(one["node"], problem) for problem in one["problems"]]
+        elif node := peers.node_of(rank):
+            found.append((node, f"began and said nothing for {ANSWER_SECONDS:.0f} s: it is very slow, or hangs"))
+        else:
+            absent.append(str(rank))
+    if absent:
+        who = f"process(es) {', '.join(absent)} of {len(said)} did not come within {ANSWER_SECONDS:.0f} s"
+        found.append((None, f"{who}: node-*.log of the job may say why; {NETWORK}"))
+    present = [one for one in said if one is not None]
+    found += unlike([one["node"] for one in present], [one["facts"] for one in present])
+    return list(dict.fromkeys(found))
 
 
-def folder_problems(key: str, folder: Path, needed: int) -> Iterator[str]:
-    """Whether a folder takes a file, holds it, and has room for ``needed`` bytes."""
-    path = folder / f".preflight_{uuid.uuid4().hex}"
-    content = os.urandom(1 << 16) * (PROBE >> 16)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.read_bytes() != content:
-            yield f"{key}={folder} gives back other bytes than were written: do not use this disk"
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            yield f"{key}={folder} has {free / 2**30:.2f} GiB free, {needed / 2**30:.2f} are needed: free some space"
-    except OSError as error:
-        yield f"{key}={folder} cannot be written ({error}): free some space, or choose another folder"
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+def judge_exchanges(said: Sequence[dict[str, Any] | None]) -> tuple[list[Finding], str]:
+    """What the exchange of tensors showed, and its figures."""
+    well = [one for one in said if one is not None and not one["problems"]]
+    if len(well) < len(said):
+        problems = [f"{one['node']}: {one['problems'][0]}" for one in said if one is not None and one["problems"]]
+        reason = "; ".join(dict.fromkeys(problems)) or "some processes ended in it"
+        return [(None, f"the processes cannot exchange data ({reason}): {NETWORK}")], ""
+    faulty = "a cable, switch or memory is faulty; leave this node out (sbatch --exclude)"
+    found: list[Finding] = [(one["node"], f"{one['wrong']}: {faulty}") for one in well if one["wrong"]]
+    clocks = [one["clock"] for one in well]
+    found += wrong_clocks([one["node"] for one in well], clocks)
+    speed = min(one["gb_per_second"] for one in well)
+    apart = 1000 * (max(clocks) - min(clocks))
+    return list(dict.fromkeys(found)), f", all-reduce {speed:.2f} GB/s, clocks within {apart:.0f} ms"
 
 
-def shard_problems(config: RunConfig) -> Iterator[str]:
-    """Whether the shard sets open, and their first and last image decode."""
-    data = config.data
-    for key, name in (("source", data.source), ("target", data.target), ("validation", data.validation)):
-        folder = data.root / name
-        if ":" in name or (data.render_scenes and not folder.exists()):
-            continue  # a stream, which nothing but reading it checks; or shards that this run will make
-        try:
-            reader = ShardReader(folder)
-            for number in (0, len(reader) - 1):
-                reader.read(number, with_label=False)
-        except UserError as error:
-            yield f"data.{key}: {error}: is it mounted there? python tools/check_shards.py {folder}"
+def unlike(nodes: Sequence[str], found: Sequence[Mapping[str, str]]) -> Iterator[Finding]:
+    """Nodes where something is not as on most; where there is no majority, all of them."""
+    for name in found[0]:
+        (usual, count), *others = Counter(one[name] for one in found).most_common()
+        for node, one in zip(nodes, found, strict=True) if others else ():
+            here = one[name]
+            if here != usual or 2 * count <= len(found):
+                other, there = next((n, o[name]) for n, o in zip(nodes, found, strict=True) if o[name] != here)
+                yield node, f"{name} is {here}, on {other} it is {there}: it has to be the same on all nodes"
 
 
-def write_probe(folder: Path) -> list[str]:
-    """A checkpoint for another node to read."""
-    try:
-        folder.mkdir(parents=True)
-        write_checkpoint(
-            folder / "step_00000000",
-            {"student": {"probe": torch.arange(1000.0)}},
-            progress=Progress(),
-            config={},
-            data={},
-            keep=1,
-        )
-    except OSError as error:
-        return [f"a checkpoint could not be written below {folder.parent} ({error}): free some space"]
-    return []
-
-
-def read_probe(folder: Path) -> list[str]:
-    """What another node wrote, read here, by its checksums and its values."""
-    deadline = time.monotonic() + 5  # network file systems may show a new file late
-    while not (folder / "latest").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if not folder.parent.exists():
-        return [f"does not see {folder.parent}: run.folder must be on a file system that all nodes share"]
-    try:
-        same = torch.equal(read_checkpoint(folder / "step_00000000").tensors("student")["probe"], torch.arange(1000.0))
-    except (DamagedError, KeyError) as error:
-        return [f"cannot read a checkpoint that the first node wrote below {folder.parent} ({error}): is it shared?"]
-    return [] if same else [f"reads other values below {folder.parent} than the first node wrote: do not use this disk"]
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
-    found = {"python": platform.python_version()}
-    for name in COMPARED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "nothing"
-    return found | {"CUDA": str(torch.version.cuda)}
-
-
-def unlike(nodes: Sequence[str], found: Sequence[dict[str, str]]) -> Iterator[tuple[str, str]]:
-    """Nodes whose versions are not those of the first."""
-    for node, other in zip(nodes, found, strict=True):
-        for name, here in other.items():
-            if here != found[0][name]:
-                yield node, f"{name} is {here}, on {nodes[0]} it is {found[0][name]}: install the same on all nodes"
-
-
-def wrong_clocks(nodes: Sequence[str], clocks: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """Nodes whose clock is far from the median."""
-    middle = statistics.median_low(clocks)
+def wrong_clocks(nodes: Sequence[str], clocks: Sequence[float]) -> Iterator[Finding]:
+    """Nodes whose clock is far from the median; of two that are apart, both."""
+    middle = statistics.median(clocks)
     for node, clock in zip(nodes, clocks, strict=True):
         if abs(clock - middle) > CLOCK_SECONDS:
             yield node, f"its clock is {clock - middle:+.1f} s off the others': have NTP set up there"
 
 
-def _space_needed(config: RunConfig) -> int:
-    """Bytes for the next checkpoint, as large as the last one, which stays until it is written."""
-    checkpoints = [folder for folder in (config.run.folder / "checkpoints").glob("step_*") if folder.is_dir()]
-    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in checkpoints]
-    return max([PROBE, *sizes])
+def lines_of(found: Sequence[Finding]) -> list[str]:
+    """For people."""
+    return [f"{node}: {problem}" if node else problem for node, problem in found]
 
 
-def _count_nodes(launch: Launch) -> int:
-    return max(1, launch.world_size // launch.local_world_size)
+def write_report(config: RunConfig, launch: Launch, found: Sequence[Finding]) -> None:
+    """For ``mfm_dist.job``: what was found, and the nodes to stay away from, where others have nothing wrong with them.
+
+    Where no node is to blame, another attempt may go well, and the code says so.
+    """
+    blamed = sorted({node for node, _ in found if node is not None})
+    everywhere = len(blamed) >= max(1, launch.world_size // launch.local_world_size)
+    code = 0 if not found else EXIT_CONFIG if blamed else EXIT_HUNG
+    report = {"code": code, "problems": lines_of(found), "nodes": [] if everywhere else blamed, **whose()}
+    with suppress(OSError):
+        write_atomically(config.run.folder / REPORT, json.dumps(report, indent=1) + "\n")
+
+
+def _probe(config: RunConfig, peers: Peers) -> Path:
+    """Where the first node writes a checkpoint for the others."""
+    return config.run.folder / f".preflight_{peers.token}"
 
 
 if __name__ == "__main__":

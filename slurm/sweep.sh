@@ -4,7 +4,7 @@
 #   slurm/sweep.sh SEEDS RUN CONFIG [section.key=value ...]
 #   slurm/sweep.sh 0-4 runs/dacs configs/scenes/dacs.yaml mfm.enabled=false
 #
-# SEEDS is what sbatch --array takes: 0-4, 1,3,7 or 0-9%2 (two at a time). Seed 3 trains in RUN/seed_3.
+# SEEDS as sbatch --array takes them: 0-4, 1,3,7, 0-8:2 or 0-9%2 (two at a time). Seed 3 trains in RUN/seed_3.
 # Options of sbatch: as SBATCH_ variables, or in SBATCH_OPTIONS, e.g. SBATCH_OPTIONS="--nodes=2 --time=12:00:00".
 
 set -eu
@@ -18,9 +18,26 @@ shift 3
 # shellcheck source=/dev/null
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
 
+refuse() {
+    echo "SEEDS=$seeds: give numbers and ranges with commas between them, as in 0-4, 1,3,7, 0-8:2 or 0-9%2" >&2
+    exit 2
+}
+list=${seeds%%%*}
+at_once=${seeds#"$list"}
+range='^([0-9]{1,6})(-([0-9]{1,6})(:0*([1-9][0-9]{0,5}))?)?$'
+runs=() # the folder of each seed
+IFS=, read -ra parts <<<"$list"
+for part in "${parts[@]}"; do
+    [[ $part =~ $range ]] || refuse
+    # 10#, for 08 is no octal number.
+    first=$((10#${BASH_REMATCH[1]})) last=$((10#${BASH_REMATCH[3]:-${BASH_REMATCH[1]}})) every=${BASH_REMATCH[5]:-1}
+    [ "$first" -le "$last" ] || refuse
+    for ((seed = first; seed <= last; seed += every)); do runs[seed]=$run/seed_$seed; done
+done
+[[ ${#runs[@]} -gt 0 && $at_once =~ ^(%[1-9][0-9]*)?$ ]] || refuse
+list=$(IFS=, && echo "${!runs[*]}")
+
 # shellcheck disable=SC2086  # several options
-array=$(sbatch --parsable --array="$seeds" ${SBATCH_OPTIONS:-} slurm/train_mfm.sh "$config" "$@" "run.folder=$run")
-runs=()
-for seed in $(scontrol show hostnames "seed_[${seeds%%%*}]"); do runs+=("$run/$seed"); done
+array=$(sbatch --parsable --array="$list$at_once" ${SBATCH_OPTIONS:-} slurm/train_mfm.sh "$config" "$@" "run.folder=$run")
 report=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:${array%;*}" slurm/report.sh "${runs[@]}")
 echo "training: job array $array, one job for each of ${runs[*]}; then the report: job $report"

@@ -2,23 +2,25 @@
 # Train on a Slurm cluster; preempted, out of time or with a node lost, the job requeues itself and goes on.
 #
 #   sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]       (the quickstart if nothing is said)
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml train.global_batch=64
 #
 # Submit it from the repository's folder. What differs between clusters stands in slurm/site.env (a copy of
-# slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest.
+# slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest. It takes bash 4.4 or newer.
 #
 #SBATCH --job-name=mfm
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# USR1 to this script, seconds before the time limit: enough to finish a step and save.
+# USR1 to this script, seconds before the time limit: enough to finish a step and save. What takes longer is killed, and
+# not requeued: then --signal=B:USR1@600 or so.
 #SBATCH --signal=B:USR1@180
 
 set -u
 cd "${MFM_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
-if [ -z "${SLURM_JOB_ID:-}" ] || [ ! -f mfm_dist/train.py ]; then
-    echo "submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]" >&2
-    exit 2
-fi
+usage="submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]"
+if [ -z "${SLURM_JOB_ID:-}" ]; then echo "$usage" >&2; exit 2; fi
+# How Slurm's commands call this job. The bare number of an array's last task is that of the whole array.
+me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+me=${me:-$SLURM_JOB_ID}
 
 # ---- signals ------------------------------------------------------------------------------------------------------
 
@@ -35,7 +37,7 @@ ask_to_stop() { # once a step, for torchrun takes the second signal for "at once
         if [ "$(find "$JOB/started" -type f | wc -l)" -ge "$used" ]; then
             asked=yes
             say "the end was announced: the ranks are asked to save"
-            scancel --signal=USR1 "$SLURM_JOB_ID"
+            scancel --signal=USR1 "$me"
         else
             sleep 0.2
         fi
@@ -56,16 +58,33 @@ python=("${MFM_PREFIX[@]}" "$MFM_PYTHON")
 
 # ---- what this life of the job starts with ------------------------------------------------------------------------
 
-config=configs/quickstart.yaml
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-    config=$1
-    shift
+prepare() { # [CONFIG] [section.key=value ...]: prints the job's folder
+    local config=configs/quickstart.yaml of=(--job "$SLURM_JOB_ID")
+    if [ ! -f mfm_dist/train.py ]; then echo "$usage" >&2; return 2; fi
+    if [ "$restarts" -gt 0 ]; then of+=(--restart); fi
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
+    if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+        config=$1
+        shift
+    fi
+    # Before the other settings, so that those win.
+    if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
+    "${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@"
+}
+
+restarts=${SLURM_RESTART_COUNT:-0}
+# Where the first life put code and configuration; later ones ask the clone for nothing. With what was submitted, for a
+# number that comes again on another cluster.
+note=runs/.jobs/${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID
+submitted=$(printf '%q ' "$@")
+noted=()
+if [ "$restarts" -gt 0 ] && [ -f "$note" ]; then mapfile -t noted <"$note"; fi
+if [ "${noted[1]:-}" = "$submitted" ] && [ -f "${noted[0]}/config.yaml" ]; then
+    JOB=${noted[0]}
+else
+    JOB=$(prepare "$@") || exit
+    mkdir -p runs/.jobs && printf '%s\n' "$JOB" "$submitted" >"$note"
 fi
-# Before the other settings, so that those win.
-if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
-of=(--job "$SLURM_JOB_ID")
-if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
-JOB=$("${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@") || exit
 export JOB
 # From here on the code is the copy: editing the clone does not change a job that waits or trains (Python 3.11, newer).
 code=$(realpath "$JOB")/code
@@ -80,8 +99,11 @@ processes=${MFM_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 if [ -z "$processes" ]; then
     processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || processes=1
 fi
-launch_file=$code/configs/accelerate/multinode_zero${MFM_ZERO_STAGE:-2}.yaml
-if [ "${MFM_ZERO_STAGE:-2}" = ddp ]; then launch_file=$code/configs/accelerate/multinode_ddp.yaml; fi
+stage=zero${MFM_ZERO_STAGE:-2}
+launch_file=$code/configs/accelerate/multinode_${stage/zeroddp/ddp}.yaml
+deepspeed_file=$code/configs/deepspeed/$stage.json # named relative to the clone in the launch file
+launch_with=(--config_file "$launch_file")
+if [ -f "$deepspeed_file" ]; then launch_with+=(--deepspeed_config_file "$deepspeed_file"); fi
 if [ ! -f "$launch_file" ]; then
     say "MFM_ZERO_STAGE=$MFM_ZERO_STAGE: it must be 1, 2, 3 or ddp"
     exit 2
@@ -108,8 +130,8 @@ run_on_all_nodes() { # MODULE [COMMAND ...]: accelerate launch once a node, the 
         --cpu-bind=none --kill-on-bad-exit=0 --wait=30 --open-mode=append --output="$JOB/node-%n.log" \
         bash -c 'touch "$JOB/started/$SLURM_PROCID" && exec "$@" --machine_rank "$SLURM_PROCID" -m "$MODULE" --config "$JOB/config.yaml"' \
         node "${python[@]}" -m accelerate.commands.accelerate_cli launch \
-        --config_file "$launch_file" \
-        --num_machines "$used" --num_processes $((used * processes)) \
+        "${launch_with[@]}" \
+        --num_machines "$used" --num_processes $((used * each)) \
         --main_process_ip "${address:-${nodes[0]}}" --main_process_port "$port" --rdzv_backend static &
     step=$!
     if [ -n "$signalled" ]; then ask_to_stop; fi
@@ -131,36 +153,36 @@ requeue() { # [NODES to stay away from]
     local before
     say "requeued${1:+, without $1}"
     trap '' TERM # Slurm ends this script when it requeues the job, and there is one thing left to do
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! scontrol requeue "$me"; then
         say "this cluster refused the requeue; submit the same command again, it goes on from the last checkpoint"
         exit 75
     fi
     if [ -n "${1:-}" ]; then
-        before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1${before:+,${before/(null)/}}"
+        before=$(scontrol show job "$me" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+        scontrol update JobId="$me" ExcNodeList="$1${before:+,${before/(null)/}}"
     fi
     exit 75
 }
 
 # ---- attempts, until it is done or not worth another ----------------------------------------------------------------
 
-starts=$((${SLURM_RESTART_COUNT:-0} * 100))
-say "job $SLURM_JOB_ID, life $((${SLURM_RESTART_COUNT:-0} + 1)), on ${nodes[*]}: $JOB"
+starts=$((restarts * 100))
+say "job $me, life $((restarts + 1)), on ${nodes[*]}: $JOB"
 while true; do
-    used=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
+    planned=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
+    read -r used each <<<"$planned"
     well=yes
     if [ "${MFM_PREFLIGHT:-1}" != 0 ] && [ -z "$signalled$cancelled" ]; then
-        run_on_all_nodes mfm_dist.preflight timeout 300
+        run_on_all_nodes mfm_dist.preflight timeout 120 # a minute of its own, and one to start
         case $? in
             0) ;;
-            124) say "preflight: no answer for 5 minutes. Can the nodes reach one another? MFM_NETWORK names the interface" ;&
+            124) say "preflight: no answer for 2 minutes. Can the nodes reach one another? MFM_NETWORK names the interface" ;&
             *) well= ;;
         esac
     fi
     if [ -n "$well" ] && [ -z "$signalled$cancelled" ]; then run_on_all_nodes mfm_dist.train; fi
     lost=
-    outcome=${JOB%/jobs/*}/outcome.json
-    if [ ! -f "$outcome" ] || grep -q '"code": 7[67]' "$outcome"; then lost=$(lost_nodes); fi
+    if ! job answered "$JOB"; then lost=$(lost_nodes); fi
     # shellcheck disable=SC2086  # each is one word or none
     decision=$(job verdict $signalled $cancelled --lost "$lost" "$JOB")
     code=$?

@@ -167,12 +167,12 @@ SlurmdLogFile={self.folder}/slurmd-%n.log
         finally:
             self.environment = before
 
-    def job(self, number: int) -> dict[str, str]:
-        """What Slurm knows about a job, e.g. JobState, Restarts, NodeList, ExitCode."""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What Slurm knows about a job, or a task ``ARRAY_TASK``, e.g. JobState, Restarts, NodeList, ExitCode."""
         text = self.run("scontrol", "show", "job", str(number), "--oneliner", check=False)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, number: int, states: Sequence[str] | set[str] = ENDED, *, seconds: float = 120) -> str:
+    def wait(self, number: int | str, states: Sequence[str] | set[str] = ENDED, *, seconds: float = 120) -> str:
         """Until a job is in one of the states; returns it."""
         _wait(lambda: self.job(number).get("JobState") in states, seconds, f"job {number} in one of {states}")
         return self.job(number)["JobState"]

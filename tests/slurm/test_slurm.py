@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,23 +41,33 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clone
 
 
+def wait_until(condition: Callable[[], object], what: str, *, told: Callable[[], str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{told()}"
+        time.sleep(0.1)
+
+
 class Job:
     """One job of a cluster, its output and its run."""
 
     def __init__(
-        self, cluster: Cluster, clone: Path, run: Path, *overrides: str, nodes: int = 2, **environment: str
+        self,
+        cluster: Cluster,
+        clone: Path,
+        run: Path,
+        *overrides: str,
+        nodes: int = 2,
+        config: Path = REPOSITORY / "tests" / "defaults.yaml",
+        **environment: str,
     ) -> None:
-        defaults = str(REPOSITORY / "tests" / "defaults.yaml")
         self.cluster, self.run = cluster, run
         options = [f"--nodes={nodes}", f"--output={run}-%j.out"]
-        self.number = cluster.submit(*options, SCRIPT, defaults, *overrides, cwd=clone, **environment)
+        self.number = cluster.submit(*options, SCRIPT, str(config), *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
-    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n{self.told()}"
-            time.sleep(0.1)
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        wait_until(condition, what, told=self.told)
 
     def wait_for_step(self, step: int) -> None:
         metrics = self.run / "metrics.jsonl"
@@ -90,13 +102,19 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert "preflight: all well, 2 node(s), 2 process(es) on cpu" in undisturbed.told()
 
     # As Slurm warns the script ahead of the time limit.
-    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), MFM_PREFLIGHT="0")
+    config = tmp_path / "mine.yaml"
+    config.write_text("train: {steps: 12}")
+    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), config=config, MFM_PREFLIGHT="0")
     job.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
     job.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "requeued")
-    shutil.rmtree(clone / "mfm_dist" / "methods")  # whoever edits the clone meanwhile does not disturb the job
+    # Whoever edits the clone meanwhile does not disturb the job.
+    config.unlink()
+    for name in ("mfm_dist", "configs"):
+        (clone / name).rename(clone / f"no {name}")
     assert job.end() == "COMPLETED", job.told()
-    shutil.copytree(REPOSITORY / "mfm_dist" / "methods", clone / "mfm_dist" / "methods")
+    for name in ("mfm_dist", "configs"):
+        (clone / f"no {name}").rename(clone / name)
 
     attempts = [json.loads(line) for line in (job.folder / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["reason"] for attempt in attempts] == ["stopped by SIGUSR1", "done"], job.told()
@@ -105,6 +123,51 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert not (job.run / "lease.json").exists()
     assert_equal_bits(job.run, undisturbed.run, step=STEPS)
     assert metrics_of(job.run) == metrics_of(undisturbed.run)
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_of_a_sweep_one_task_is_preempted_and_the_report_follows(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """The task that has the array's own number, by which Slurm's commands mean all tasks."""
+    run = tmp_path / "sweep"
+    overrides = [*tiny_overrides(scenes, run), "train.steps=60", "checkpoint.every=1000", "eval.overlays=0"]
+    environment = {
+        "SBATCH_OPTIONS": f"--nodes=1 --output={tmp_path}/%a.out",
+        "SBATCH_OUTPUT": f"{tmp_path}/report.out",
+        "MFM_PREFLIGHT": "0",
+    }
+    defaults = str(REPOSITORY / "tests" / "defaults.yaml")
+    sweep = [str(clone / "slurm" / "sweep.sh"), "0-1", str(run), defaults, *overrides]
+    said = cluster.run("env", *[f"{name}={value}" for name, value in environment.items()], *sweep)
+    array, report = re.findall(r"job (?:array )?(\d+)", said)
+
+    def told() -> str:
+        return "\n".join(f"--- {file}\n{file.read_text()}" for file in sorted(tmp_path.rglob("*.[ol][uo][tg]")))
+
+    def begun(seed: int) -> bool:
+        metrics = run / f"seed_{seed}" / "metrics.jsonl"
+        return metrics.exists() and '"step": 3,' in metrics.read_text()
+
+    wait_until(lambda: begun(0) and begun(1), "both tasks train", told=told)
+    seed = next(seed for seed in (0, 1) if cluster.job(f"{array}_{seed}")["JobId"] == array)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_{seed}")
+    ended = [cluster.wait(f"{array}_{number}", seconds=180) for number in (0, 1)]
+    assert ended == ["COMPLETED", "COMPLETED"], told()
+    assert cluster.job(f"{array}_{seed}")["Restarts"] == "1", told()
+    assert cluster.job(f"{array}_{1 - seed}")["Restarts"] == "0", told()
+    reasons = {
+        number: [
+            json.loads(line)["reason"]
+            for file in (run / f"seed_{number}").glob("jobs/*/attempts.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        for number in (0, 1)
+    }
+    assert reasons == {seed: ["stopped by SIGUSR1", "done"], 1 - seed: ["done"]}, told()
+    assert cluster.wait(report, seconds=120) == "COMPLETED", told()
+    assert "seed_0" in (tmp_path / "report.out").read_text()
 
 
 @needs_slurm
@@ -134,6 +197,41 @@ def test_of_two_jobs_with_one_run_folder_the_second_refuses(
     assert first.end() == "CANCELLED", first.told()
     outcome = json.loads((first.run / "outcome.json").read_text())
     assert (outcome["reason"], outcome["job"]) == ("stopped by SIGTERM", str(first.number))
+
+
+def sweep(clone: Path, seeds: str) -> subprocess.CompletedProcess[str]:
+    """``slurm/sweep.sh`` where sbatch prints what it was given."""
+    sbatch = clone / "bin" / "sbatch"
+    sbatch.parent.mkdir(exist_ok=True)
+    sbatch.write_text('#!/bin/sh\necho "$@" >>submitted\necho 7\n')
+    sbatch.chmod(0o755)
+    (clone / "submitted").unlink(missing_ok=True)
+    command = [clone / "slurm" / "sweep.sh", seeds, "runs/my sweep", "my.yaml", "seed=1"]
+    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "array", "expected"),
+    [("0-4", "0,1,2,3,4", [0, 1, 2, 3, 4]), ("0-8:2", "0,2,4,6,8", [0, 2, 4, 6, 8]), ("08-10", "8,9,10", [8, 9, 10]),
+     ("7,1,1-2%2", "1,2,7%2", [1, 2, 7]), ("3", "3", [3])],
+)  # fmt: skip
+def test_a_sweep_reports_the_folders_it_trains_in(clone: Path, seeds: str, array: str, expected: list[int]) -> None:
+    done = sweep(clone, seeds)
+    assert done.returncode == 0, done.stderr
+    folders = " ".join(f"runs/my sweep/seed_{seed}" for seed in expected)
+    assert (clone / "submitted").read_text().splitlines() == [
+        f"--parsable --array={array} slurm/train_mfm.sh my.yaml seed=1 run.folder=runs/my sweep",
+        f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:7 slurm/report.sh {folders}",
+    ]
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "4-1", "1,,2", "0-8:0", "0-4%", "0-4%0", "0x1", "1-2-3", "-1", "%2"])
+def test_a_sweep_refuses_what_is_no_seeds_before_it_submits(clone: Path, seeds: str) -> None:
+    done = sweep(clone, seeds)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"SEEDS={seeds}: give numbers and ranges")
+    assert not (clone / "submitted").exists()
 
 
 @pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sh")), ids=lambda path: path.name)

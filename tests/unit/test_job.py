@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mfm_dist import job
-from mfm_dist.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 CONFIG = REPOSITORY / "tests" / "defaults.yaml"
@@ -21,7 +20,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mfm_dist").mkdir()
     (tmp_path / "mfm_dist" / "train.py").write_text("# as submitted")
-    return job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=8"], job="7", seed=None)
+    return prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=8"])
+
+
+def prepare(overrides: list[str], *, config: Path = CONFIG, restart: bool = False) -> Path:
+    return job.prepare(config, overrides, job="7", seed=None, restart=restart)
 
 
 def run_of(folder: Path) -> Path:
@@ -42,10 +45,19 @@ def ended(folder: Path, *, saved: int, outcome: dict[str, Any] | None, **told: A
 
 def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
-    again = job.prepare(CONFIG, [f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], job="7", seed=None)
+    again = prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], restart=True)
     assert again == folder == tmp_path / "my run" / "jobs" / "7"
     assert (folder / "code" / "mfm_dist" / "train.py").read_text() == "# as submitted"
     assert "global_batch: 8" in (folder / "config.yaml").read_text()
+
+
+def test_a_number_that_comes_again_is_another_job(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
+    assert prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"]) == folder
+    assert (folder / "code" / "mfm_dist" / "train.py").read_text() == "# edited"
+    assert "global_batch: 2" in (folder / "config.yaml").read_text()
+    (before,) = folder.parent.glob("7.until-*")
+    assert "global_batch: 8" in (before / "config.yaml").read_text()
 
 
 def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
@@ -59,19 +71,36 @@ def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
     assert "seed: 3" in (other / "config.yaml").read_text().splitlines()
 
 
-@pytest.mark.parametrize(("nodes", "processes", "used"), [(1, 1, 1), (2, 1, 2), (3, 1, 2), (5, 1, 4), (3, 2, 2)])
-def test_plan_takes_the_most_nodes_that_share_four_micro_batches(
-    folder: Path, nodes: int, processes: int, used: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("nodes", "processes", "used", "each", "all_used"),
+    [(1, 1, 1, 1, 0), (2, 1, 2, 1, 0), (3, 1, 2, 1, 12), (5, 1, 4, 1, 10), (3, 2, 2, 2, 12), (2, 8, 1, 4, 32),
+     (4, 8, 1, 4, 64), (1, 3, 1, 2, 12), (3, 3, 2, 2, 18)],
+)  # fmt: skip
+def test_plan_takes_the_most_processes_that_share_four_micro_batches(
+    folder: Path, nodes: int, processes: int, used: int, each: int, all_used: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert job.plan(folder, nodes=nodes, processes=processes) == used
-    told = capsys.readouterr().err
-    assert (f"{nodes} nodes are there, {used} used" in told) == (used < nodes)
-    assert f"8 = 4 micro-batches of 2, {4 // (used * processes)} a process and step" in told
+    assert job.main(["plan", f"--nodes={nodes}", f"--processes={processes}", str(folder)]) == 0
+    printed, told = capsys.readouterr()
+    assert printed == f"{used} {each}\n"
+    assert f"{used} node(s) x {each} process(es), train.global_batch=8 = 4 micro-batches of 2" in told
+    assert f"{4 // (used * each)} a process and step" in told
+    idle = f"of {nodes} node(s) x {processes} process(es), {nodes * processes - used * each} stay idle"
+    assert (idle in told) == bool(all_used)
+    assert (f"train.global_batch={all_used} would use all" in told) == bool(all_used)
 
 
-def test_plan_refuses_processes_that_fit_no_number_of_nodes(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="8 processes cannot share evenly"):
-        job.plan(folder, nodes=2, processes=8)
+@pytest.mark.parametrize("name", ["quickstart", "scenes/dacs", "gta2cs/mic"])
+def test_shipped_runs_begin_on_nodes_of_eight(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = prepare(["run.folder=run"], config=REPOSITORY / "configs" / f"{name}.yaml")
+    used, each = job.plan(folder, nodes=4, processes=8)
+    assert used * each >= 1
+
+
+def test_plan_names_lanes_that_leave_processes_idle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("lanes: 0", "lanes: 6"))
+    assert job.plan(folder, nodes=4, processes=1) == (2, 1)
+    assert "data.lanes=6 cannot be shared evenly by more; a multiple of 4 would use all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -117,15 +146,60 @@ def test_signals_in_between_do_not_hide_a_crash_loop_and_are_no_failures(folder:
     assert ended(folder, saved=5, outcome={"code": 77}) == ("stop", 1)
 
 
+def killed_with_its_node(folder: Path, *, saved: int, outcome: dict[str, Any] | None = None) -> int:
+    """An attempt whose verdict nobody was left to give; returns the exit code of its plan."""
+    code = job.main(["plan", "--nodes=2", "--processes=1", str(folder)])
+    (run_of(folder) / "checkpoints").mkdir(exist_ok=True)
+    (run_of(folder) / "checkpoints" / "latest").write_text(f"step_{saved:08d}\n")
+    if outcome is not None:
+        (run_of(folder) / "outcome.json").write_text(
+            json.dumps({"reason": "told", "step": saved, "job": "7"} | outcome)
+        )
+    return code
+
+
+def test_a_crash_loop_that_takes_the_first_node_with_it_is_noticed(folder: Path) -> None:
+    assert [killed_with_its_node(folder, saved=saved) for saved in (0, 0, 5, 5, 5, 5)] == [0, 0, 0, 0, 0, 1]
+    summary = (folder / "summary.log").read_text()
+    assert "GIVING UP: 3 attempts in a row brought no checkpoint beyond step 5" in summary
+    lines = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("failed", s) for s in (0, 0, 5, 5, 5)]
+
+
+def test_who_said_before_it_was_killed_that_it_stopped_did_not_fail(folder: Path) -> None:
+    assert [killed_with_its_node(folder, saved=5, outcome={"code": 75}) for _ in range(4)] == [0] * 4
+    assert ended(folder, saved=5, outcome=None) == ("again", 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        ({"code": 0}, 0),
+        ({"code": 75}, 0),
+        ({"code": 76}, 1),
+        ({"code": 77}, 1),
+        ({"code": 2, "job": "8"}, 1),
+        (None, 1),
+    ],
+)
+def test_only_a_last_word_of_its_own_keeps_lost_nodes_from_being_looked_for(
+    folder: Path, outcome: dict[str, Any] | None, code: int
+) -> None:
+    killed_with_its_node(folder, saved=1, outcome=outcome)
+    assert job.main(["answered", str(folder)]) == code
+
+
 def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> None:
     decisions = [ended(folder, saved=5, outcome={"code": 75})[0] for _ in range(job.SAME_STEP_ATTEMPTS)]
     assert decisions == ["requeue"] * (job.SAME_STEP_ATTEMPTS - 1) + ["stop"]
 
 
-@pytest.mark.parametrize(("nodes", "decision"), [([], ("stop", 2)), (["n2"], ("requeue n2", 0))])
-def test_what_preflight_found(folder: Path, nodes: list[str], decision: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("code", "nodes", "decision"), [(2, [], ("stop", 2)), (2, ["n2"], ("requeue n2", 0)), (76, [], ("again", 0))]
+)
+def test_what_preflight_found(folder: Path, code: int, nodes: list[str], decision: tuple[str, int]) -> None:
     job.plan(folder, nodes=2, processes=1)
-    report = {"code": 2, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
+    report = {"code": code, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
     (run_of(folder) / "preflight.json").write_text(json.dumps(report))
     assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == decision
     assert "preflight: n2: its scratch is full" in (folder / "summary.log").read_text()

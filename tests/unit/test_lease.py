@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,15 +77,60 @@ def test_a_requeued_job_takes_over_at_once_and_its_former_life_ends(tmp_path: Pa
     assert told == [f"Slurm job 7 on {os.uname().nodename} has taken over {tmp_path}; this start ends"]
 
 
-def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost: list[str]) -> None:
-    gone = os.fork()
-    if gone == 0:
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = os.fork()
+    if process == 0:
         os._exit(0)
-    os.waitpid(gone, 0)
-    leave_behind(tmp_path, host=os.uname().nodename, process=gone)
+    os.waitpid(process, 0)
+    return process
+
+
+HOST = os.uname().nodename
+
+
+def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost: list[str], gone: int) -> None:
+    leave_behind(tmp_path, host=HOST, process=gone, place=lease._place(), began=1)
     began = time.monotonic()
     take(tmp_path, told=lost).release()
     assert time.monotonic() - began < 0.5
+
+
+def test_a_process_that_has_its_number_now_is_not_taken_for_it(tmp_path: Path, lost: list[str]) -> None:
+    """Not even this one, as where every start is process 1 of a container that stays."""
+    for process in (os.getpid(), os.getppid()):
+        leave_behind(tmp_path, host=HOST, process=process, place=lease._place(), began=1)
+        began = time.monotonic()
+        take(tmp_path, told=lost).release()
+        assert time.monotonic() - began < 0.5
+
+
+def test_a_killed_process_that_nobody_waits_for_is_gone(tmp_path: Path, lost: list[str]) -> None:
+    zombie = subprocess.Popen(["sleep", "60"])
+    leave_behind(tmp_path, host=HOST, process=zombie.pid, place=lease._place(), began=lease._began(zombie.pid))
+    with pytest.raises(ConfigError, match="is in use by process"):
+        take(tmp_path)
+    os.kill(zombie.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    take(tmp_path, told=lost).release()
+    zombie.wait()
+
+
+@pytest.mark.parametrize("place", ["of another container", None])
+def test_a_live_holder_in_a_container_with_this_host_name_is_not_robbed(
+    place: str | None, tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number means nothing here, nor does anybody's where the system does not tell one place from another."""
+    leave_behind(tmp_path, host=HOST, process=gone, place=place, began=1)
+    if place is None:
+        monkeypatch.setattr(lease, "_place", lambda: None)
+    beats = threading.Timer(0.7, os.utime, [tmp_path / LEASE])
+    beats.start()
+    with pytest.raises(ConfigError, match=rf"is in use by process {gone} on {HOST}"):
+        take(tmp_path)
+    beats.join()
+    assert json.loads((tmp_path / LEASE).read_text())["process"] == gone
 
 
 @pytest.mark.parametrize("owner", [{"job": "3"}, {}])
