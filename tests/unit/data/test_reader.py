@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from dataclasses import replace
@@ -102,6 +103,25 @@ def test_a_shard_that_shrinks_while_it_is_used_is_told(shard_folder: ShardFolder
     os.remove(folder / "000000.tar")
     with pytest.raises(SampleError, match="cannot be read"):
         _fresh(reader).read(3)
+
+
+def test_a_disk_that_fails_once_costs_no_sample(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(shard_folder())
+    expected = [reader.read(number).image for number in range(2)]
+    original, failures = os.preadv, [1, 0, 2]  # failing reads at each reading
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return original(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for number in range(2):
+        assert torch.equal(reader.read(number).image, expected[number])
+        failures.pop(0)
+    with pytest.raises(SampleError, match="its image cannot be read"):
+        reader.read(2)
 
 
 def _fresh(reader: ShardReader) -> ShardReader:
