@@ -221,6 +221,47 @@ def _as_written(tar: Path, rows: np.ndarray, key: str) -> bool:
     )
 
 
+def _with_checksum(header: bytearray) -> bytes:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def claimed_sizes(folder: Path, draw: np.random.Generator) -> Damaged:
+    """Headers with the right checksum whose size leads back to an earlier place, or beyond every disk."""
+    tar = folder / "000000.tar"
+    write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
+    rows, content = scan_tar(tar).rows, bytearray(tar.read_bytes())
+    damaged = Damaged(tar, indexed=False)
+    for number in draw.choice(SAMPLES, size=int(draw.integers(1, 6)), replace=False).tolist():
+        member = ("image", "label")[draw.integers(2)]
+        at = int(rows[number][member]["offset"]) - tarfile.BLOCKSIZE
+        size = int(draw.choice([-(at // 512) * 512, -512, -1, 1 << 60]))
+        header = bytearray(content[at : at + tarfile.BLOCKSIZE])
+        header[124:136] = size.to_bytes(12, "big", signed=True)
+        header[124] |= 0x80  # the mark of a binary number
+        content[at : at + tarfile.BLOCKSIZE] = _with_checksum(header)
+        damaged.bad.add(key_of(number))
+    tar.write_bytes(content)
+    return damaged
+
+
+def chained_headers(folder: Path, draw: np.random.Generator) -> Damaged:
+    """Thousands of pax headers or GNU long names, each of which announces the next, before one member."""
+    tar = folder / "000000.tar"
+    write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
+    number = int(draw.integers(SAMPLES))
+    at = int(scan_tar(tar).rows[number]["image"]["offset"]) - tarfile.BLOCKSIZE
+    name = f"{key_of(number)}.jpg".encode()
+    info = tarfile.TarInfo("next")
+    info.type, payload = [(tarfile.XHDTYPE, b"24 path=%s\n" % name), (tarfile.GNUTYPE_LONGNAME, name)][draw.integers(2)]
+    info.size = len(payload)
+    link = info.tobuf(tarfile.USTAR_FORMAT) + payload.ljust(tarfile.BLOCKSIZE, b"\0")
+    content = tar.read_bytes()
+    tar.write_bytes(content[:at] + 3000 * link + content[at:])
+    return Damaged(tar, indexed=False, nameless=True, harmless={key_of(number)})
+
+
 # Samples that were bad when they were packed.
 
 
@@ -319,6 +360,8 @@ KINDS: dict[str, Callable[[Path, np.random.Generator], Damaged]] = {
     "duplicate keys": duplicate_keys,
     "paths that lead outside": outside_paths,
     "nothing inside": nothing_inside,
+    "claimed sizes": claimed_sizes,
+    "chained headers": chained_headers,
     **{
         kind: (lambda folder, draw, kind=kind: bad_members(folder, draw, kind))  # type: ignore[misc]
         for kind in (*MEMBER_DAMAGE, "mixed")
