@@ -27,6 +27,7 @@ _DAMAGE = (
     SyntaxError,
     RuntimeError,  # of AVIF, DDS and torchvision
     TypeError,  # of tags of an unexpected type
+    IndexError,  # of a PNG without pixels
     struct.error,  # of damaged EXIF data
     Image.DecompressionBombError,
 )

@@ -69,13 +69,13 @@ def scan_tar(tar: Path) -> Scan:
     current = ""
     with open(tar, "rb") as file:
         for member in _members(file, tar.stat().st_size):
-            key, extension = _split(member.name)
+            key, extension = split_name(member.name)
             if not key:
                 nameless.append(Damage(tar, "", member.trouble or f"a member without a key: {member.name!r}"))
                 continue
             again = key != current and key in samples
             current = key
-            trouble = member.trouble or _wrong_name(member.name, key)
+            trouble = member.trouble or wrong_name(member.name, key)
             if again or f"{key}\0" in reasons:
                 # What came first is whole; this is another sample of the same name.
                 reasons[f"{key}\0"] = f"its members are not side by side or its key is used twice: {member.name!r}"
@@ -102,14 +102,14 @@ def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tupl
     return key.encode(errors="surrogateescape"), image.encode(), members[image], label, meta
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and extension as WebDataset splits them: at the first dot of the file's own name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return (folder + slash + stem if stem else ""), extension
 
 
-def _wrong_name(name: str, key: str) -> str:
+def wrong_name(name: str, key: str) -> str:
     """Why a key may not be used: whoever names a file by it would write outside their folder."""
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
         return f"its path leads out of the folder: {name!r}"

@@ -149,6 +149,12 @@ def test_unknown_ids_are_named() -> None:
         to_train_ids(np.array([[8, 7, 1]], dtype=np.uint8), table)
 
 
+def test_a_png_without_pixels_is_unusable() -> None:
+    content = encoded(Image.fromarray(downloads.picture(0)), "PNG")
+    with pytest.raises(UnusableError, match="cannot be decoded"):
+        read_picture(content[: content.index(b"IDAT") - 4] + content[-12:])
+
+
 def test_damage_to_what_a_camera_noted_is_nothing_worse_than_unusable() -> None:
     """Every bit of the EXIF part of a JPEG, one at a time; Pillow raises whatever its parser stumbles over."""
     notes = Image.Exif()
