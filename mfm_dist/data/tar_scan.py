@@ -146,6 +146,8 @@ def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
         if not named:
             yield _Member("", (-1, 0, 0), f"damaged header at byte {end}; what it belonged to cannot be read")
         start = _next_header(file, max(end + tarfile.BLOCKSIZE, behind), length)
+        if named and start is None:
+            yield _Member("", (-1, 0, 0), f"truncated, or nothing sound behind the header at byte {end}")
 
 
 def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:

@@ -4,8 +4,8 @@
 python -m tests.campaign.damaged_shards [--count 1000] [--first 0] [--record FILE] [--summary FILE]
 
 Each shard has 50 samples or more. It is read sample by sample, in a process of its own that is given 60 seconds, then
-once through the training pipeline and once as a stream. One line of the record a shard; the sum goes into the summary. A campaign that
-was interrupted goes on with the shards that are not on record.
+once through the training pipeline and once as a stream. One line of the record a shard; the sum goes into the summary.
+A campaign that was interrupted goes on with the shards that are not on record.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mfm_dist.data.index import DatasetIndex, build_index
+from mfm_dist.data.tar_scan import scan_tar
 from mfm_dist.errors import ConfigError, DataError
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 
@@ -193,3 +194,10 @@ def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path, damage: bytes) 
     tar.write_bytes(content[:1536] + damage + content[2048:])
     with pytest.raises(DataError, match="damaged header at byte"):
         build_index(tar)
+
+
+def test_what_follows_a_truncated_member_is_told_too(shard_folder: ShardFolder) -> None:
+    """Also where the end is missing inside what training never reads."""
+    tar = shard_folder(count=4, shard_size=4) / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[: int(build_index(tar)["meta"]["offset"][1]) + 5])
+    assert [damage.key for damage in scan_tar(tar).bad] == ["sample_0001", ""]
