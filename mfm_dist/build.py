@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.schema import DataSection, RunConfig, is_stream
 from mfm_dist.data.pipeline import TrainPipeline
-from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError
@@ -163,15 +164,15 @@ def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
     """
     if is_stream(name):
         return ShardStream(name, samples=data.stream_samples, num_classes=len(CLASS_NAMES), decoder=data.decoder)
-    scratch = Scratch(data.scratch, limit_gib=data.scratch_gib) if data.scratch else None
+    scratch = Scratch(data.scratch, partial(print, flush=True), limit_gib=data.scratch_gib) if data.scratch else None
     reader = ShardReader(
         data.root / name,
         decoder=data.decoder,
         bad_limit=data.bad_sample_limit,
-        local_copy=scratch.copy if scratch else None,
+        open_shard=scratch.open if scratch else open_tar,
     )
     if scratch and not data.lanes:
-        scratch.stage(data.root / name, report=print)
+        scratch.stage(data.root / name)
     return reader
 
 

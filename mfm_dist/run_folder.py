@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class RunFolder:
         """Note something out of the ordinary: a skipped step, a bad sample, a signal."""
         if self.writes:
             self._events.append({"step": step, "event": kind, **details})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Everything noted so far, by earlier starts too."""
+        return iter(self._events)
 
     def outcome(self, code: int, reason: str, step: int) -> None:
         """Say how this start of the run ended."""

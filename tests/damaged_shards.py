@@ -14,12 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.data.class_statistics import count_shard, write_statistics
+from mfm_dist.data.decoding import UnusableError
 from mfm_dist.data.files import sha256_of
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
 from mfm_dist.data.shards import encode_jpeg, encode_label_png
+from mfm_dist.data.streaming import ShardStream
 from mfm_dist.data.tar_scan import Damage, scan_tar
+from mfm_dist.data.tar_stream import stream_samples
 
 SAMPLES = 50
 HEIGHT, WIDTH = 32, 48
@@ -74,19 +79,25 @@ def write_tar(path: Path, samples: list[tuple[str, Members]]) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
-def adopt(tar: Path, samples: int | None = None) -> tuple[Damage, ...]:
-    """Makes a folder of shards of the one tar in it, as if by hand; returns what the scan could not use."""
+def adopt(tar: Path, *, counted: bool = False) -> tuple[Damage, ...]:
+    """Makes a folder of shards of the one tar in it; returns what the scan could not use.
+
+    Args:
+        counted: with class statistics, as our writer leaves it; the reader then trusts the ids. Else as if by hand.
+    """
     rows, bad = scan_tar(tar)
+    classes = count_shard(tar, rows, len(CLASS_NAMES)) if counted else np.zeros((0, len(CLASS_NAMES)), dtype=np.uint32)
     with open(index_path(tar), "wb") as file:
         np.save(file, rows, allow_pickle=False)
     record = ShardRecord(
         file=tar.name,
-        samples=len(rows) if samples is None else samples,
+        samples=len(rows),
         bytes=tar.stat().st_size,
         sha256=sha256_of(tar),
         index_sha256=sha256_of(index_path(tar)),
         image_sizes={},
-        pixel_counts={},
+        pixel_counts=dict(zip(CLASS_NAMES, classes.sum(axis=0).tolist(), strict=True)) if counted else {},
+        classes_sha256=write_statistics(tar, classes),
     )
     recipe = Recipe(generator="damaged", version=1, arguments={})
     manifest = Manifest(name="damaged", class_names=CLASS_NAMES, recipe=recipe, command="none", shards=(record,))
@@ -137,6 +148,42 @@ def faults(damaged: Damaged, found: Outcome, whole: dict[str, tuple[bytes, bytes
     ]
 
 
+def streamed(damaged: Damaged) -> Outcome:
+    """One pass over a damaged shard as it comes out of a pipe, without an index."""
+    origin = ShardStream(f"pipe:cat {damaged.tar}", samples=SAMPLES, num_classes=len(CLASS_NAMES))
+    delivered: dict[str, tuple[bytes, bytes]] = {}
+    named: dict[str, str] = {}
+    for found in stream_samples(origin.url):
+        if isinstance(found, BadSample):
+            named[found.key] = found.reason
+            continue
+        try:
+            sample = origin.decode(found, with_label=True)
+        except UnusableError as error:
+            named[found["__key__"]] = str(error)
+            continue
+        assert sample.label is not None
+        assert sample.key not in delivered
+        delivered[sample.key] = (sample.image.contiguous().numpy().tobytes(), sample.label.numpy().tobytes())
+    return Outcome(delivered, named)
+
+
+def stream_faults(damaged: Damaged, found: Outcome, whole: dict[str, tuple[bytes, bytes]]) -> list[str]:
+    """What was silent: a stream ends at a damaged header and has no checksums, but what is not delivered is told."""
+    written = set(whole) | damaged.bad
+    lost = written - set(found.delivered) - set(found.named)
+    flipped = {key for key in damaged.bad if damaged.indexed}  # by the checksums of the index alone
+    return [
+        *(f"{key} was lost and nothing said so" for key in sorted(lost) if "" not in found.named),
+        *(f"{key} is bad and was delivered" for key in sorted((damaged.bad - flipped) & set(found.delivered))),
+        *(
+            f"{key} was delivered with other pixels"
+            for key in sorted((set(whole) - damaged.bad) & set(found.delivered))
+            if found.delivered[key] != whole[key]
+        ),
+    ]
+
+
 @cache
 def whole_pixels() -> dict[str, tuple[bytes, bytes]]:
     """Pixels of the sound samples by key, from another decoder path: the label by hand, the image by torchvision."""
@@ -158,12 +205,12 @@ def whole_pixels() -> dict[str, tuple[bytes, bytes]]:
 # Damage to a shard that was written whole.
 
 
-def truncated(folder: Path, draw: np.random.Generator, *, indexed: bool) -> Damaged:
+def truncated(folder: Path, draw: np.random.Generator, *, indexed: bool, counted: bool = False) -> Damaged:
     tar = folder / "000000.tar"
     write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
     rows = scan_tar(tar).rows
     if indexed:
-        adopt(tar)
+        adopt(tar, counted=counted)
     length = int(draw.integers(512, tar.stat().st_size - END_MARK))
     with open(tar, "r+b") as file:
         file.truncate(length)
@@ -179,18 +226,19 @@ def truncated(folder: Path, draw: np.random.Generator, *, indexed: bool) -> Dama
     return damaged
 
 
-def flipped_bits(folder: Path, draw: np.random.Generator, *, indexed: bool) -> Damaged:
+def flipped_bits(folder: Path, draw: np.random.Generator, *, indexed: bool, counted: bool = False) -> Damaged:
     """With an index every flip in a payload is noticed; without, one in a header is, and one in a payload may not be,
     so there only headers are damaged."""
     tar = folder / "000000.tar"
     write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
     rows = scan_tar(tar).rows
     if indexed:
-        adopt(tar)
+        adopt(tar, counted=counted)
     content = bytearray(tar.read_bytes())
     damaged = Damaged(tar, indexed, nameless=not indexed)
     if indexed:
         flips = draw.integers(len(content), size=int(draw.integers(1, 20))).tolist()
+        flips.append(int(rows["image"]["offset"][draw.integers(SAMPLES)]) + 100)  # the others may hit what nobody reads
     else:
         which = draw.choice(SAMPLES, size=int(draw.integers(1, 6)), replace=False)
         members = [rows[n][("image", "label", "meta")[draw.integers(3)]] for n in which]
@@ -219,6 +267,47 @@ def _as_written(tar: Path, rows: np.ndarray, key: str) -> bool:
         zlib.crc32(content[(o := int(row[m]["offset"])) : o + int(row[m]["size"])]) == row[m]["crc32"]
         for m in ("image", "label")
     )
+
+
+def _with_checksum(header: bytearray) -> bytes:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def claimed_sizes(folder: Path, draw: np.random.Generator) -> Damaged:
+    """Headers with the right checksum whose size leads back to an earlier place, or beyond every disk."""
+    tar = folder / "000000.tar"
+    write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
+    rows, content = scan_tar(tar).rows, bytearray(tar.read_bytes())
+    damaged = Damaged(tar, indexed=False)
+    for number in draw.choice(SAMPLES, size=int(draw.integers(1, 6)), replace=False).tolist():
+        member = ("image", "label")[draw.integers(2)]
+        at = int(rows[number][member]["offset"]) - tarfile.BLOCKSIZE
+        size = int(draw.choice([-(at // 512) * 512, -512, -1, 1 << 60]))
+        header = bytearray(content[at : at + tarfile.BLOCKSIZE])
+        header[124:136] = size.to_bytes(12, "big", signed=True)
+        header[124] |= 0x80  # the mark of a binary number
+        content[at : at + tarfile.BLOCKSIZE] = _with_checksum(header)
+        damaged.bad.add(key_of(number))
+    tar.write_bytes(content)
+    return damaged
+
+
+def chained_headers(folder: Path, draw: np.random.Generator) -> Damaged:
+    """Thousands of pax headers or GNU long names, each of which announces the next, before one member."""
+    tar = folder / "000000.tar"
+    write_tar(tar, [(key_of(n), sound(n)) for n in range(SAMPLES)])
+    number = int(draw.integers(SAMPLES))
+    at = int(scan_tar(tar).rows[number]["image"]["offset"]) - tarfile.BLOCKSIZE
+    name = f"{key_of(number)}.jpg".encode()
+    info = tarfile.TarInfo("next")
+    info.type, payload = [(tarfile.XHDTYPE, b"24 path=%s\n" % name), (tarfile.GNUTYPE_LONGNAME, name)][draw.integers(2)]
+    info.size = len(payload)
+    link = info.tobuf(tarfile.USTAR_FORMAT) + payload.ljust(tarfile.BLOCKSIZE, b"\0")
+    content = tar.read_bytes()
+    tar.write_bytes(content[:at] + 3000 * link + content[at:])
+    return Damaged(tar, indexed=False, nameless=True, harmless={key_of(number)})
 
 
 # Samples that were bad when they were packed.
@@ -301,11 +390,11 @@ def outside_paths(folder: Path, draw: np.random.Generator) -> Damaged:
     return Damaged(tar, indexed=False, bad=set(chosen))
 
 
-def nothing_inside(folder: Path, draw: np.random.Generator) -> Damaged:
+def nothing_inside(folder: Path, draw: np.random.Generator, *, counted: bool = False) -> Damaged:
     """An empty file, or one of zeros, or of noise, in place of a shard that was indexed."""
     tar = folder / "000000.tar"
     write_tar(tar, [(key_of(number), sound(number)) for number in range(SAMPLES)])
-    adopt(tar)
+    adopt(tar, counted=counted)
     size = tar.stat().st_size
     tar.write_bytes([b"", bytes(size), draw.bytes(size)][int(draw.integers(3))])
     return Damaged(tar, indexed=True, bad={key_of(number) for number in range(SAMPLES)})
@@ -313,12 +402,17 @@ def nothing_inside(folder: Path, draw: np.random.Generator) -> Damaged:
 
 KINDS: dict[str, Callable[[Path, np.random.Generator], Damaged]] = {
     "truncated, indexed before": lambda folder, draw: truncated(folder, draw, indexed=True),
+    "truncated, written by our tools": lambda folder, draw: truncated(folder, draw, indexed=True, counted=True),
     "truncated, indexed after": lambda folder, draw: truncated(folder, draw, indexed=False),
     "flipped bits, indexed before": lambda folder, draw: flipped_bits(folder, draw, indexed=True),
+    "flipped bits, written by our tools": lambda folder, draw: flipped_bits(folder, draw, indexed=True, counted=True),
     "flipped header bits, indexed after": lambda folder, draw: flipped_bits(folder, draw, indexed=False),
     "duplicate keys": duplicate_keys,
     "paths that lead outside": outside_paths,
     "nothing inside": nothing_inside,
+    "nothing inside, written by our tools": lambda folder, draw: nothing_inside(folder, draw, counted=True),
+    "claimed sizes": claimed_sizes,
+    "chained headers": chained_headers,
     **{
         kind: (lambda folder, draw, kind=kind: bad_members(folder, draw, kind))  # type: ignore[misc]
         for kind in (*MEMBER_DAMAGE, "mixed")

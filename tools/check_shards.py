@@ -89,7 +89,10 @@ def _open(folder: Path) -> Report:
 def _check(folder: Path, record: ShardRecord, class_names: tuple[str, ...]) -> ShardCheck:
     """The unit of work of one process."""
     torch.set_num_threads(1)  # there are as many processes as cores
-    return check_shard(folder, record, class_names)
+    try:
+        return check_shard(folder, record, class_names)
+    except OSError as error:
+        return ShardCheck(record.file, problems=[f"{folder / record.file} cannot be read ({error})"])
 
 
 @contextmanager
@@ -159,11 +162,20 @@ def print_table(reports: list[Report]) -> None:
         print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
+def _at_least_one(text: str) -> int:
+    """An argparse type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check_shards.py", description="Verifies shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended, and say what was done")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument(
+        "--workers", type=_at_least_one, default=len(os.sched_getaffinity(0)), help="processes (one a core)"
+    )
     args = parser.parse_args(argv)
     try:
         reports = check_folders(find_folders(args.folders), args.workers)

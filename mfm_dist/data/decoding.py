@@ -6,6 +6,7 @@ device makes cropping and stacking copies of whole rows; turning it round on the
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,6 +69,8 @@ def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = _
         UnusableError: the bytes are no 8-bit image of that format, or claim too many pixels.
     """
     check_size("image", header_size(payload, image_format, "image"))
+    if image_format == "png":
+        check_chunks("image", payload)
     try:
         encoded = torch.from_numpy(payload)
         image = decode(encoded) if image_format == "jpg" else decode_png(encoded, mode=ImageReadMode.RGB)
@@ -93,6 +96,8 @@ def decode_label(payload: np.ndarray, num_classes: int | None, image_size: tuple
     if size != image_size:
         sizes = [f"{height}x{width}" for height, width in (size, image_size)]
         raise UnusableError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
+    if num_classes is not None:  # nobody has looked at it before
+        check_chunks("label", payload)
     try:
         label = decode_png(torch.from_numpy(payload), mode=ImageReadMode.UNCHANGED)
     except RuntimeError as error:
@@ -119,6 +124,20 @@ def check_size(what: str, size: tuple[int, int]) -> None:
     height, width = size
     if not 0 < height * width <= LARGEST_IMAGE:
         raise UnusableError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_IMAGE} are decoded")
+
+
+def check_chunks(what: str, payload: np.ndarray) -> None:
+    """Raises UnusableError for a PNG with a chunk that is cut or whose CRC-32 is wrong.
+
+    torchvision 0.29 does not survive most errors of libpng: the process ends with a segmentation fault.
+    """
+    content, at, kind = payload.data, len(_PNG_START), b""
+    while kind != b"IEND":
+        size = int.from_bytes(content[at : at + 4], "big")
+        kind, end = bytes(content[at + 4 : at + 8]), at + 8 + size
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big") or not kind:
+            raise UnusableError(f"its {what} is no readable png (damaged or cut)")
+        at = end + 4
 
 
 def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int, int]:

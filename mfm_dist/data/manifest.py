@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mfm_dist.errors import DataError
 
@@ -15,6 +16,9 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "dataset.json"
 UNFINISHED_FILE = "dataset.unfinished.json"
 """The manifest of a folder still being written: its recipe and the shards that are done."""
+_TAR = re.compile(r"[0-9]{6,}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +116,51 @@ class Manifest:
             version = content["format"]
             if version != FORMAT_VERSION:
                 raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}; make the shards anew")
-            return cls(
+            manifest = cls(
                 name=content["name"],
                 class_names=tuple(content["class_names"]),
-                recipe=Recipe(**content["recipe"]),
+                recipe=_typed(Recipe(**content["recipe"])),
                 command=content["command"],
-                shards=tuple(ShardRecord(**record) for record in content["shards"]),
+                shards=tuple(_shard(record) for record in content["shards"]),
             )
+            return _typed(manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read as a manifest ({error!r}); make the shards anew") from error
+
+
+def _shard(fields: dict[str, Any]) -> ShardRecord:
+    """A record out of a file that anybody may have written: its name and checksums become paths."""
+    record = _typed(ShardRecord(**fields))
+    checksums = {"sha256": record.sha256, "index_sha256": record.index_sha256}
+    if record.classes_sha256:
+        checksums["classes_sha256"] = record.classes_sha256
+    mistakes = [f"{name} is not 64 hex digits" for name, text in checksums.items() if not _SHA256.fullmatch(text)]
+    if not _TAR.fullmatch(record.file):
+        mistakes.append("file is no name such as 000000.tar")
+    if min(record.samples, record.bytes) < 0:
+        mistakes.append("samples or bytes are negative")
+    if mistakes:
+        raise ValueError(f"shard {record.file!r}: {'; '.join(mistakes)}")
+    return record
+
+
+def _typed(instance: _Part) -> _Part:
+    """The same object. Raises TypeError for fields that are not of their type."""
+    hints = get_type_hints(type(instance))
+    wrong = [name for name, hint in hints.items() if not _is(getattr(instance, name), hint)]
+    if wrong:
+        raise TypeError(f"{type(instance).__name__}: {', '.join(wrong)} of the wrong type")
+    return instance
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value has a type, of which there are plain ones, ``dict[...]`` and ``tuple[..., ...]`` here."""
+    if isinstance(value, dict) and get_origin(hint) is dict:
+        of_keys, of_values = get_args(hint)
+        return all(_is(key, of_keys) and _is(one, of_values) for key, one in value.items())
+    if isinstance(value, tuple) and get_origin(hint) is tuple:
+        return all(_is(one, get_args(hint)[0]) for one in value)
+    return hint is Any or type(value) is hint
 
 
 def _total(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -8,6 +8,7 @@ scales it), and the orientation that cameras write into a JPEG instead of turnin
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,17 @@ _ORIENTATION_TAG = 0x0112
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _UNKNOWN = -1
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,  # of AVIF, DDS and torchvision
+    TypeError,  # of tags of an unexpected type
+    IndexError,  # of a PNG without pixels
+    struct.error,  # of damaged EXIF data
+    Image.DecompressionBombError,
+)
+"""What Pillow and torchvision raise for damaged pictures."""
 
 
 class UnusableError(Exception):
@@ -47,7 +59,7 @@ def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
             plain = picture.mode in ("RGB", "L") and upright and "transparency" not in picture.info
             stored = {"JPEG": "jpg", "PNG": "png"}.get(picture.format or "") if plain else None
             return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise UnusableError(f"cannot be decoded ({error})") from error
 
 
@@ -70,7 +82,7 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
             return _red_of_16_bits(content)
         with Image.open(io.BytesIO(content)) as picture:
             ids = np.array(picture)
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UnusableError(f"cannot be decoded ({error})") from error
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)

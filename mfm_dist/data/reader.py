@@ -50,6 +50,11 @@ class SampleError(DataError):
         return str(self.bad)
 
 
+def open_tar(tar: Path, record: ShardRecord) -> int:  # noqa: ARG001  a copy would be found by it
+    """A descriptor of a shard where it lies. Raises OSError."""
+    return os.open(tar, os.O_RDONLY)
+
+
 class ShardReader:
     """The samples of one folder by number.
 
@@ -63,13 +68,13 @@ class ShardReader:
         *,
         decoder: str = "torchvision",
         bad_limit: float = 0.0,
-        local_copy: Callable[[Path, ShardRecord], Path] | None = None,
+        open_shard: Callable[[Path, ShardRecord], int] = open_tar,
     ) -> None:
         """
         Args:
             decoder: ``torchvision`` or ``simplejpeg``.
             bad_limit: share of the samples that may be lost with missing or truncated shards.
-            local_copy: where to read a shard instead (``staging``); asked when the shard is opened.
+            open_shard: gives a descriptor of a shard, or of a copy of it (``staging``).
 
         Raises:
             What ``DatasetIndex.open`` and ``jpeg_decoder`` raise.
@@ -77,7 +82,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._decoder = decoder
         self._decode_jpeg = jpeg_decoder(decoder)
-        self._local_copy = local_copy
+        self._open_shard = open_shard
         self.index = DatasetIndex.open(Path(folder), bad_limit=bad_limit)
 
     def __len__(self) -> int:
@@ -130,7 +135,7 @@ class ShardReader:
             raise UnusableError(f"its {what} is empty")
         try:
             payload = np.empty(size, dtype=np.uint8)
-            count = os.preadv(self._file(shard), [payload.data], offset)
+            count = self._fill(shard, payload, offset)
         except (OSError, MemoryError) as error:
             raise UnusableError(f"its {what} cannot be read ({error})") from error
         if count != size:
@@ -139,30 +144,41 @@ class ShardReader:
             raise UnusableError(f"its {what} differs from what was written (wrong CRC-32)")
         return payload
 
+    def _fill(self, shard: int, payload: np.ndarray, offset: int) -> int:
+        """Reads a shard from ``offset`` on; returns how many bytes there were. Raises OSError, the second time."""
+        try:
+            return os.preadv(self._file(shard), [payload.data], offset)
+        except OSError:  # a disk on the network may be back, and its old descriptors stale
+            self._close(shard)
+            return os.preadv(self._file(shard), [payload.data], offset)
+
     def _file(self, shard: int) -> int:
         """The descriptor of a shard; the least recently used is closed when too many are open."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._close(next(iter(self._files)))
             record = self.index.manifest.shards[shard]
-            path = self.index.folder / record.file
-            self._files[shard] = os.open(self._local_copy(path, record) if self._local_copy else path, os.O_RDONLY)
+            self._files[shard] = self._open_shard(self.index.folder / record.file, record)
         self._files.move_to_end(shard)
         return self._files[shard]
 
+    def _close(self, shard: int) -> None:
+        if shard in self._files:
+            os.close(self._files.pop(shard))
+
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        for shard in list(self._files):
+            self._close(shard)
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "decoder": self._decoder, "local_copy": self._local_copy}
+        return {"index": self.index, "decoder": self._decoder, "open_shard": self._open_shard}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.index = state["index"]
         self._files = OrderedDict()
         self._decoder = state["decoder"]
         self._decode_jpeg = jpeg_decoder(self._decoder)
-        self._local_copy = state["local_copy"]
+        self._open_shard = state["open_shard"]

@@ -41,10 +41,14 @@ def repair_folder(folder: Path, manifest: Manifest, checks: list[ShardCheck]) ->
         if check.is_well() or not (folder / check.file).is_file():
             continue
         record = manifest.shards[number]
-        if check.is_written_tar and not check.bad:
-            mended, line = _rebuild_sidecars(folder, record, check)
-        else:
-            mended, line = _salvage(folder, record, manifest)
+        try:
+            if check.is_written_tar and not check.bad:
+                mended, line = _rebuild_sidecars(folder, record, check)
+            else:
+                mended, line = _salvage(folder, record, manifest)
+        except OSError as error:
+            done.append(f"{folder / check.file} is left as it is: {error}")
+            continue
         done.append(line)
         shards = (*manifest.shards[:number], mended, *manifest.shards[number + 1 :])
         manifest = replace(manifest, shards=shards)

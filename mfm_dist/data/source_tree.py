@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +15,19 @@ from mfm_dist.errors import ConfigError, DataError
 
 MEMBER_BYTES = 1 << 28
 """Largest file read out of an archive; pictures are a hundredth of it, a zip bomb is more."""
+
+_ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    OSError,  # of the disk, and of bz2
+    EOFError,
+    ValueError,  # of names and offsets
+    KeyError,
+    RuntimeError,  # encrypted, or a version and method that nobody knows
+)
+"""What ``zipfile`` raises for damaged archives."""
 
 
 class SourceFile(NamedTuple):
@@ -69,7 +85,7 @@ class SourceTree:
             if (size := archive.getinfo(file.name).file_size) > MEMBER_BYTES:
                 raise UnreadableFileError(f"would unpack to {size} bytes; {MEMBER_BYTES} are allowed")
             return archive.read(file.name)
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, KeyError, EOFError) as error:
+        except _ZIP_DAMAGE as error:
             raise UnreadableFileError(f"cannot be read out of the archive ({error})") from error
 
     def _walk(self, folder: Path, seen: set[str]) -> Iterator[str]:
@@ -90,7 +106,7 @@ class SourceTree:
     def _members(self, archive: str) -> list[str]:
         try:
             infos = self._archive(archive).infolist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except _ZIP_DAMAGE as error:
             raise DataError(f"{self.root / archive} cannot be opened ({error}); download it again") from error
         return sorted(
             info.filename

@@ -18,13 +18,13 @@ import numpy as np
 from torch.utils.data import get_worker_info
 from webdataset import WebDataset
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
 from mfm_dist.batch import BadSample
 from mfm_dist.data.blocks import REPLACEMENT_TRIES, Taken, nothing_to_use
 from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
 from mfm_dist.data.reader import Sample
 from mfm_dist.data.tar_scan import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from mfm_dist.data.tar_stream import stream_samples
 from mfm_dist.errors import DataError
 from mfm_dist.rng import Stream, keyed_generator
 
@@ -175,20 +175,15 @@ class StreamedSamples:
     def _one_pass(self, shards: list[str], consumer: int, epoch: int) -> Iterator[dict[str, Any] | BadSample]:
         """Whole shards where there are enough, else every n-th sample of one; which n-th changes with the epoch, so
         that no consumer is without for long."""
-        troubles: list[BadSample] = []
         group = consumer % len(shards)
         step = len(range(group, self.consumers, len(shards))) if self.consumers > len(shards) else 1
         own = [shards[group]] if step > 1 else shards[consumer :: self.consumers]
-
-        def note(error: Exception) -> bool:
-            """In place of webdataset's own handlers, which sleep half a second each time."""
-            troubles.append(BadSample(shard=url, key="", number=-1, reason=f"{type(error).__name__}: {error.args[0]}"))
-            return True
-
         for url in own:
-            samples = tarfile_samples(iter([{"url": url}]), handler=note)
-            for number, members in enumerate(samples):
-                if (number + epoch) % step == consumer // len(shards) % step:
-                    yield members
-            yield from troubles
-            troubles.clear()
+            number = epoch
+            for found in stream_samples(url):
+                if isinstance(found, BadSample):
+                    yield found
+                    continue
+                if number % step == consumer // len(shards) % step:
+                    yield found
+                number += 1

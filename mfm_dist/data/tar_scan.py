@@ -69,13 +69,13 @@ def scan_tar(tar: Path) -> Scan:
     current = ""
     with open(tar, "rb") as file:
         for member in _members(file, tar.stat().st_size):
-            key, extension = _split(member.name)
+            key, extension = split_name(member.name)
             if not key:
                 nameless.append(Damage(tar, "", member.trouble or f"a member without a key: {member.name!r}"))
                 continue
             again = key != current and key in samples
             current = key
-            trouble = member.trouble or _wrong_name(member.name, key)
+            trouble = member.trouble or wrong_name(member.name, key)
             if again or f"{key}\0" in reasons:
                 # What came first is whole; this is another sample of the same name.
                 reasons[f"{key}\0"] = f"its members are not side by side or its key is used twice: {member.name!r}"
@@ -102,14 +102,14 @@ def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tupl
     return key.encode(errors="surrogateescape"), image.encode(), members[image], label, meta
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and extension as WebDataset splits them: at the first dot of the file's own name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return (folder + slash + stem if stem else ""), extension
 
 
-def _wrong_name(name: str, key: str) -> str:
+def wrong_name(name: str, key: str) -> str:
     """Why a key may not be used: whoever names a file by it would write outside their folder."""
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
         return f"its path leads out of the folder: {name!r}"
@@ -120,33 +120,40 @@ def _wrong_name(name: str, key: str) -> str:
 
 def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
     """Every regular file; after each damaged place the next sound header."""
-    start = 0
-    while True:
-        end = start
+    start: int | None = 0
+    while start is not None:
+        end, behind, named = start, start, False
         try:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for info in archive:
-                    if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                    if regular:
                         yield _read(file, info, length)
-                end = archive.offset
+                    if not end < archive.offset < length + tarfile.BLOCKSIZE:
+                        named = regular  # its size leads back, or far beyond the end
+                        break
+                    end = archive.offset
+        except RecursionError:  # thousands of headers that only announce the next
+            behind = file.tell()
         except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError):
             pass  # told below, at the place where no header was found
         if length - end < tarfile.BLOCKSIZE:
-            if start == end or end <= length:
-                yield _Member("", (-1, 0, 0), f"truncated after {length} bytes, the end mark is missing")
+            yield _Member("", (-1, 0, 0), f"truncated after {length} bytes, the end mark is missing")
             return
         if _only_zeros(file, end):
             return
-        yield _Member("", (-1, 0, 0), f"damaged header at byte {end}; what it belonged to cannot be read")
-        following = _next_header(file, end + tarfile.BLOCKSIZE, length)
-        if following is None:
-            return
-        start = following
+        if not named:
+            yield _Member("", (-1, 0, 0), f"damaged header at byte {end}; what it belonged to cannot be read")
+        start = _next_header(file, max(end + tarfile.BLOCKSIZE, behind), length)
+        if named and start is None:
+            yield _Member("", (-1, 0, 0), f"truncated, or nothing sound behind the header at byte {end}")
 
 
 def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:
-    if info.size < 0 or info.offset_data + info.size > length:
+    if info.size < 0:
+        return _Member(info.name, (info.offset_data, 0, 0), f"{info.name!r} claims {info.size} bytes")
+    if info.offset_data + info.size > length:
         return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
     file.seek(info.offset_data)
     crc, left = 0, info.size

@@ -19,6 +19,7 @@ NOT_COMPARED = ("seed", "run.folder")
 EVENT_NAMES: Mapping[str, str] = {
     "skipped_step": "Step skipped",
     "bad_sample": "Sample left out",
+    "too_many_bad_samples": "Stopped for bad samples",
     "signal": "Stopped by a signal",
     "hang": "A rank hung",
     "audit": "Weights differ",

@@ -3,9 +3,9 @@
 
 python -m tests.campaign.damaged_shards [--count 1000] [--first 0] [--record FILE] [--summary FILE]
 
-Each shard has 50 samples or more. It is read sample by sample, in a process of its own that is given 60 seconds, and
-then once through the training pipeline. One line of the record a shard; the sum goes into the summary. A campaign that
-was interrupted goes on with the shards that are not on record.
+Each shard has 50 samples or more. It is read sample by sample, in a process of its own that is given 60 seconds, then
+once through the training pipeline and once as a stream. One line of the record a shard; the sum goes into the summary.
+A campaign that was interrupted goes on with the shards that are not on record.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import DataError
 from mfm_dist.metrics import JsonLines
 from mfm_dist.whole_folder import write_atomically
-from tests.damaged_shards import Damaged, damaged_shard, faults, outcome, whole_pixels
+from tests.damaged_shards import Damaged, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
 
 SECONDS = 60.0
 """After which a shard counts as hanging; one takes about a tenth of a second."""
@@ -43,6 +43,7 @@ def examine(number: int) -> dict[str, Any]:
         kind, damaged = damaged_shard(Path(work) / "shard", number)
         found = outcome(damaged)
         problems = faults(damaged, found, whole_pixels()) + through_the_pipeline(damaged, set(found.named))
+        problems += stream_faults(damaged, streamed(damaged), whole_pixels())
     return {
         "shard": number,
         "kind": kind,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mfm_dist.data import repair, verify
 from mfm_dist.data.shards import sha256_of
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 from tools.check_shards import main
@@ -60,3 +63,36 @@ def test_an_unfinished_folder_is_found(shard_folder: ShardFolder, capsys: pytest
 def test_no_shards_is_a_wrong_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path), str(tmp_path / "nowhere")]) == 2
     assert "2 configuration errors" in capsys.readouterr().err
+
+
+def test_no_workers_is_a_wrong_argument(shard_folder: ShardFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(shard_folder()), "--workers", "0"])
+    assert "--workers: 0 is not 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--repair"]])
+def test_a_tar_that_the_disk_does_not_give_back_is_named(
+    shard_folder: ShardFolder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+) -> None:
+    """The checking processes are forked, so they meet the same disk."""
+    folder = shard_folder(count=8, shard_size=4)
+    whole = sha256_of
+
+    def failing(path: Path) -> str:
+        if path.name == "000001.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(verify, "sha256_of", failing)
+    monkeypatch.setattr(repair, "sha256_of", failing)
+    monkeypatch.setattr(repair, "scan_tar", failing)
+    assert main([str(folder), *options]) == 3
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"{folder}/000001.tar cannot be read ([Errno 5] Input/output error: '{folder}/000001.tar')"
+    ]
+    assert ("000001.tar is left as it is: [Errno 5]" in out) == bool(options)

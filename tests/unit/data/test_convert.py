@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.convert import Conversion, convert, sample_key
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.source_tree import SourceFile, SourceTree, UnreadableFileError
 from mfm_dist.errors import ConfigError, DataError
 from tests.unit.data import downloads
 
@@ -257,6 +259,36 @@ def test_damaged_files_are_all_named_and_whole_shards_kept(tmp_path: Path) -> No
         path.write_bytes(content)
     run(small("gta"), source, tmp_path / "again")
     assert len(ShardReader(tmp_path / "again/train")) == 12
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_inside_an_archive_leaves_out_that_sample_alone(method: int, tmp_path: Path) -> None:
+    source, packed = downloads.gta(tmp_path / "download"), tmp_path / "packed.zip"
+    with zipfile.ZipFile(packed, "w", method) as archive:
+        for file in sorted(source.rglob("0000?.png")):
+            archive.write(file, file.relative_to(source))
+        start = archive.getinfo("images/00002.png").header_offset + 30 + len("images/00002.png")
+    whole = packed.read_bytes()
+    for where in range(start, start + 40):
+        (tmp_path / "zips").mkdir(exist_ok=True)
+        (tmp_path / "zips/gta.zip").write_bytes(whole[:where] + bytes([whole[where] ^ 0xFF]) + whole[where + 1 :])
+        with suppress(UnreadableFileError):
+            found = SourceTree(tmp_path / "zips").read(SourceFile("images/00002.png", "gta.zip"))
+            assert found == (source / "images/00002.png").read_bytes()  # LZMA has two bytes that mean nothing
+    run(small("gta"), tmp_path / "zips", tmp_path / "shards", bad_limit=0.4)
+    manifest = Manifest.read(tmp_path / "shards/train/dataset.json")
+    assert list(manifest.left_out) == ["00002"]
+    assert manifest.samples == 2
+
+
+def test_a_directory_of_an_archive_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "gta.zip", "w") as archive:
+        archive.writestr("images/straße.png", b"")
+    content = (tmp_path / "gta.zip").read_bytes()
+    name = content.rindex("straße".encode())
+    (tmp_path / "gta.zip").write_bytes(content[:name] + b"\xff" + content[name + 1 :])
+    with pytest.raises(DataError, match=r"gta\.zip cannot be opened .*; download it again"):
+        SourceTree(tmp_path).files()
 
 
 def test_files_mended_after_a_failed_run_complete_the_set(tmp_path: Path) -> None:

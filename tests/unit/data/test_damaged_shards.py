@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.damaged_shards import KINDS, damaged_shard, faults, outcome, whole_pixels
+from tests.damaged_shards import KINDS, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
 
 
 @pytest.mark.parametrize("number", range(2 * len(KINDS)))
@@ -15,3 +15,9 @@ def test_a_damaged_shard(tmp_path: Path, number: int) -> None:
     found = outcome(damaged)
     assert faults(damaged, found, whole_pixels()) == [], kind
     assert damaged.bad or damaged.harmless or damaged.nameless
+
+
+@pytest.mark.parametrize("number", range(2 * len(KINDS)))
+def test_a_damaged_shard_as_a_stream(tmp_path: Path, number: int) -> None:
+    kind, damaged = damaged_shard(tmp_path / "shard", number)
+    assert stream_faults(damaged, streamed(damaged), whole_pixels()) == [], kind

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mfm_dist.data.index import DatasetIndex, build_index
+from mfm_dist.data.tar_scan import scan_tar
 from mfm_dist.errors import ConfigError, DataError
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 
@@ -65,6 +66,46 @@ def test_a_missing_folder_names_what_exists_and_the_command(shard_folder: ShardF
     assert "game_trian" in message
     assert "game_train, game_val" in message
     assert f"python tools/make_shards.py scenes --output {tmp_path}" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("file", "../../elsewhere.tar", "file is no name such as 000000.tar"),
+        ("file", "/etc/000000.tar", "file is no name such as 000000.tar"),
+        ("sha256", "../../victim", "sha256 is not 64 hex digits"),
+        ("index_sha256", "0" * 63, "index_sha256 is not 64 hex digits"),
+        ("classes_sha256", "?", "classes_sha256 is not 64 hex digits"),
+        ("samples", "4", "samples of the wrong type"),
+        ("bytes", -1, "samples or bytes are negative"),
+        ("pixel_counts", {"road": None}, "pixel_counts of the wrong type"),
+        ("image_sizes", [], "image_sizes of the wrong type"),
+        ("left_out", {"a": 1}, "left_out of the wrong type"),
+        ("sha256", None, "sha256 of the wrong type"),
+    ],
+)
+def test_a_manifest_is_trusted_with_nothing(shard_folder: ShardFolder, field: str, value: object, problem: str) -> None:
+    """Names and checksums become paths, where shards are read and where copies are written."""
+    path = shard_folder() / "dataset.json"
+    content = json.loads(path.read_text())
+    content["shards"][1][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"dataset\.json cannot be read as a manifest.*{problem}"):
+        DatasetIndex.open(path.parent)
+
+
+def test_the_rest_of_a_manifest_has_its_types_too(shard_folder: ShardFolder) -> None:
+    path = shard_folder() / "dataset.json"
+    whole = json.loads(path.read_text())
+    for field, value in [
+        ("name", 1),
+        ("class_names", [1, 2]),
+        ("command", None),
+        ("recipe", {**whole["recipe"], "version": "1"}),
+    ]:
+        path.write_text(json.dumps({**whole, field: value}))
+        with pytest.raises(DataError, match="of the wrong type"):
+            DatasetIndex.open(path.parent)
 
 
 def test_an_unfinished_folder_names_the_command_that_ends_it(shard_folder: ShardFolder) -> None:
@@ -153,3 +194,10 @@ def test_a_broken_header_in_the_middle_is_no_end(tmp_path: Path, damage: bytes) 
     tar.write_bytes(content[:1536] + damage + content[2048:])
     with pytest.raises(DataError, match="damaged header at byte"):
         build_index(tar)
+
+
+def test_what_follows_a_truncated_member_is_told_too(shard_folder: ShardFolder) -> None:
+    """Also where the end is missing inside what training never reads."""
+    tar = shard_folder(count=4, shard_size=4) / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[: int(build_index(tar)["meta"]["offset"][1]) + 5])
+    assert [damage.key for damage in scan_tar(tar).bad] == ["sample_0001", ""]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 from pathlib import Path
@@ -146,3 +147,23 @@ def test_unknown_ids_are_named() -> None:
     assert to_train_ids(np.array([[0, 7, 60000]], dtype=np.uint16), table).tolist() == [[255, 3, 1]]
     with pytest.raises(UnusableError, match="the ids 1, 8, which"):
         to_train_ids(np.array([[8, 7, 1]], dtype=np.uint8), table)
+
+
+def test_a_png_without_pixels_is_unusable() -> None:
+    content = encoded(Image.fromarray(downloads.picture(0)), "PNG")
+    with pytest.raises(UnusableError, match="cannot be decoded"):
+        read_picture(content[: content.index(b"IDAT") - 4] + content[-12:])
+
+
+def test_damage_to_what_a_camera_noted_is_nothing_worse_than_unusable() -> None:
+    """Every bit of the EXIF part of a JPEG, one at a time; Pillow raises whatever its parser stumbles over."""
+    notes = Image.Exif()
+    notes[0x0112], notes[0x010E] = 6, "street"
+    content = encoded(Image.fromarray(downloads.picture(0)), "JPEG", exif=notes)
+    start = content.index(b"Exif")
+    length = int.from_bytes(content[start - 2 : start], "big")
+    for bit in range(8 * start, 8 * (start + length)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(UnusableError):
+            read_picture(bytes(damaged))

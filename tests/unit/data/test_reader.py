@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 
 from mfm_dist.data import decoding as decoding_module
 from mfm_dist.data import reader as reader_module
-from mfm_dist.data.decoding import header_size
+from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
 from mfm_dist.data.shards import encode_jpeg, encode_label_png, sha256_of, write_index
@@ -104,6 +105,25 @@ def test_a_shard_that_shrinks_while_it_is_used_is_told(shard_folder: ShardFolder
         _fresh(reader).read(3)
 
 
+def test_a_disk_that_fails_once_costs_no_sample(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(shard_folder())
+    expected = [reader.read(number).image for number in range(2)]
+    original, failures = os.preadv, [1, 0, 2]  # failing reads at each reading
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return original(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for number in range(2):
+        assert torch.equal(reader.read(number).image, expected[number])
+        failures.pop(0)
+    with pytest.raises(SampleError, match="its image cannot be read"):
+        reader.read(2)
+
+
 def _fresh(reader: ShardReader) -> ShardReader:
     """The same reader as another process would get it."""
     copy: ShardReader = pickle.loads(pickle.dumps(reader))
@@ -174,6 +194,21 @@ def test_unusable_samples_are_named_with_the_reason(
     with pytest.raises(SampleError, match=rf"(?s)000000\.tar, sample 'odd': .*{reason}") as caught:
         reader.read(0)
     assert pickle.loads(pickle.dumps(caught.value)).bad == caught.value.bad
+
+
+@pytest.mark.parametrize("kind", ["label", "image"])
+def test_every_flipped_bit_of_a_png_is_noticed_before_it_can_end_the_process(kind: str, tmp_path: Path) -> None:
+    """libpng's errors end the process inside torchvision; nothing of a PNG may get there damaged."""
+    content = encode_label_png(GOOD_LABEL) if kind == "label" else png(raw_sample(0).image, tmp_path)
+    size = header_size(np.frombuffer(content, dtype=np.uint8), "png", kind)
+    for at in range(8, len(content), 1 if kind == "label" else 17):
+        damaged = np.frombuffer(bytearray(content), dtype=np.uint8)
+        damaged[at] ^= 1
+        with pytest.raises(UnusableError):
+            decode_label(damaged, 19, size) if kind == "label" else decode_image(damaged, "png")
+    for length in range(len(content)):
+        with pytest.raises(UnusableError):
+            decode_label(np.frombuffer(bytearray(content[:length]), dtype=np.uint8), 19, size)
 
 
 def test_a_decoder_that_is_not_installed_is_told(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import gzip
+import shutil
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.data_problems import data_problems
 from mfm_dist.config.schema import DataSection, RareClassSection, RunConfig
+from mfm_dist.data import tar_stream
 from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
+from mfm_dist.data.tar_stream import stream_samples
 from mfm_dist.errors import DataError
 from mfm_dist.rng import Stream
-from tests.unit.data.small_shards import ShardFolder
+from tests.unit.data.small_shards import ShardFolder, flip_bit
 from tests.unit.data.test_pipeline import damage
 
 
@@ -91,6 +97,44 @@ def test_bad_samples_and_shards_are_named_and_passed_over(shard_folder: ShardFol
     assert keys >= {"sample_0000", "sample_0001", "sample_0003"}
     assert any("000002.tar" in one.shard for one in bad)
     assert any("000001.tar" in one.shard for one in bad)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_damaged_header_is_told_with_all_that_is_lost_behind_it(
+    shard_folder: ShardFolder, tmp_path: Path, packed: bool
+) -> None:
+    tar = shard_folder(count=4, shard_size=4) / "000000.tar"
+    header = int(ShardReader(tar.parent).index.rows[0]["image"]["offset"][2]) - 512
+    flip_bit(tar, header + 150)  # of its checksum
+    length = len(tar.read_bytes().rstrip(b"\0")) - header - 512
+    if packed:
+        tar = Path(shutil.copy(tar, tmp_path / "a.tar"))
+        tar.write_bytes(gzip.compress(tar.read_bytes()))
+    *whole, bad = stream_samples(f"pipe:cat {tar}")
+    assert [found["__key__"] for found in whole if isinstance(found, dict)] == ["sample_0000", "sample_0001"]
+    assert isinstance(bad, BadSample)
+    assert bad.reason == f"damaged header at byte {header}; the {length} bytes behind it are lost"
+
+
+def test_a_cut_stream_is_told_wherever_it_was_cut(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    tar = shard_folder(count=1) / "000000.tar"
+    content, cut = tar.read_bytes(), tmp_path / "cut.tar"
+    for length in range(0, len(content.rstrip(b"\0")) + 512, 128):
+        cut.write_bytes(content[:length])
+        *_, last = stream_samples(str(cut))
+        assert isinstance(last, BadSample), length
+
+
+def test_a_failure_of_the_command_is_told_without_its_secrets(shard_folder: ShardFolder) -> None:
+    tar = shard_folder(count=1) / "000000.tar"
+    *_, bad = stream_samples(f"pipe:true secret; cat {tar}; sleep 0.1; exit 7")
+    assert isinstance(bad, BadSample)
+    assert bad.reason == "the command behind it ended with exit code 7"
+
+
+def test_an_error_without_words_ends_the_shard_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_stream, "gopen", Mock(side_effect=EOFError))
+    assert list(stream_samples("a.tar")) == [BadSample(shard="a.tar", key="", number=-1, reason="EOFError: ")]
 
 
 def test_a_stream_of_nothing_ends_instead_of_hanging() -> None:

@@ -1,0 +1,42 @@
+"""The commands of docs/data.md mean what the guide says of them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mfm_dist.config.loader import load_config
+from mfm_dist.train import parse_arguments
+from tools.make_shards import build_parser
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = [
+    words
+    for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines()
+    if (words := shlex.split(line) if line.startswith(".venv/") else [])
+]
+
+
+def test_the_guide_packs_what_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    packed = set()
+    for words in COMMANDS:
+        if "tools/make_shards.py" in words:
+            arguments = build_parser().parse_args(words[2:])
+            packed.add(arguments.name if "folder" in words else arguments.card.name)
+    trained = [words for words in COMMANDS if "mfm_dist.train" in words]
+    assert len(trained) == 2
+    for words in trained:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+        given = parse_arguments(words[words.index("mfm_dist.train") + 1 :])
+        config = load_config(given.config, given.overrides)
+        data = config.data
+        assert {str(Path(name).parent) for name in (data.source, data.target, data.validation)} <= packed
+        assert data.root == Path("data")
+        assert not data.render_scenes
+        assert config.model.weights is None  # there is no such file before tools/convert_weights.py
+        assert config.model.pretrained
+        assert config.run.folder != Path("runs/quickstart")
+        assert config.train.steps == 40_000
