@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from mfm_dist.methods.self_training import PseudoTarget, cross_entropy
-from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
 
 
@@ -100,10 +99,9 @@ def classify(
     weight: Tensor | None = None,
     /,
 ) -> Classified:
-    """Cross-entropy at one resolution."""
+    """Cross-entropy at one resolution; it is the loss that enlarges the decoder's logits, once and in fp32."""
     features = student.encode(image)
-    logits = resize(student.decode(features), image.shape[-2:])
-    return Classified({which.label: Loss(cross_entropy(logits, label, weight))}, features)
+    return Classified({which.label: Loss(cross_entropy(student.decode(features), label, weight))}, features)
 
 
 class Method(ABC):

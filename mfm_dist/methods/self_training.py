@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.models.layers import resize
 
 NUM_LABEL_VALUES = 256
 """A label is one byte."""
@@ -41,7 +42,7 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -
         label: integer [B, H, W]; ``IGNORE_INDEX`` pixels contribute 0 but count in the mean.
         weight: float [B, H, W] multiplied onto each pixel's loss, or None for 1 everywhere.
     """
-    logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=False)
+    logits = resize(logits.float(), label.shape[-2:])
     loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")
     return loss.mean() if weight is None else (loss * weight).mean()
 

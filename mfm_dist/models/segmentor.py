@@ -50,8 +50,8 @@ class Segmentor(nn.Module):
         return self.decoder(features)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
-        return resize(self.decode(self.encode(image)), image.shape[-2:])
+        """Normalised image [B, 3, H, W] -> fp32 logits [B, num_classes, H, W]."""
+        return resize(self.decode(self.encode(image)).float(), image.shape[-2:])
 
 
 def build_segmentor(
