@@ -123,6 +123,7 @@ PUBLISHED = {
     "mic.mode": "separatetrg",  # UDA_FACTS 6
     "mic.augment": True,  # UDA_FACTS 6
     "mic.mask_ratio": 0.7,  # UDA_FACTS 6
+    "mic.block": None,  # UDA_FACTS 6: 32 at 512, 64 at 1024
     "mic.loss_weight": 1.0,  # UDA_FACTS 6
     "mic.pseudo_threshold": None,  # UDA_FACTS 6: that of the step
     "model.backbone": "mit_b5",  # UDA_FACTS 4.1

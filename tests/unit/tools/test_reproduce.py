@@ -36,6 +36,15 @@ def test_every_row_is_a_configuration_of_its_own(row: Row) -> None:
     assert {published.score for published in row.published} <= of_sets
 
 
+@pytest.mark.parametrize("base", ["dacs", "daformer"])
+def test_mic_on_another_method_is_its_configuration_with_masked_images(base: str) -> None:
+    row, plain = ROWS[f"gta2cs/mic_on_{base}"], load_config(Path(f"configs/gta2cs/{base}.yaml"))
+    config = load_config(row.config, row.overrides)
+    assert (config.method_label, config.data.crop, config.mic.block) == (f"mic on {base}", (512, 512), None)
+    config.method.name, config.mic.on = base, "hrda"
+    assert config == plain
+
+
 def test_main_rows_have_the_figures_of_their_files() -> None:
     """What a file's head promises is what the table shows."""
     for row in RESULTS:
