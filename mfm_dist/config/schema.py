@@ -163,7 +163,8 @@ class TrainSection:
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
     compile: bool = False
-    """Translate student and teacher by torch.compile. Takes minutes at the start, and on a CPU a C++ compiler."""
+    """Translate student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
+    compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: int = 1
