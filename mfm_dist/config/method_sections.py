@@ -101,8 +101,9 @@ class MFMSection:
     trains: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
-    view: Literal["context", "detail"] = "context"
-    """Under HRDA: the down-scaled whole crop, or a window of it at full resolution. Elsewhere it is the crop."""
+    view: Literal["context", "detail", "both"] = "context"
+    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both, each with the weight lambda.
+    Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)
