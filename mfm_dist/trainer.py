@@ -206,6 +206,7 @@ class Trainer:
                 self.engine,
                 step=step,
                 class_sets=config.eval.class_sets,
+                fit_into=config.eval.resize,
                 overlays=config.eval.overlays,
                 overlay_folder=path.with_suffix(""),
                 before_turn=self._before_turn,

@@ -29,6 +29,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.every": config.eval.every,
+        "eval.resize": min(config.eval.resize or (1,)),
         "mic.block": 1 if config.mic.block is None else config.mic.block,
         "log.every": config.log.every,
         "stability.spike_window": config.stability.spike_window,

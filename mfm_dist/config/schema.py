@@ -223,6 +223,10 @@ class CheckpointSection:
 class EvalSection:
     every: int = 4000
     """Steps between evaluations on `data.validation`; also done before step 0 and at the end. UDA: 4000."""
+    resize: tuple[int, int] | None = None
+    """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
+    size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
+    Dark Zurich."""
     class_sets: tuple[ClassSet, ...] = ()
     """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
     overlays: int = 4

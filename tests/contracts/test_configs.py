@@ -65,6 +65,8 @@ def test_paper_run_keeps_the_published_recipe(path: Path) -> None:
     assert path.stem == config.method.name
     assert config.data.crop == ((1024, 1024) if large else (512, 512))
     assert (config.data.source_resize, config.data.target_resize) == SIZES[path.parent.name][large]
+    test_box = (512, 1024) if path.parent.name in ("gta2cs", "syn2cs") else (540, 960)  # UDA_FACTS 7.3 and 8
+    assert config.eval.resize == (None if large else test_box)
     assert config.two_resolutions == large
     assert config.data.rare_class_sampling.enabled == (path.stem != "dacs")
     assert config.self_training.ema_decay == (0.99 if path.stem == "dacs" else 0.999)
@@ -142,6 +144,7 @@ PUBLISHED = {
     "train.global_batch": 2,  # UDA_FACTS 3.3
     "train.precision": "fp32",  # UDA_FACTS 1
     "train.clip_norm": 0.0,  # UDA_FACTS 1
+    "eval.resize": None,
     "eval.every": 4000,  # UDA_FACTS 3.3
     "mfm.loss_weight": 1.0,  # MFM_PAPER, the task, as all of this section but the mask ratio
     "mfm.loss_on": "all",
