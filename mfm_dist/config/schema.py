@@ -132,7 +132,7 @@ class OptimSection:
     lr: float = 6e-5
     """Learning rate of the encoder. UDA: 6e-5."""
     decoder_lr_factor: float = 10.0
-    """The decoder learns this many times faster. UDA: 10."""
+    """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
     rebuilder_lr: float = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
     weight_decay: float = 0.01
