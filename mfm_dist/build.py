@@ -17,7 +17,7 @@ from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.checkpointing import checkpoint_blocks
-from mfm_dist.models.compiling import compile_segmentor
+from mfm_dist.models.compiling import compile_module, compile_segmentor
 from mfm_dist.models.hrda import at_two_resolutions
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
@@ -114,6 +114,8 @@ def build_train_module(config: RunConfig) -> TrainModule:
     if config.train.compile:
         for segmentor in (student, *([module.teacher.segmentor] if module.teacher is not None else [])):
             compile_segmentor(segmentor)
+        if module.initial_encoder is not None:
+            compile_module(module.initial_encoder.backbone)
     return module
 
 

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
 from mfm_dist.data.pipeline import EvaluationItem
-from mfm_dist.inference import predict_labels, windows_of
+from mfm_dist.inference import predict_labels, seen_size, windows_of
+from mfm_dist.methods.augment import normalise
 from mfm_dist.metrics import confusion_matrix, iou_percent, mean_iou_percent, write_atomically
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.pictures import save_overlay
@@ -111,6 +112,8 @@ def evaluate(
     step: int,
     precision: str = "fp32",
     class_sets: Sequence[str] = (),
+    fit_into: tuple[int, int] | None = None,
+    scale: Callable[[Tensor], Tensor] = normalise,
     overlays: int = 0,
     overlay_folder: Path | None = None,
     before_turn: Callable[[int], object] = lambda _: None,
@@ -124,6 +127,7 @@ def evaluate(
             under ZeRO-3 it is collective.
         precision: what the forwards run in, to be said in the protocol.
         class_sets: names in ``CLASS_SETS`` to give means over, too.
+        fit_into, scale: what the images are before they are predicted (``predict_labels``).
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
         before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
             in the same turn.
@@ -134,9 +138,9 @@ def evaluate(
     with evaluation_mode(student), mean_batch_norm(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
-            image = FILLER if item.sample is None else item.sample.image
-            forwards = agreed_forwards(student, image, ranks)
-            prediction = predict_labels(student, image, ranks.device, at_least=forwards).cpu()
+            image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
+            forwards = agreed_forwards(student, seen_size(image, box), ranks)
+            prediction = predict_labels(student, image, ranks.device, scale, forwards, box).cpu()
             if item.sample is None:
                 bad.extend([item.bad] if item.bad is not None else [])
                 continue
@@ -149,8 +153,6 @@ def evaluate(
                 save_overlay(path, item.sample.image, item.sample.label, prediction)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
-    window = student.window
-    images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     scores = Scores(
         step=step,
         miou=mean_iou_percent(confusion),
@@ -158,17 +160,26 @@ def evaluate(
         images=int(totals[-1]),
         bad_samples=[str(sample) for sample in bad],
         means={name: value for key in class_sets for name, value in means_over(key, confusion).items()},
-        protocol=PROTOCOL.format(images=images, precision=precision),
+        protocol=protocol_of(student, fit_into, precision),
     )
     return scores, bad
 
 
-def agreed_forwards(student: Segmentor, image: Tensor, ranks: Ranks) -> int:
+def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
+    """How the scores came about, for people."""
+    window = student.window
+    images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
+    if fit_into is not None:
+        images += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
+    return PROTOCOL.format(images=images, precision=precision)
+
+
+def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:
     """How many forwards every rank makes in this turn: as many as the largest of the ranks' images needs. Collective.
 
     Under ZeRO-3 a forward is collective, and images of several sizes need several numbers of windows.
     """
-    own = len(windows_of(student, image))
+    own = len(windows_of(student, size))
     if student.window is None:  # one for any image, so there is nothing to agree on
         return own
     return int(ranks.maximum(torch.tensor(own, device=ranks.device)))

@@ -54,6 +54,9 @@ class About:
     method: str
     crop: tuple[int, int]
     """Training crop (height, width) in pixels. Prediction takes images of any size: whole, with HRDA in windows."""
+    resize: tuple[int, int] | None = None
+    """Prediction fits images into this box (height, width), aspect kept, and enlarges the logits to their own size, as
+    the evaluation of the run does; None: images as they are."""
     step: int
     """Global batches the weights were trained on."""
     miou: float | None
@@ -87,9 +90,10 @@ class TrainedSegmentor(nn.Module):
     def predict(self, image: Tensor) -> Tensor:
         """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
 
-        As in evaluation: the image is taken whole, or in the windows of the segmenter.
+        As in evaluation: the image is taken whole, or in the windows of the segmenter, and at ``about.resize``.
         """
-        return predict_labels(self.segmentor, image, next(self.parameters()).device, self.normalise)
+        device = next(self.parameters()).device
+        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.about.resize)
 
 
 def segmentor_of(about: About) -> Segmentor:
@@ -123,13 +127,22 @@ def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu"
         from mfm_dist.trained_run import open_run  # reading a run needs the libraries that trained it
 
         return open_run(folder).trained_segmentor().to(device).eval()
+    return load_export(folder).to(device)
+
+
+def load_export(folder: Path) -> TrainedSegmentor:
+    """The segmenter of an export folder, on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigError: if the folder is none, or one that cannot be used.
+    """
     about = read_about(folder)
     segmentor = segmentor_of(about)
     try:
         segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
-    return TrainedSegmentor(segmentor, about).to(device).eval()
+    return TrainedSegmentor(segmentor, about).eval()
 
 
 def read_about(folder: Path) -> About:

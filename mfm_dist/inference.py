@@ -7,9 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mfm_dist.data.pictures import fitted
+from mfm_dist.data.transforms import resize_box
 from mfm_dist.methods.augment import normalise
+from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+
+EVERYTHING = (slice(None), slice(None))
 
 
 @torch.no_grad()
@@ -19,6 +24,7 @@ def predict_labels(
     device: torch.device,
     scale: Callable[[Tensor], Tensor] = normalise,
     at_least: int = 1,
+    fit_into: tuple[int, int] | None = None,
 ) -> Tensor:
     """Most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
 
@@ -28,20 +34,28 @@ def predict_labels(
     Args:
         scale: makes uint8 [1, 3, H, W] what the segmenter expects.
         at_least: forwards to run, for ranks that have to run as many; what is too many is not used.
+        fit_into: sides of a box that the image is resized into first, aspect kept, as published for crops of 512; the
+            logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
     """
-    scaled = scale(image.unsqueeze(0).to(device))
-    boxes = windows_of(segmentor, image)
+    size = seen_size(image, fit_into)
+    scaled = scale(resize_box(image, size, EVERYTHING).unsqueeze(0).to(device))
+    boxes = windows_of(segmentor, size)
     patches = [segmentor(box.crop(scaled)) for box in boxes]
     for _ in range(at_least - len(boxes)):
         segmentor(boxes[-1].crop(scaled))
     logits = patches[0].float()
     if len(boxes) > 1:
-        logits = average_windows(patches, boxes, (image.shape[-2], image.shape[-1]))
-    return logits.argmax(dim=1).squeeze(0)
+        logits = average_windows(patches, boxes, size)
+    return resize(logits, image.shape[-2:]).argmax(dim=1).squeeze(0)
 
 
-def windows_of(segmentor: Segmentor, image: Tensor) -> list[Box]:
-    """The windows of an image [..., H, W] that a prediction is made in."""
-    height, width = image.shape[-2:]
-    window = segmentor.window or (height, width)
-    return sliding_boxes((height, width), window, (max(1, window[0] // 2), max(1, window[1] // 2)))
+def seen_size(image: Tensor, fit_into: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width at which a segmenter sees an image [..., H, W]."""
+    own = (image.shape[-2], image.shape[-1])
+    return own if fit_into is None else fitted(own, fit_into)
+
+
+def windows_of(segmentor: Segmentor, size: tuple[int, int]) -> list[Box]:
+    """The windows that an image of this height and width is predicted in."""
+    window = segmentor.window or size
+    return sliding_boxes(size, window, (max(1, window[0] // 2), max(1, window[1] // 2)))

@@ -35,12 +35,15 @@ def mfm_weight(step: int, settings: MFMSection) -> float:
 def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[str, Any]]:
     """Every trainable parameter, grouped by part and by whether it decays.
 
-    Encoder, decoder and Rebuilder have rates of their own. LayerNorm parameters do not decay, BatchNorm parameters and
+    Encoder, decoder and Rebuilder have rates of their own; a pyramid on the encoder starts from random weights, as the
+    decoder does, and counts as part of it. LayerNorm parameters do not decay, BatchNorm parameters and
     biases do, as in the published configurations. The teacher is in no group.
     """
+    backbone = module.student.backbone
+    new = [*module.student.heads, *([] if backbone.pyramid is None else [backbone.pyramid])]
     parts: list[tuple[str, nn.Module, float]] = [
-        ("encoder", module.student.backbone, settings.lr),
-        ("decoder", nn.ModuleList(module.student.heads), settings.lr * settings.decoder_lr_factor),
+        ("encoder", backbone.net, settings.lr),
+        ("decoder", nn.ModuleList(new), settings.lr * settings.decoder_lr_factor),
     ]
     if module.rebuilder is not None:
         parts.append(("rebuilder", module.rebuilder, settings.rebuilder_lr))

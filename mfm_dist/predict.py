@@ -2,8 +2,8 @@
 
 Writes FOLDER/ids/NAME.png, whose pixel values are train ids (0 road ... 18 bicycle) and whose palette shows them in
 class colours, FOLDER/overlays/NAME.png, and FOLDER/predictions.json. Subfolders of the input are kept. Images are
-taken whole, upright as EXIF says. Exit codes: 0 done, 2 command line, 3 some images could not be read (they are named,
-the others are done), 4 storage.
+taken upright as EXIF says, and as in the run's evaluation: whole or in windows, fitted into a box (eval.resize) or not.
+Exit codes: 0 done, 2 command line, 3 some images could not be read (they are named, the others are done), 4 storage.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
-from mfm_dist.methods.mfm import mfm_term
+from mfm_dist.methods.mfm import mfm_term, passes_of
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.batch_norm import batch_norm_untracked
@@ -90,9 +90,8 @@ class TrainModule(nn.Module):
         """The terms by name: those of the method, L_sup + L_uda, then L_mfm."""
         terms = dict(self.method.terms())
         if self.config.mfm.enabled:
-            domain = self.config.mfm.domain
-            passes = {"target": [Pass.MFM], "source": [Pass.MFM_SOURCE], "both": [Pass.MFM_SOURCE, Pass.MFM]}[domain]
-            terms |= {p.label: partial(self.masked_features_term, which=p, weight=mfm_weight) for p in passes}
+            for which in passes_of(self.config.mfm):
+                terms[which.label] = partial(self.masked_features_term, which=which, weight=mfm_weight)
         return terms
 
     def masked_features_term(

@@ -49,6 +49,7 @@ class TrainedRun:
             run=self.path.resolve().name,
             method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
             crop=config.data.crop,
+            resize=config.eval.resize,
             step=step,
             miou=scores.get("miou") if self.weights == "student" else None,  # evaluation scores the student
             revision=_read_json(self.path / "environment.json").get("revision"),

@@ -214,6 +214,7 @@ class Trainer:
                 step=step,
                 precision="bf16" if config.train.precision == "bf16_weights" else "fp32",
                 class_sets=config.eval.class_sets,
+                fit_into=config.eval.resize,
                 overlays=config.eval.overlays,
                 overlay_folder=path.with_suffix(""),
                 before_turn=self._before_turn,

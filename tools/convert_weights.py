@@ -6,9 +6,9 @@ python tools/convert_weights.py encoder mit_b5.pth mit_b5.safetensors
     (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, or the encoder in a checkpoint.
 
 python tools/convert_weights.py segmentor iter_40000_relevant.pth pretrained/hrda
-    a trained network to evaluate, for mfm_dist.load and python -m mfm_dist.predict --model. SOURCE is a checkpoint of
-    the MIC, HRDA or DAFormer repositories with 19 classes, its head that of DAFormer, SegFormer, DeepLabV2 or
-    DeepLabV3+.
+    a trained network, for mfm_dist.load, python -m mfm_dist.evaluate --model and ... predict --model. SOURCE is a
+    checkpoint of the MIC, HRDA or DAFormer repositories with 19 classes, its head that of DAFormer, SegFormer,
+    DeepLabV2 or DeepLabV3+. Those trained on crops of 512 are scored as published with --resize.
 
 Every tensor of the file is used, or named as left out, or an error; so is every tensor that our network needs. Only
 files of tensors are opened. Exit codes: 0 done, 2 wrong arguments or a file that does not fit, 4 no right to write.
@@ -90,6 +90,7 @@ def convert_segmentor(
     dilations: Sequence[int] | None = None,
     coarse_first: bool | None = None,
     crop: tuple[int, int] | None = None,
+    resize: tuple[int, int] | None = None,
 ) -> list[str]:
     """The ``segmentor`` command; returns what to tell about it.
 
@@ -117,6 +118,7 @@ def convert_segmentor(
         run=source.stem,
         method="converted",
         crop=crop or ((1024, 1024) if attention else (512, 512)),
+        resize=resize,
         step=found.step,
         miou=None,
         revision=None,
@@ -136,6 +138,7 @@ def convert_segmentor(
         *_left_out(sum((part.ignored for part in heads.values()), found.ignored + encoder.ignored)),
         *(f"assumed: {text}" for part in heads.values() for text in part.assumed),
         f"load it with: mfm_dist.load({str(output)!r}), or python -m mfm_dist.predict --model {output} ...",
+        f"score it with: python -m mfm_dist.evaluate --model {output} --data SHARD_SET",
     ]
 
 
@@ -201,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     encoder = commands.add_parser("encoder", help="for model.weights")
     encoder.add_argument("source", type=Path, help="a published file")
     encoder.add_argument("output", type=Path, help="a new .safetensors file")
-    segmentor = commands.add_parser("segmentor", help="for mfm_dist.load and mfm_dist.predict")
+    segmentor = commands.add_parser("segmentor", help="for mfm_dist.load, evaluate and predict")
     segmentor.add_argument("source", type=Path, help="a checkpoint")
     segmentor.add_argument("output", type=Path, help="a new folder, or an earlier export")
     for command in (encoder, segmentor):
@@ -228,6 +231,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="training crop, with HRDA the window of prediction (512 512, with HRDA 1024 1024)",
     )
+    segmentor.add_argument(
+        "--resize",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="predict images fitted into this box, logits enlarged to their own size. Published with crops of 512: "
+        "512 1024 for Cityscapes, 540 960 for ACDC and Dark Zurich (images as they are, as published with HRDA)",
+    )
     return parser
 
 
@@ -246,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dilations=args.dilations,
                 coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
                 crop=tuple(args.crop) if args.crop else None,
+                resize=tuple(args.resize) if args.resize else None,
             )
     except UserError as error:
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@
   tools/reproduce.py gta2cs/daformer --seeds 3          train this row with and without MFM, then the same table
   tools/reproduce.py gta2cs/mic --sbatch --forms with   submit jobs instead
   tools/reproduce.py --data scenes --seeds 5            the four methods on the embedded data
+  tools/reproduce.py --data scenes --seeds 5 --all      those and the ablations of MFM in small, by the paper's names
 
 A run is one form of a row (with MFM, without) and one seed, in FOLDER/ROW/FORM/seed_N. Finished runs are kept and not
 trained again: the same command goes on after an interruption, more seeds or rows add to what there is. Gains are paired
@@ -28,11 +29,14 @@ from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.paper_rows import FORMS, SCENES, Row, paper_rows
+from tools.paper_rows import FORMS, SCENES, SCENES_ABLATIONS, Row, paper_rows
 from tools.seeds import MOST_SEEDS, is_finished, last_scores, mean_of, refuse_other_settings, save_record, shown, train
 
 GPU = Path("configs/accelerate/gpu_single.yaml")
 """How the papers' rows were trained: on one GPU."""
+
+MARK = "\\*"
+"""Of a figure with a note below the table; escaped for Markdown."""
 
 
 class Run(NamedTuple):
@@ -88,6 +92,7 @@ def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
                 "row": row.name,
                 "score": published.score,
                 "published": {"without": published.without, "with": published.with_mfm},
+                "note": published.note,
                 **ours({form: scores(folders, published.score) for form, folders in finished.items() if folders}),
                 "cost": {form: cost(folders.values()) for form, folders in finished.items() if folders},
                 "other_settings": [line for form in finished for line in other_settings(row, form, finished[form])],
@@ -145,11 +150,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         classes = "19" if result["score"] == "miou" else result["score"].removeprefix("miou_synthia")
         published = [("" if value is None else f"{value:.1f}") for value in result["published"].values()]
+        published[-1] += MARK if result["note"] else ""
         ours = [shown(result["ours"][form], ".2f") if form in result["ours"] else "" for form in FORMS]
         gain = "" if result["gain"] is None else shown(result["gain"], "+.2f")
         seeds = ", ".join(str(len(result["ours"][form]["by_seed"])) for form in FORMS if form in result["ours"])
         cells = [result["row"], classes, *published, *ours, gain, seeds, *relative_cost(result["cost"])]
         lines.append(f"| {' | '.join(cells)} |")
+    notes = dict.fromkeys(f"{MARK} {result['note']}" for result in results if result["note"])
+    lines += ["", *notes] if notes else []
     other = dict.fromkeys(line for result in results for line in result["other_settings"])
     return "\n".join([*lines, *(["", "Trained with other settings than the row's:"] if other else []), *other])
 
@@ -166,7 +174,13 @@ def relative_cost(costs: dict[str, dict[str, float]]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``rows`` become ``Row``s and ``overrides``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows to train; section.key=value changes a setting")
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help="rows to train (paper: none; scenes: the four methods); section.key=value changes a setting",
+    )
+    parser.add_argument("--all", action="store_true", help="train all rows of the tables")
     parser.add_argument("--data", choices=("paper", "scenes"), default="paper", help="of which tables (paper)")
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, MOST_SEEDS + 1), metavar="N", help="0 to N-1")
@@ -179,10 +193,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     names = [word for word in arguments.rows if "=" not in word]
     arguments.overrides = [word for word in arguments.rows if "=" in word]
-    arguments.table = {row.name: row for row in (SCENES if arguments.data == "scenes" else paper_rows())}
+    by_default, every = (SCENES, (*SCENES, *SCENES_ABLATIONS)) if arguments.data == "scenes" else ((), paper_rows())
+    arguments.table = {row.name: row for row in every}
     if unknown := [name for name in names if name not in arguments.table]:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join(arguments.table)}")
-    wanted = names or (arguments.table if arguments.data == "scenes" else [])
+    wanted = arguments.table if arguments.all else names or [row.name for row in by_default]
     arguments.rows = [] if arguments.collect else [arguments.table[name] for name in wanted]
     arguments.launch = arguments.launch or (GPU if arguments.data == "paper" else None)
     return arguments

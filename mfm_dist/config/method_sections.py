@@ -66,8 +66,8 @@ class MICSection:
     """Jitter and blur before masking, as mixed images are. MIC: true from synthetic data, false from Cityscapes."""
     mask_ratio: float = 0.7
     """Chance of each block to be hidden. MIC: 0.7."""
-    block: int = 64
-    """Side of a block in pixels of the crop. MIC: 64 in 1024 crops, 32 in 512 crops."""
+    block: int | None = None
+    """Side of a block in pixels of the crop; null: a 16th of its height. MIC: 64 in 1024 crops, 32 in 512 crops."""
     loss_weight: float = 1.0
     """Weight of the masked images' loss. MIC: 1."""
     pseudo_threshold: float | None = None
@@ -101,8 +101,9 @@ class MFMSection:
     trains: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
-    view: Literal["context", "detail"] = "context"
-    """Under HRDA: the down-scaled whole crop, or a window of it at full resolution. Elsewhere it is the crop."""
+    view: Literal["context", "detail", "both"] = "context"
+    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both, each with the weight lambda.
+    Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "eval.every": config.eval.every,
-        "mic.block": config.mic.block,
+        "eval.resize": min(config.eval.resize or (1,)),
+        "mic.block": 1 if config.mic.block is None else config.mic.block,
         "log.every": config.log.every,
         "stability.spike_window": config.stability.spike_window,
     }
@@ -99,8 +100,10 @@ def _cross_field_problems(config: RunConfig) -> list[str]:
             f"self_training.pseudo_weight_ignore_top and _bottom are {margins} rows together, all of data.crop="
             f"{config.data.crop[0]}x{config.data.crop[1]}: leave some"
         )
-    if mfm.view == "detail" and not config.two_resolutions:
-        problems.append("mfm.view=detail is about HRDA's crops: keep context, or train method.name=hrda or mic on it")
+    if mfm.view != "context" and not config.two_resolutions:
+        problems.append(
+            f"mfm.view={mfm.view} is about HRDA's crops: keep context, or train method.name=hrda or mic on it"
+        )
     if not mfm.rebuild and mfm.rebuilds != "classes":
         problems.append(f"mfm.rebuild=false leaves nothing that could be compared with mfm.rebuilds={mfm.rebuilds}")
     if mfm.rebuilds != "classes" and mfm.trains != "both":

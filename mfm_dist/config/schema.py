@@ -132,7 +132,7 @@ class OptimSection:
     lr: float = 6e-5
     """Learning rate of the encoder. UDA: 6e-5."""
     decoder_lr_factor: float = 10.0
-    """The decoder learns this many times faster. UDA: 10."""
+    """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
     rebuilder_lr: float = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
     weight_decay: float = 0.01
@@ -163,7 +163,8 @@ class TrainSection:
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
     compile: bool = False
-    """Translate student and teacher by torch.compile. Takes minutes at the start, and on a CPU a C++ compiler."""
+    """Translate student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
+    compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: int = 1
@@ -222,6 +223,10 @@ class CheckpointSection:
 class EvalSection:
     every: int = 4000
     """Steps between evaluations on `data.validation`; also done before step 0 and at the end. UDA: 4000."""
+    resize: tuple[int, int] | None = None
+    """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
+    size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
+    Dark Zurich."""
     class_sets: tuple[ClassSet, ...] = ()
     """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
     overlays: int = 4

@@ -44,6 +44,8 @@ class Pass(IntEnum):
     MASKED = 2
     MFM = 3
     MFM_SOURCE = 4
+    MFM_DETAIL = 5
+    MFM_SOURCE_DETAIL = 6
 
     @property
     def label(self) -> str:

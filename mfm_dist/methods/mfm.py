@@ -29,6 +29,14 @@ Encode = Callable[[Tensor], list[Tensor]]
 """From an image [B, 3, H, W] to encoder maps."""
 
 
+def passes_of(settings: MFMSection) -> list[Pass]:
+    """The forwards of the term, each with the weight lambda: source before target, context before detail."""
+    target, source = [Pass.MFM], [Pass.MFM_SOURCE]
+    if settings.view == "both":
+        target, source = [Pass.MFM, Pass.MFM_DETAIL], [Pass.MFM_SOURCE, Pass.MFM_SOURCE_DETAIL]
+    return {"target": target, "source": source, "both": [*source, *target]}[settings.domain]
+
+
 class View(NamedTuple):
     """What the term looks at."""
 
@@ -59,11 +67,11 @@ def mfm_term(
         rebuilder: None where hidden features stay empty.
         grid: rows and columns of the mask.
         teacher: the teacher's encoder, without gradients.
-        which: ``Pass.MFM`` for the target, ``Pass.MFM_SOURCE`` for the source, whose labels are given.
+        which: one of ``passes_of(settings)``.
     """
     view = view_of(student, inputs, settings, which)
     features = student.encode(view.image)
-    mask = keyed_masks(inputs, grid, settings.mask_ratio, domain=int(which is Pass.MFM_SOURCE))
+    mask = keyed_masks(inputs, grid, settings.mask_ratio, which)
     if settings.rebuilds != "classes":
         assert rebuilder is not None
         loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
@@ -88,28 +96,24 @@ def mfm_term(
 
 
 def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, which: Pass) -> View:
-    """Image, label and weight of a domain; under HRDA the whole crop down-scaled, or the detail window of this pass."""
-    if which is Pass.MFM_SOURCE:
+    """Image, label and weight of a domain, the source's labels given; under HRDA of context or detail window."""
+    if which in (Pass.MFM_SOURCE, Pass.MFM_SOURCE_DETAIL):
         label = inputs.source_label.long()
         image, weight = inputs.source_image, torch.ones_like(label, dtype=torch.float32)
     else:
         assert inputs.pseudo is not None
         image, label, weight = inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight
-    if settings.view == "context":
+    if settings.view != "detail" and which not in (Pass.MFM_DETAIL, Pass.MFM_SOURCE_DETAIL):
         return View(student.context(image), label, weight)
     assert isinstance(student, HRDASegmentor)
     box = draw_detail_box(student, inputs, which)
     return View(box.crop(image), box.crop(label), box.crop(weight))
 
 
-def keyed_masks(inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, domain: int = 0) -> Tensor:
-    """bool [B, rows, cols] on the inputs' device, True = hidden; each sample's mask is keyed by its position.
-
-    Args:
-        domain: 0 for the target, 1 for the source, whose samples have the same positions.
-    """
+def keyed_masks(inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, which: Pass = Pass.MFM) -> Tensor:
+    """bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
     masks = [
-        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, domain))
+        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, which - Pass.MFM))
         for position in inputs.positions
     ]
     return torch.cat(masks).to(inputs.target_image.device)

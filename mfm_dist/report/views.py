@@ -77,7 +77,8 @@ def first_prediction(networks: Networks, subject: Subject) -> list[Panel] | str:
     if label is not None:
         note = "step 0"
     elif networks.first is not None:
-        label = predict_labels(networks.first, subject.sample.image, CPU).numpy().astype(np.uint8)
+        box = networks.config.eval.resize
+        label = predict_labels(networks.first, subject.sample.image, CPU, fit_into=box).numpy().astype(np.uint8)
         note = "step 0, from the seed"
     elif networks.overlays.is_dir():
         return [Panel("First prediction", "", f"not saved (eval.overlays={networks.config.eval.overlays})")]
@@ -99,7 +100,8 @@ def prediction_and_mistakes(networks: Networks, subject: Subject) -> list[Panel]
     """The same, and where it differs from the truth."""
     if networks.trained is None:
         return networks.absent
-    label = predict_labels(networks.trained.student, subject.sample.image, CPU).numpy().astype(np.uint8)
+    box = networks.config.eval.resize
+    label = predict_labels(networks.trained.student, subject.sample.image, CPU, fit_into=box).numpy().astype(np.uint8)
     truth = subject.label.numpy().astype(np.uint8)
     return [
         Panel("Last prediction", label_map(label), f"step {networks.step:,}: {_right(label, subject)}"),

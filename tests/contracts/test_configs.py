@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,17 +49,32 @@ def test_there_is_a_run_for_each_method_on_each_benchmark() -> None:
     assert found == [(folder, method) for folder in folders for method in methods]
 
 
+SIZES = {
+    # published boxes of source and target by benchmark: at 512, at full size (UDA_FACTS 7.3; None: as stored)
+    "gta2cs": (((720, 1280), (512, 1024)), ((1440, 2560), None)),
+    "syn2cs": ((None, (512, 1024)), ((1520, 2560), None)),
+    "cs2acdc": (((512, 1024), (540, 960)), (None, None)),
+    "cs2dz": (((512, 1024), (540, 960)), (None, None)),
+}
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
 def test_paper_run_keeps_the_published_recipe(path: Path) -> None:
     config = load_config(path)
     large = path.stem in ("hrda", "mic")
     assert path.stem == config.method.name
     assert config.data.crop == ((1024, 1024) if large else (512, 512))
+    assert (config.data.source_resize, config.data.target_resize) == SIZES[path.parent.name][large]
+    test_box = (512, 1024) if path.parent.name in ("gta2cs", "syn2cs") else (540, 960)  # UDA_FACTS 7.3 and 8
+    assert config.eval.resize == (None if large else test_box)
     assert config.two_resolutions == large
     assert config.data.rare_class_sampling.enabled == (path.stem != "dacs")
     assert config.self_training.ema_decay == (0.99 if path.stem == "dacs" else 0.999)
     to_cityscapes = path.parent.name in ("gta2cs", "syn2cs")
     assert config.data.target_margins == ((30, 240, 30, 30) if large and to_cityscapes else (0, 0, 0, 0))
+    tells = config.self_training
+    rows = (tells.pseudo_weight_ignore_top, tells.pseudo_weight_ignore_bottom)
+    assert rows == ((15, 120) if path.stem == "daformer" else (0, 0))  # on ACDC and Dark Zurich, too: UDA_FACTS 2.5
     assert (config.mic.mode, config.mic.augment) == (
         ("separate", False) if path.stem == "mic" and not to_cityscapes else ("separatetrg", True)
     )
@@ -66,6 +82,95 @@ def test_paper_run_keeps_the_published_recipe(path: Path) -> None:
     if rare.enabled:  # as many pixels of the crop as published, to a rounded per mille
         assert rare.min_pixels * rare.min_crop_ratio == pytest.approx(6000 if large else 1500, rel=1e-3)
     assert (len(config.eval.class_sets) == 2) == (path.parent.name == "syn2cs")
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_paper_run_keeps_the_published_network_and_schedule(path: Path) -> None:
+    config, default = load_config(path), RunConfig()
+    deeplab = path.stem == "dacs"
+    assert (config.model.backbone, config.model.decoder) == (
+        ("resnet101c", "deeplabv2") if deeplab else ("mit_b5", "daformer")
+    )
+    options = {"output_stride": 8, "out_indices": [1, 2, 3, 4]} if deeplab else {}
+    assert (config.model.backbone_options, config.model.decoder_options) == (options, {})
+    # All else is as the table of published defaults below has it.
+    for section in ("optim", "train", "hrda", "daformer", "mfm", "rebuilder", "stability"):
+        assert getattr(config, section) == getattr(default, section), section
+    changed = {"self_training": ["ema_decay", "pseudo_weight_ignore_top", "pseudo_weight_ignore_bottom"]}
+    changed["mic"] = ["mode", "augment"]
+    for section, keys in changed.items():
+        ours = replace(getattr(config, section), **{key: getattr(getattr(default, section), key) for key in keys})
+        assert ours == getattr(default, section), section
+    assert config.data.scale_range == (1.0, 1.0)
+
+
+PUBLISHED = {
+    "self_training.ema_decay": 0.999,  # UDA_FACTS 2.1
+    "self_training.pseudo_threshold": 0.968,  # UDA_FACTS 1
+    "self_training.class_draw": "batch",  # UDA_FACTS 2.2
+    "self_training.jitter_prob": 0.8,  # UDA_FACTS 2.3
+    "self_training.jitter_strength": 0.2,  # UDA_FACTS 2.3
+    "self_training.blur_prob": 0.5,  # UDA_FACTS 2.3
+    "self_training.augment_form": "published",
+    "daformer.feature_distance_weight": 0.005,  # UDA_FACTS 3.2
+    "daformer.feature_distance_share": 0.75,  # UDA_FACTS 3.2
+    "data.rare_class_sampling.temperature": 0.01,  # UDA_FACTS 3.1
+    "data.rare_class_sampling.min_pixels": 3000,  # UDA_FACTS 3.1
+    "data.rare_class_sampling.min_crop_ratio": 0.5,  # UDA_FACTS 3.1, at 512
+    "data.crop": (512, 512),  # UDA_FACTS 7.3
+    "data.scale_range": (1.0, 1.0),  # UDA_FACTS 7.3: no scale jitter
+    "hrda.detail_loss_weight": 0.1,  # UDA_FACTS 5
+    "hrda.attention": "segformer",  # UDA_FACTS 4.3
+    "hrda.attention_options": {"width": 256},  # UDA_FACTS 4.3
+    "mic.mode": "separatetrg",  # UDA_FACTS 6
+    "mic.augment": True,  # UDA_FACTS 6
+    "mic.mask_ratio": 0.7,  # UDA_FACTS 6
+    "mic.block": None,  # UDA_FACTS 6: 32 at 512, 64 at 1024
+    "mic.loss_weight": 1.0,  # UDA_FACTS 6
+    "mic.pseudo_threshold": None,  # UDA_FACTS 6: that of the step
+    "model.backbone": "mit_b5",  # UDA_FACTS 4.1
+    "model.decoder": "daformer",  # UDA_FACTS 4.3
+    "optim.name": "adamw",  # UDA_FACTS 3.3, as all of this section but the Rebuilder's rate
+    "optim.lr": 6e-5,
+    "optim.decoder_lr_factor": 10.0,
+    "optim.weight_decay": 0.01,
+    "optim.betas": (0.9, 0.999),
+    "optim.eps": 1e-8,
+    "optim.warmup_steps": 1500,
+    "optim.warmup_ratio": 1e-6,
+    "optim.rebuilder_lr": 2e-4,  # MFM_PAPER, the Rebuilder
+    "train.steps": 40_000,  # UDA_FACTS 3.3
+    "train.micro_batch": 2,  # UDA_FACTS 3.3
+    "train.global_batch": 2,  # UDA_FACTS 3.3
+    "train.precision": "fp32",  # UDA_FACTS 1
+    "train.clip_norm": 0.0,  # UDA_FACTS 1
+    "eval.resize": None,
+    "eval.every": 4000,  # UDA_FACTS 3.3
+    "mfm.loss_weight": 1.0,  # MFM_PAPER, the task, as all of this section but the mask ratio
+    "mfm.loss_on": "all",
+    "mfm.ramp_from": 0,
+    "mfm.ramp_to": 0,
+    "mfm.rebuilds": "classes",
+    "mfm.rebuild": True,
+    "mfm.domain": "target",
+    "mfm.trains": "both",
+    "mfm.view": "context",
+    "mfm.mask_ratio": 0.4,  # MFM_PAPER, the Rebuilder, as all of the next section
+    "rebuilder.depth": 2,
+    "rebuilder.width": 512,
+    "rebuilder.heads": 16,
+    "rebuilder.mlp_ratio": 4.0,
+    "rebuilder.grid": (16, 16),
+}
+"""The defaults that were published, by key, with where the number is from."""
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_default_is_the_published_one(key: str) -> None:
+    value: object = RunConfig()
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert value == PUBLISHED[key]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))

@@ -32,6 +32,7 @@ METHODS = {
     "mic": ["method.name=mic", "mic.on=hrda"],
     "mic on daformer": ["method.name=mic", "mic.on=daformer", "mic.mode=separate"],
     "mic on dacs": ["method.name=mic", "mic.on=dacs", "mic.augment=false"],
+    "hrda, both views": ["method.name=hrda", "mfm.view=both", "mfm.domain=both"],
     "mic on source_only": ["method.name=mic", "mic.on=source_only", "mic.mode=separatesrc"],
 }
 ABLATIONS = [
@@ -149,8 +150,9 @@ def test_the_detail_view_of_mfm_is_another_loss(scenes: Path, batches: dict[str,
         for view in ("context", "detail")
     ]
     assert losses[0] != losses[1]
-    with pytest.raises(ConfigError, match=r"mfm\.view=detail"):
-        configured(scenes, "method.name=dacs", "mfm.view=detail", mfm=True)
+    for view in ("detail", "both"):
+        with pytest.raises(ConfigError, match=rf"mfm\.view={view}"):
+            configured(scenes, "method.name=dacs", f"mfm.view={view}", mfm=True)
 
 
 def test_an_unknown_method_is_told_with_what_exists() -> None:

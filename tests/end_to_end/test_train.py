@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mfm_dist import evaluate, train
+from mfm_dist import evaluate, export, train
 from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 
@@ -121,6 +121,27 @@ def test_evaluate_agrees_with_the_run(finished: Path, capsys: pytest.CaptureFixt
     during = json.loads((finished / "eval" / "step_00000004.json").read_text())
     assert scores == during
     assert len(list((tmp_path / "all").glob("*.png"))) == 5
+
+
+def test_evaluate_scores_an_export_as_the_run(
+    finished: Path, scenes: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = ["--model", str(tmp_path / "model")]
+    assert export.main(["--run", str(finished), "--output", model[1]]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*model, "--data", str(scenes / "camera_val"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((finished / "eval" / "step_00000004.json").read_text())
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**about, "resize": [32, 64]}))
+    assert evaluate.main([*model, "--data", str(scenes / "camera_val"), "--json", "--class-sets", "synthia13"]) == 0
+    resized = json.loads(capsys.readouterr().out)
+    assert "fitted into 32x64" in resized["protocol"]
+    assert "miou_synthia13" in resized["means"]
+    for wrong in (model, [*model, "--split", "camera_val"], ["--run", str(finished), *model]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(wrong)
+    assert "--model needs --data" in capsys.readouterr().err
+    assert evaluate.main(["--model", str(tmp_path), "--data", str(scenes / "camera_val")]) == 2
 
 
 def test_check_finds_mistakes_without_training(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student
@@ -15,6 +16,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.transforms import resize_box
 from mfm_dist.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
 from mfm_dist.inference import predict_labels
 from mfm_dist.methods.augment import normalise
@@ -184,6 +186,30 @@ def hrda_student(scenes: Path) -> Segmentor:
     return build_student(load_config(None, [*tiny_overrides(scenes, Path("unused")), *options]))
 
 
+def test_a_resized_image_is_scored_at_the_size_of_its_label(tiny_config: RunConfig, scenes: Path) -> None:
+    """UDA_FACTS 8: the image fitted into the box, logits to the label's size, arg-max there."""
+    student = build_student(tiny_config)
+    reader = ShardReader(scenes / "camera_val")
+    items = [EvaluationSet(reader, rank=0, world_size=1) for _ in range(2)]
+    stored = evaluate(student, items[0], Collected(), step=0)[0]
+    scores = evaluate(student, items[1], Collected(), step=0, fit_into=(100, 96))[0]
+    student.eval()
+    confusion = torch.zeros(19, 19, dtype=torch.int64)
+    for number in range(len(reader)):
+        sample = reader.read(number)
+        assert sample.label is not None
+        small = resize_box(sample.image, (50, 100), (slice(0, 50), slice(0, 100)))
+        with torch.no_grad():
+            logits = student(normalise(small[None]))
+        prediction = F.interpolate(logits, (64, 128), mode="bilinear").argmax(1)[0]
+        assert torch.equal(predict_labels(student, sample.image, torch.device("cpu"), fit_into=(100, 96)), prediction)
+        confusion += confusion_matrix(sample.label, prediction, 19)
+    assert scores.miou == pytest.approx(mean_iou_percent(confusion))
+    assert scores.miou != stored.miou
+    assert "whole image, fitted into 100x96, logits enlarged to its stored size" in scores.protocol
+    assert "fitted" not in stored.protocol
+
+
 def test_a_segmenter_with_a_window_predicts_by_the_mean_of_half_overlapping_ones(scenes: Path) -> None:
     student = hrda_student(scenes)
     student.eval()
@@ -214,3 +240,20 @@ def test_ranks_with_images_of_several_sizes_make_as_many_forwards(scenes: Path) 
     assert len(forwards) == 3 * own + 3 * 24
     assert alone.to_json() == among.to_json()
     assert "sliding windows of 32x32" in alone.protocol
+
+
+def test_ranks_agree_on_the_windows_of_the_resized_image(scenes: Path) -> None:
+    class Asked(Collected):
+        def maximum(self, values: Tensor) -> Tensor:
+            asked.append(int(values))
+            return values
+
+    asked: list[int] = []
+    forwards: list[int] = []
+    student = hrda_student(scenes)
+    student.register_forward_hook(lambda *_: forwards.append(1))
+    items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=1, world_size=2)
+    evaluate(student, items, Asked(), step=0, fit_into=(32, 64))
+    # Two images, which are 32 x 64 when they are seen in windows of 32, and a turn without one: 64 x 64.
+    assert asked == [3, 3, 9]
+    assert len(forwards) == sum(asked)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +109,22 @@ def test_normalise_and_predict_are_those_of_evaluation(exported: Path, trained_r
     image = ShardReader(scenes / "camera_val").read(0).image
     assert torch.equal(model.normalise(image[None]), normalise(image[None]))
     assert torch.equal(model.predict(image), predict_labels(trained.student, image, CPU))
+
+
+def test_the_box_of_evaluation_goes_with_it(trained_run: Path, tmp_path: Path, scenes: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    assert config.count("\n  resize: null\n") == 1
+    (run / "config.yaml").write_text(config.replace("\n  resize: null\n", "\n  resize: [32, 48]\n"))
+    assert export.main(["--run", str(run), "--output", str(folder)]) == 0
+    model, image = mfm_dist.load(folder), ShardReader(scenes / "camera_val").read(0).image
+    assert model.about.resize == (32, 48)
+    predicted = model.predict(image)
+    assert torch.equal(predicted, predict_labels(model.segmentor, image, CPU, fit_into=(32, 48)))
+    assert not torch.equal(predicted, predict_labels(model.segmentor, image, CPU))
+    (folder / "config.json").write_text(re.sub(r' "resize": [^"]*', "", (folder / "config.json").read_text()))
+    assert mfm_dist.load(folder).about.resize is None  # an export of before there was a box
 
 
 def test_a_run_folder_loads_as_its_export(exported: Path, trained_run: Path) -> None:

@@ -52,6 +52,20 @@ def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay(
     assert set(layer_norms) == set(groups["encoder_norm"]["params"])
 
 
+def test_a_pyramid_learns_as_the_decoder_does() -> None:
+    options = "{embed_dim: 16, depth: 4, num_heads: 2, dynamic_img_size: true, pyramid: true}"
+    network = ["model.backbone=vit_tiny_patch16_224", f"model.backbone_options={options}"]
+    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]))
+    backbone = module.student.backbone
+    assert backbone.pyramid is not None
+    grouped = [(p, g["base_lr"]) for g in parameter_groups(module, OptimSection(lr=1.0)) for p in g["params"]]
+    rates = dict(grouped)
+    assert len(grouped) == len(rates)
+    assert set(rates) == set(module.student.parameters())
+    assert {rates[p] for p in backbone.net.parameters()} == {1.0}
+    assert {rates[p] for p in backbone.pyramid.parameters()} == {10.0}
+
+
 def test_optimisers() -> None:
     module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]))
     adamw = build_optimizer(module, OptimSection())

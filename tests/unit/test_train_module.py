@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,30 @@ def test_total_is_the_weighted_sum_of_the_terms() -> None:
     assert set(losses) == {"source", "mixed", "mfm", "pseudo_weight"}
     expected = losses["source"] + losses["mixed"] + 0.25 * losses["mfm"]
     assert torch.allclose(output.total, expected)
+
+
+def test_pseudo_target_has_the_runs_threshold_and_margins() -> None:
+    """Pixel by pixel from the teacher's logits: each of the batch's one share, but none in margins and on padding."""
+    top, bottom, batch = 5, 7, block()
+    padding = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.1
+    batch = replace(batch, target_valid=~padding)
+    margins = [f"self_training.pseudo_weight_ignore_top={top}", f"self_training.pseudo_weight_ignore_bottom={bottom}"]
+    teacher = build_train_module(config_with()).teacher
+    assert teacher is not None
+    with torch.no_grad():
+        confidence, label = teacher(normalise(batch.target_image)).double().softmax(1).max(1)
+    threshold = float(confidence.quantile(0.4))
+    module = build_train_module(config_with(*margins, f"self_training.pseudo_threshold={threshold!r}"))
+    pseudo = module.step_inputs(batch).pseudo
+    assert pseudo is not None
+    share = sum(value >= threshold for value in confidence.flatten().tolist()) / confidence.numel()
+    assert share == pytest.approx(0.6, abs=0.001)
+    assert torch.equal(pseudo.label, label)
+    for b in range(2):
+        for y in range(64):
+            for x in range(64):
+                counts = top <= y < 64 - bottom and not padding[b, y, x]
+                assert float(pseudo.weight[b, y, x]) == pytest.approx(share if counts else 0.0, abs=1e-3)
 
 
 def test_every_trainable_parameter_gets_a_gradient_even_at_lambda_zero() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -78,6 +79,22 @@ def test_decisions_have_the_published_chances() -> None:
     jittered, blurred = (draws < (settings.jitter_prob, settings.blur_prob)).mean(axis=0)
     assert jittered == pytest.approx(0.8, abs=0.03)
     assert blurred == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_each_decision_has_its_own_chance(scope: Literal["image", "batch"]) -> None:
+    """Blur leaves a plain image as it is, jitter keeps rows of one colour apart from their neighbours."""
+    plain = normalise(torch.full((2, 3, 32, 32), 90, dtype=torch.uint8))
+    stripes = normalise((torch.arange(32) % 2 * 200).to(torch.uint8).view(1, 1, 32, 1).expand(2, 3, 32, 32))
+
+    def augmented(image: torch.Tensor, jitter: float, blur: float) -> torch.Tensor:
+        settings = SelfTrainingSection(jitter_prob=jitter, blur_prob=blur)
+        return strong_augment(image, settings, keyed_generator(0, Stream.STRONG_AUGMENT, 5), scope)
+
+    assert not torch.allclose(augmented(plain, 1, 0), plain, atol=1e-2)
+    assert len(augmented(stripes, 1, 0)[0, 0, :, 0].unique()) == 2
+    assert torch.allclose(augmented(plain, 0, 1), plain, atol=1e-5)
+    assert not torch.allclose(augmented(stripes, 0, 1), stripes, atol=1e-2)
 
 
 def test_augmentation_is_keyed_and_leaves_its_input_alone() -> None:

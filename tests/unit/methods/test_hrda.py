@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Pass
-from mfm_dist.methods.hrda import detail_box, draw_detail_box
+from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, draw_detail_box
 from mfm_dist.methods.self_training import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.rng import keyed_generator
@@ -61,13 +60,24 @@ def test_the_source_loss_is_fused_and_detail_in_their_shares(weight: float) -> N
 
 
 def test_the_window_weighs_pixels_as_the_crop_does() -> None:
-    """With every pixel of the target at weight 0, the mixed detail loss counts pasted source pixels alone."""
-    module = hrda("self_training.pseudo_threshold=1", "self_training.jitter_prob=0", "self_training.blur_prob=0")
-    batch = block()
-    nothing = UDABatch(**{**vars(batch), "source_label": torch.full_like(batch.source_label, 255)})
-    losses = module(nothing, 0.0).losses
-    assert losses["mixed_detail"].item() == losses["mixed"].item() == 0.0
-    assert module(batch, 0.0).losses["mixed_detail"].item() > 0.0
+    module = hrda()
+    module.student.eval()  # no dropout and no batch statistics: forwards can be repeated
+    student, batch = module.student, block()
+    assert isinstance(student, HRDASegmentor)
+    inputs = inputs_of(module, batch)
+    image, label = normalise(batch.source_image), batch.source_label
+    weight = torch.rand(label.shape, generator=torch.Generator().manual_seed(0)) ** 4  # uneven everywhere
+    weight[:, :, :40] = 0.0
+    losses = classify_at_two_resolutions(student, inputs, Pass.MIXED, image, label, weight, detail_weight=0.1).losses
+    box = draw_detail_box(student, inputs, Pass.MIXED)
+    rows, columns = slice(box.top, box.top + 32), slice(box.left, box.left + 32)
+    seen = student.look(image, box)
+    fused = cross_entropy(seen.fused, label, weight)
+    detail = cross_entropy(seen.detail, label[:, rows, columns], weight[:, rows, columns])
+    assert torch.allclose(losses["mixed"].value, fused)
+    assert torch.allclose(losses["mixed_detail"].value, detail)
+    assert (losses["mixed"].weight, losses["mixed_detail"].weight) == (0.9, 0.1)
+    assert detail > 0.0
 
 
 def test_the_teacher_slides_and_the_distance_is_on_the_context() -> None:

@@ -52,7 +52,7 @@ def test_the_source_is_classified_by_its_labels_without_a_pseudo_weight() -> Non
     value = value_of(module, "mfm_source")
     inputs = module.step_inputs(block())
     features = module.student.encode(inputs.source_image)
-    mask = keyed_masks(inputs, (4, 4), 0.4, domain=1)
+    mask = keyed_masks(inputs, (4, 4), 0.4, Pass.MFM_SOURCE)
     assert not torch.equal(mask, keyed_masks(inputs, (4, 4), 0.4))
     logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
     assert value == pytest.approx(cross_entropy(logits, inputs.source_label).item())
@@ -196,6 +196,30 @@ def test_the_detail_view_classifies_the_window_at_full_resolution() -> None:
     box = draw_detail_box(module.student, inputs, Pass.MFM)
     logits = module.student.decode(module.student.encode(box.crop(inputs.target_image)))
     assert value == pytest.approx(cross_entropy(logits, box.crop(inputs.pseudo.label)).item(), rel=1e-5)
+
+
+def test_both_views_are_the_context_and_a_window_with_draws_of_its_own() -> None:
+    """The window is rebuilt at another mask than the context, and lies elsewhere than where it is the only view."""
+    crops = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64"]
+    both = module_with(*crops, "mfm.view=both", "mfm.domain=both")
+    assert both.term_names[-4:] == ("mfm_source", "mfm_source_detail", "mfm", "mfm_detail")
+    context = module_with(*crops, "mfm.domain=both")
+    for name in ("mfm_source", "mfm"):
+        assert value_of(both, name) == value_of(context, name)
+    student, inputs = both.student, both.step_inputs(block())
+    assert isinstance(student, HRDASegmentor)
+    assert inputs.pseudo is not None
+    images = {
+        Pass.MFM_SOURCE_DETAIL: (inputs.source_image, inputs.source_label.long()),
+        Pass.MFM_DETAIL: (inputs.target_image, inputs.pseudo.label),
+    }
+    masks = {which: keyed_masks(inputs, (4, 4), 0.4, which) for which in Pass if which >= Pass.MFM}
+    assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == 4
+    for which, (image, label) in images.items():
+        box = draw_detail_box(student, inputs, which)
+        features = student.encode(box.crop(image))
+        logits = student.decode(rebuild(student, both.rebuilder, features, masks[which]))
+        assert value_of(both, which.label) == pytest.approx(cross_entropy(logits, box.crop(label)).item(), rel=1e-5)
 
 
 def test_contradictions_are_refused() -> None:

@@ -18,9 +18,16 @@ from tests.unit.test_train_module import block, config_with
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "grid"), [((512, 512), 32, (16, 16)), ((1024, 1024), 64, (16, 16)), ((1080, 1920), 64, (17, 30))]
-)
-def test_the_grid_has_as_many_blocks_as_published(size: tuple[int, int], side: int, grid: tuple[int, int]) -> None:
+    ("size", "side", "grid"),
+    [
+        ((512, 512), 32, (16, 16)), ((1024, 1024), 64, (16, 16)), ((1080, 1920), 64, (17, 30)),
+        ((512, 512), None, (16, 16)), ((1024, 1024), None, (16, 16)), ((128, 256), None, (16, 32)),
+        ((12, 20), None, (12, 20)),
+    ],
+)  # fmt: skip
+def test_the_grid_has_as_many_blocks_as_published(
+    size: tuple[int, int], side: int | None, grid: tuple[int, int]
+) -> None:
     visible = visible_blocks(size, MICSection(block=side, mask_ratio=0.5), torch.Generator().manual_seed(0))
     kept = torch.rand(grid, generator=torch.Generator().manual_seed(0)) > 0.5
     rows = torch.arange(size[0]) * grid[0] // size[0]

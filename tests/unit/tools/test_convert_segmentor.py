@@ -66,6 +66,7 @@ def test_a_checkpoint_becomes_an_export(tmp_path: Path, mit: dict[str, Tensor], 
     loaded = mfm_dist.load(output)
     assert_equal_states(segmentor, loaded.segmentor)
     assert (loaded.about.decoder, loaded.about.step, loaded.about.crop) == (decoder, 40000, (512, 512))
+    assert loaded.about.resize is None
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.equal(loaded(image), segmentor(image))
@@ -84,11 +85,12 @@ def test_hrda_with_its_scale_attention(
     }
     source, output = tmp_path / "iter_40000_relevant.pth", tmp_path / "hrda"
     torch.save({"state_dict": {f"model.{k}": v for k, v in published(segmentor, mit, heads).items()}}, source)
-    assert main(["segmentor", str(source), str(output), "--crop", "64", "128"]) == 0
+    assert main(["segmentor", str(source), str(output), "--crop", "64", "128", "--resize", "96", "192"]) == 0
     assert "assumed: the dilations of daformer are (1, 6, 12, 18)" in capsys.readouterr().out
     loaded = mfm_dist.load(output)
     assert_equal_states(segmentor, loaded.segmentor)
     assert loaded.segmentor.window == (64, 128)
+    assert loaded.about.resize == (96, 192)
     assert (loaded.about.attention, loaded.about.attention_options) == ("segformer", {"width": 6})
 
 

@@ -9,14 +9,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.problems import problems
 from tests.conftest import REPOSITORY
-from tools.paper_rows import FORMS, RESULTS, SCENES, Row, paper_rows
+from tools.paper_rows import (
+    ABLATIONS,
+    FORMS,
+    MIC_ON_OTHERS,
+    NETWORKS,
+    RESULTS,
+    SCENES,
+    SCENES_ABLATIONS,
+    Row,
+    paper_rows,
+)
 from tools.reproduce import Run, main
 
-ROWS = {row.name: row for row in (*paper_rows(), *SCENES)}
+ROWS = {row.name: row for row in (*paper_rows(), *SCENES, *SCENES_ABLATIONS)}
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +46,15 @@ def test_every_row_is_a_configuration_of_its_own(row: Row) -> None:
         assert config != plain
     of_sets = {"miou", *(f"miou_{name}" for name in plain.eval.class_sets)}
     assert {published.score for published in row.published} <= of_sets
+
+
+@pytest.mark.parametrize("base", ["dacs", "daformer"])
+def test_mic_on_another_method_is_its_configuration_with_masked_images(base: str) -> None:
+    row, plain = ROWS[f"gta2cs/mic_on_{base}"], load_config(Path(f"configs/gta2cs/{base}.yaml"))
+    config = load_config(row.config, row.overrides)
+    assert (config.method_label, config.data.crop, config.mic.block) == (f"mic on {base}", (512, 512), None)
+    config.method.name, config.mic.on = base, "hrda"
+    assert config == plain
 
 
 def test_main_rows_have_the_figures_of_their_files() -> None:
@@ -81,7 +102,9 @@ def test_synthia_is_told_over_16_and_13_classes_and_other_settings_are_named(tmp
     finish(Run(ROWS["syn2cs/mic"], "with", 0), tmp_path, 50.0, "train.precision=bf16")
     assert main(["--folder", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "| syn2cs/mic | 16 | 67.3 | 68.1 |  | 51.00 (one seed) |" in shown
+    assert "| syn2cs/mic | 16 | 67.3 | 68.1\\* |  | 51.00 (one seed) |" in shown
+    assert shown.count("\n\\* The MFM paper heads its SYNTHIA table with 13 classes") == 1
+    assert shown.count("\\*") == 4 + 1, "no figure of another benchmark is marked"
     assert "| syn2cs/mic | 13 |  |  |  | 52.00 (one seed) |" in shown
     assert shown.count("syn2cs/mic, with MFM, seed 0: train.precision: fp32 -> bf16") == 1
 
@@ -117,6 +140,51 @@ def test_the_grid_on_the_scenes_goes_on_where_it_stopped(
     assert not trained
     assert main([*asked, "scenes/dacs", "optim.lr=1.0"]) == 1
     assert "other settings (optim.lr: 0.0015 -> 1.0)" in capsys.readouterr().err
+
+
+def test_the_ablations_on_the_scenes_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    trained: list[str] = []
+
+    def train(_config: Path, folder: Path, _overrides: list[str], **_: Any) -> dict[str, float]:
+        trained.append(str(folder.relative_to(tmp_path)))
+        return {"miou": 20.0}
+
+    monkeypatch.setattr("tools.reproduce.train", train)
+    asked = ["--data", "scenes", "--folder", str(tmp_path)]
+    assert main([*asked, "scenes/dacs_depth4"]) == 0
+    assert trained == ["scenes/dacs_depth4/with/seed_0"], "an ablation has no form without MFM"
+    trained.clear()
+    assert main([*asked, "--all"]) == 0
+    assert len(trained) == len(SCENES) * len(FORMS) + len(SCENES_ABLATIONS)
+    assert "| scenes/dacs_source_and_target | 19 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("paper", "small"), zip(ABLATIONS, SCENES_ABLATIONS, strict=True), ids=lambda row: row.name)
+def test_an_ablation_on_the_scenes_is_the_papers_in_small(paper: Row, small: Row) -> None:
+    """As far from the twin's setting as the paper's is from the paper's; a grid of as many cells across."""
+    assert paper.name.removeprefix("gta2cs/") == small.name.removeprefix("scenes/")
+    of_paper, of_scenes = (load_config(row.config, row.overrides) for row in (paper, small))
+    plain_paper, plain_scenes = (load_config(row.config) for row in (paper, small))
+    assert of_scenes.mfm == of_paper.mfm
+    ours, theirs = of_scenes.rebuilder, of_paper.rebuilder
+    assert ours.depth == theirs.depth
+    assert ours.width / plain_scenes.rebuilder.width == theirs.width / plain_paper.rebuilder.width
+    for axis in (0, 1):
+        finer = theirs.grid[axis] / plain_paper.rebuilder.grid[axis]
+        assert ours.grid[axis] / plain_scenes.rebuilder.grid[axis] == finer
+    assert problems(of_scenes) == []
+
+
+@pytest.mark.parametrize("row", [*NETWORKS, *MIC_ON_OTHERS, *ABLATIONS, *SCENES_ABLATIONS], ids=lambda row: row.name)
+def test_every_row_builds(row: Row) -> None:
+    config = load_config(row.config, Run(row, "with", 0).overrides())
+    config.model.weights = None  # what a user has to fetch
+    with torch.device("meta"):
+        module = build_train_module(config)
+    assert (module.rebuilder is None) == ("mfm.rebuild=false" in row.overrides)
+    assert module.teacher is not None
 
 
 def test_rows_are_launched_by_accelerate_or_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
