@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +28,8 @@ from mfm_dist.outcome import write_outcome
 from mfm_dist.stopping import StopRequested
 
 QUICKSTART = Path("configs/quickstart.yaml")
+RANK_0_SPEAKS_WITHIN = 20.0
+"""Seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,10 +82,14 @@ def listen_and_train(config: RunConfig, rank: int) -> int:
 
 def tell(error: UserError, rank: int, folder: Path | None) -> int:
     """The message, once, for it is the same on every rank; in the run folder too, if there is one."""
-    if rank == 0:
-        print(error, file=sys.stderr, flush=True)
-        if folder is not None and folder.is_dir():
-            write_outcome(folder, code=error.exit_code, reason=str(error), step=error.step)
+    if rank != 0:
+        # The launcher ends every rank as soon as one has ended, and rank 0 may not have spoken yet. Who is still there
+        # after the wait met with something that rank 0 did not.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(RANK_0_SPEAKS_WITHIN)
+    print(error, file=sys.stderr, flush=True)
+    if folder is not None and folder.is_dir():
+        write_outcome(folder, code=error.exit_code, reason=str(error), step=error.step)
     return error.exit_code
 
 
