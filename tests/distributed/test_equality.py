@@ -114,7 +114,7 @@ def initial(scenes: Path) -> State:
     return initial_state(scenes)
 
 
-@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero0", "cpu_zero2", "cpu_zero3"])
+@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero2", "cpu_zero3", pytest.param("cpu_zero0", marks=CAMPAIGN)])
 def test_two_processes_train_as_one(
     launch: str, scenes: Path, tmp_path: Path, alone: dict[str, Any], initial: State
 ) -> None:
@@ -127,7 +127,7 @@ def larger_alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return trained(scenes, tmp_path_factory.mktemp("larger"), *LARGER, launch=None)
 
 
-@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero2"])
+@pytest.mark.parametrize("launch", ["cpu_zero2", pytest.param("cpu_ddp", marks=CAMPAIGN)])
 def test_gradients_add_up_over_the_micro_batches_of_a_step(
     launch: str, scenes: Path, tmp_path: Path, larger_alone: dict[str, Any], initial: State
 ) -> None:
@@ -138,7 +138,7 @@ def test_gradients_add_up_over_the_micro_batches_of_a_step(
 @pytest.mark.parametrize(
     ("launch", "overrides"),
     [
-        ("cpu_ddp", ["memory.lean=true"]),
+        pytest.param("cpu_ddp", ["memory.lean=true"], marks=CAMPAIGN),
         ("cpu_zero2", ["memory.lean=true"]),
         ("cpu_zero3", ["memory.lean=true", "memory.checkpoint_backbone=true"]),
         pytest.param("cpu_zero0", ["memory.lean=true"], marks=CAMPAIGN),

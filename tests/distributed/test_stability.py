@@ -40,7 +40,7 @@ def disturbed(run: Path, scenes: Path, blocks: str, kind: str, *overrides: str, 
     ("launch", "kind", "overrides"),
     [
         ("cpu_ddp", "loss", []),
-        ("cpu_zero2", "gradient", ["memory.offload_optimizer=true"]),
+        pytest.param("cpu_zero2", "gradient", ["memory.offload_optimizer=true"], marks=CAMPAIGN),
         ("cpu_zero3", "gradient", []),
         pytest.param("cpu_zero0", "gradient", [], marks=CAMPAIGN),
         pytest.param("cpu_zero1", "loss", [], marks=CAMPAIGN),

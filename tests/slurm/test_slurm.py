@@ -126,7 +126,7 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_of_a_sweep_one_task_is_preempted_and_the_report_follows(
     cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_medians_are_of_ratios_within_a_round() -> None:
     )
 
 
+@pytest.mark.campaign
 def test_two_deepspeed_engines_and_ddp_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "engine.json"
     assert main(["--starts", "zero3", "--steps", "2", "--warmup", "1", "--json", str(path), *SMALL_RUN]) == 0
