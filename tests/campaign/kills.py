@@ -42,6 +42,8 @@ START_UP = 12.0
 """Seconds after which a start has begun to train on two busy cores, about."""
 STEP = 0.5
 """Seconds of a step there, about."""
+WRITE = 0.02
+"""Seconds of the write of a checkpoint, about."""
 PATIENCE = 900.0
 """Seconds given to any start; a busy machine is slow under ZeRO-3."""
 
@@ -87,15 +89,24 @@ def finishes(run: Path, scenes: Path, stage: int) -> str | None:
 
 
 def kill_somewhere(life: Start, draw: random.Random) -> dict[str, Any] | None:
-    """Kill one rank or both at a random moment, and wait until nothing is left; None if the run was faster."""
-    aim = draw.randrange(0, STEPS + 1)
-    delay = draw.uniform(0, STEP if aim else START_UP)
+    """Kill one rank or both at a random moment, and wait until nothing is left; None if the run was faster.
+
+    A quarter of the moments lie in the start-up, a quarter in the write of a checkpoint, the rest anywhere.
+    """
+    kind = draw.choice(["start", "write", "step", "step"])
+    aim = 0 if kind == "start" else draw.randrange(1, STEPS + 1)
+    delay = draw.uniform(0, {"start": START_UP, "write": WRITE, "step": STEP}[kind])
     victims = draw.choice([(0,), (1,), (0, 1)])
+
+    def ended() -> bool:
+        return life.launcher.poll() is not None
+
     wait_until(lambda: len(ranks_below(life.launcher.pid)) == 2, seconds=PATIENCE, what="both ranks")
     if aim:
-        wait_until(
-            lambda: last_step(life.run) >= aim or life.launcher.poll() is not None, seconds=PATIENCE, what=f"step {aim}"
-        )
+        wait_until(lambda: last_step(life.run) >= aim or ended(), seconds=PATIENCE, what=f"step {aim}")
+    if kind == "write":
+        unfinished = (life.run / "checkpoints").glob
+        wait_until(lambda: any(unfinished(".step_*.tmp")) or ended(), seconds=PATIENCE, what="a checkpoint written")
     time.sleep(delay)
     everyone, ranks = family(life.launcher.pid), ranks_below(life.launcher.pid)
     if len(ranks) < 2:
@@ -107,6 +118,7 @@ def kill_somewhere(life: Start, draw: random.Random) -> dict[str, Any] | None:
     assert life.launcher.wait() != 0
     checkpoints = sorted(path.name for path in (life.run / "checkpoints").glob("step_*"))
     return {
+        "kind": kind,
         "killed_ranks": list(victims),
         "aimed_at_step": aim,
         "delay_seconds": round(delay, 3),
