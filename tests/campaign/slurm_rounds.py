@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal as signals
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def scratch(job: Round) -> None:
     when there is room again the same command goes on."""
     if job.run.parent == job.disk:
         job.somewhere()
-    (job.disk / "full").write_bytes(bytes(_free(job.disk)))
+    _fill(job.disk)
     job.told.append(f"{'run folder' if job.run.parent == job.disk else 'scratch'} full at step {job.step()}")
     state = job.finish()
     reasons = [line for line in job.output() if "cannot be written" in line or "No space left" in line]
@@ -289,9 +289,11 @@ def _is_rank(process: int) -> bool:
         return False
 
 
-def _free(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return status.f_bavail * status.f_frsize
+def _fill(disk: Path) -> None:
+    """Until nothing more goes on it, which a job may be writing to meanwhile."""
+    with suppress(OSError), (disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
 
 
 def _wait_idle(cluster: Cluster) -> None:
