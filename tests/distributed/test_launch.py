@@ -110,3 +110,4 @@ def test_bf16_weights_are_saved_in_fp32_and_go_on_at_another_stage(scenes: Path,
     losses = [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 6
     assert all(0 < loss < 20 for loss in losses)
+    assert "eval mode, bf16," in json.loads((run / "eval" / "step_00000000.json").read_text())["protocol"]

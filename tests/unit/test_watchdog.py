@@ -67,13 +67,13 @@ from mfm_dist.distributed.watchdog import Watchdog
 run, rank, pauses = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 dog = Watchdog(run, rank=rank, world_size=2, seconds=1.0, start="now", on_hang=lambda reason, step: print(reason, step))
 for step, pause in enumerate(pauses):
-    dog.beat("data", step)
-    time.sleep(float(pause))
+    dog.beat(*(pause.split("=")[:-1] or ["data"]), step)
+    time.sleep(float(pause.split("=")[-1]))
 """
-"""A rank that moves at the given intervals (seconds), then ends."""
+"""A rank that moves at the given intervals (seconds, or phase=seconds), then ends."""
 
 
-def ranks(run: Path, *pauses: list[float]) -> tuple[list[int], str]:
+def ranks(run: Path, *pauses: list[float | str]) -> tuple[list[int], str]:
     """Exit codes and output of two ranks."""
     started = [
         subprocess.Popen(
@@ -98,6 +98,12 @@ def test_a_rank_that_waits_for_one_that_moves_does_not_hang(tmp_path: Path) -> N
     codes, _ = ranks(tmp_path, [0.3] * 12, [3.2])
     assert codes == [0, 0]
     assert not (tmp_path / "hang").exists()
+
+
+def test_a_phase_that_cannot_say_that_it_moves_has_more_time(tmp_path: Path) -> None:
+    """Twice the limit of the others; what takes that long in ``data`` hangs."""
+    assert ranks(tmp_path / "save", ["save=2.2"], ["save=2.2"])[0] == [0, 0]
+    assert ranks(tmp_path / "data", ["data=2.2"], ["data=2.2"])[0] == [76, 76]
 
 
 def test_a_job_that_was_suspended_as_a_whole_does_not_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
