@@ -165,8 +165,8 @@ def test_a_run_disturbed_four_times_ends_like_an_undisturbed_one(start: Callable
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{outcome['step']:08d}"
     assert metrics_of(run)[-1]["step"] == outcome["step"] >= 14
 
-    # A rank that stops: the watchdogs of the others name it and end the run.
-    life = start(run, "watchdog.seconds=6")
+    # A rank that stops: the watchdogs of the others name it and end the run. Amid a save they would wait longer.
+    life = start(run, "watchdog.seconds=6", "checkpoint.every=1000")
     ranks = life.wait_for_ranks(2)
     life.wait_for_step(outcome["step"] + 5)
     os.kill(ranks[0], signal.SIGSTOP)
