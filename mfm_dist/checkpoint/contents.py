@@ -14,6 +14,9 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import ConfigError
 from mfm_dist.train_module import TrainModule
 
+PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
+"""Files of tensors that a checkpoint may have; what a run does not train with has none."""
+
 
 def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
     """Everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
@@ -27,23 +30,21 @@ def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]
             return torch.empty(0)
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
-    files: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "rebuilder": {}, "optimizer": {}}
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
     for part, prefix in parts(module).items():
-        for name, parameter in part.named_parameters():
-            file, _, _ = prefix.partition(".")
-            files[file][name] = keep(engine.full_parameter(parameter))
-            if parameter.requires_grad:
-                for key, value in engine.optimizer_state(parameter).items():
-                    files["optimizer"][f"{prefix}.{name}/{key}"] = keep(value)
-    for name, buffer in module.student.named_buffers():
-        mean = engine.mean(buffer.double()).to(buffer.dtype)
-        files["student"][name] = keep(mean)
+        file, _, _ = prefix.partition(".")
+        parameters = dict(part.named_parameters())
+        for name, whole in zip(parameters, engine.full_parameters(parameters.values()), strict=True):
+            files[file][name] = keep(whole)
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        for name, state in zip(trained, engine.optimizer_states(trained.values()), strict=True):
+            files["optimizer"] |= {f"{prefix}.{name}/{key}": keep(value) for key, value in state.items()}
     own = {name: buffer.to("cpu", copy=True) for name, buffer in module.student.named_buffers()}
-    files["buffers"] = {
-        f"{rank}/{name}": value
-        for rank, buffers in enumerate(engine.gather_objects(own))
-        for name, value in buffers.items()
-    }
+    everyone: list[dict[str, Tensor]] = engine.gather_objects(own)
+    for name, buffer in own.items():
+        mean = torch.stack([buffers[name].double() for buffers in everyone]).mean(0)
+        files["student"][name] = mean.to(buffer.dtype)
+        files["buffers"] |= {f"{rank}/{name}": buffers[name] for rank, buffers in enumerate(everyone)}
     return {file: tensors for file, tensors in files.items() if tensors} if engine.is_main else {}
 
 

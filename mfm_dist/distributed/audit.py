@@ -25,11 +25,8 @@ def audit(module: nn.Module, engine: Engine) -> list[str]:
     if engine.replicates_parameters and engine.world_size > 1:
         named: dict[str, Tensor] = dict(module.named_parameters())
         if engine.replicates_gradients:
-            named |= {
-                f"{key} of {name}": value
-                for name, parameter in module.named_parameters()
-                for key, value in sorted(engine.optimizer_state(parameter).items())
-            }
+            states = zip(list(named), engine.optimizer_states(module.parameters()), strict=True)
+            named |= {f"{key} of {name}": value for name, state in states for key, value in sorted(state.items())}
         everyone = engine.gather(torch.stack([fingerprint(p) for p in named.values()]))  # [world, tensors, 2]
         differs = (everyone != everyone[:1]).any(-1).any(0).tolist()
         findings += [

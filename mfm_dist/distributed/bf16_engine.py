@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, parameter_shape
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece, parameter_shape
 
 
 class BF16Engine(DeepSpeedEngine):
@@ -34,43 +35,37 @@ class BF16Engine(DeepSpeedEngine):
         self._average: dict[nn.Parameter, Tensor] = {}
         """Exact values of this rank's piece of each teacher parameter, flat, fp32."""
         self._pieces_by_rank: list[list[tuple[int, slice]]] = self.gather_objects(
-            [(index, place) for index, (student, _) in enumerate(pairs) for place, _ in self._master(student)]
+            [(index, place) for index, (student, _) in enumerate(pairs) for place, _ in self._own_pieces(student)]
         )
         """For each rank the pieces it keeps: index of the parameter, and where in the flat whole it belongs."""
         for name, parameter in module.named_parameters():
             if name in exact:
                 self.set_parameter(parameter, exact[name])
-        for student, teacher in pairs:
-            self.set_parameter(teacher, self.full_parameter(student))
+        for teacher, whole in zip(self._student_of, self.full_parameters(self._student_of.values()), strict=True):
+            self.set_parameter(teacher, whole)
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
         pieces = [
             (self._average[teacher], master)
             for teacher, student in self._student_of.items()
-            for _, master in self._master(student)
+            for _, master in self._own_pieces(student)
         ]
         torch._foreach_lerp_([own for own, _ in pieces], [master for _, master in pieces], 1.0 - decay)
         if self._is_stage_3:
             for teacher, own in self._average.items():
-                self._local_piece(teacher)[0].copy_(own)
+                self._local_piece(teacher)[1].copy_(own)
         else:
             self._gather_teacher()
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        student = self._student_of.get(parameter)
-        if student is None:
-            return self._assembled(parameter, None) if parameter.requires_grad else super().full_parameter(parameter)
-        whole = torch.zeros(parameter_shape(parameter).numel(), device=self.device)
-        for place, _ in self._master(student):
-            whole[place] = self._average[parameter].to(self.device)
-        return self.sum(whole).view(parameter_shape(parameter))
+    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        return self._assembled((parameter_shape(p), self._exact_pieces(p)) for p in parameters)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         super().set_parameter(parameter, whole)
         if (student := self._student_of.get(parameter)) is not None:
-            for place, master in self._master(student):
+            for place, master in self._own_pieces(student):
                 self._average[parameter] = whole.flatten()[place].to(master.device, torch.float32, copy=True)
 
     def inference_context(self) -> AbstractContextManager[Any]:
@@ -93,12 +88,15 @@ class BF16Engine(DeepSpeedEngine):
                 teachers[index].data.view(-1)[place] = flat[first : first + count]
                 first += count
 
-    def _master(self, parameter: nn.Parameter) -> list[tuple[slice, Tensor]]:
-        """This rank's piece of a trained parameter's fp32 master, and where in the flat whole it belongs; or none."""
-        return [
-            (place, shard.data.narrow(0, start, place.stop - place.start))
-            for place, shard, start in self._own_piece(parameter)
-        ]
+    def _exact_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        """What this rank adds to the whole of a parameter."""
+        if (student := self._student_of.get(parameter)) is not None:
+            return [(place, self._average[parameter]) for place, _ in self._own_pieces(student)]
+        if parameter.requires_grad:
+            return self._own_pieces(parameter)
+        if self._is_stage_3:
+            return [self._local_piece(parameter)]
+        return [(slice(0, parameter.numel()), parameter.data.flatten())] if self.is_main else []
 
 
 class _UnderAutocast(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -13,6 +13,11 @@ from torch.optim import Optimizer
 from mfm_dist.batch import UDABatch
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.gradients import part_of
+
+Piece = tuple[slice, Tensor]
+"""A place in a flattened tensor, and the values that belong there."""
+BUCKET = 2**24
+"""Elements that one exchange assembles, unless a single tensor has more: 64 MiB."""
 
 
 class DeepSpeedEngine(Engine):
@@ -52,22 +57,21 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed divides by the accumulation that it was told.
         self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().clone()
+    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        if not self._is_stage_3:
+            return super().full_parameters(parameters)
+        return self._assembled((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         flat = whole.flatten()
         if self._is_stage_3:
-            piece, place = self._local_piece(parameter)
+            place, piece = self._local_piece(parameter)
             piece.copy_(flat[place])
         else:
             parameter.data.copy_(whole)
-        for place, shard, start in self._own_piece(parameter):
-            shard.data.narrow(0, start, place.stop - place.start).copy_(flat[place])
+        for place, master in self._own_pieces(parameter):
+            master.copy_(flat[place])
 
     @property
     def replicates_parameters(self) -> bool:
@@ -76,17 +80,18 @@ class DeepSpeedEngine(Engine):
     def unlike_master(self) -> list[str]:
         unlike = []
         for name, parameter in self.module.named_parameters():
-            for place, shard, start in self._own_piece(parameter):
-                master = shard.data.narrow(0, start, place.stop - place.start)
+            for place, master in self._own_pieces(parameter):
                 whole = self.replicates_parameters
-                own = parameter.data.flatten()[place] if whole else self._local_piece(parameter)[0]
+                own = parameter.data.flatten()[place] if whole else self._local_piece(parameter)[1]
                 if not torch.equal(own, master.to(own)):
                     unlike.append(name)
         return unlike
 
-    def optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
         keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
-        return {key: self._assembled(parameter, key) for key in keys}
+        parameters = list(parameters)
+        whole = self._assembled((parameter_shape(p), self._own_pieces(p, key)) for p in parameters for key in keys)
+        return ({key: next(whole) for key in keys} for _ in parameters)
 
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
@@ -101,8 +106,7 @@ class DeepSpeedEngine(Engine):
             self._base.state[shard] = state
         for parameter, tensors in states:
             for key, value in tensors.items():
-                for place, shard, start in self._own_piece(parameter):
-                    own = self._base.state[shard][key].narrow(0, start, place.stop - place.start)
+                for place, own in self._own_pieces(parameter, key):
                     own.copy_(value.flatten()[place])
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
@@ -156,23 +160,43 @@ class DeepSpeedEngine(Engine):
     def _is_stage_3(self) -> bool:
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
 
-    def _assembled(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """One optimiser tensor of one parameter, or with ``key=None`` its fp32 master, from all ranks' pieces."""
-        whole = torch.zeros(parameter_shape(parameter).numel(), device=self.device)
-        for place, shard, start in self._own_piece(parameter):
-            held = shard.data if key is None else self._base.state[shard][key]
-            whole[place] = held.narrow(0, start, place.stop - place.start).to(self.device)
-        return self.sum(whole).view(parameter_shape(parameter))
+    def _assembled(self, cut: Iterable[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
+        """Whole fp32 tensors, each from its shape and this rank's pieces; those of all ranks cover it once.
 
-    def _local_piece(self, parameter: nn.Parameter) -> tuple[Tensor, slice]:
-        """ZeRO-3: this rank's piece of a parameter without its padding, and where in the flat whole it belongs."""
+        A bucket of them goes through one exchange: one each would cost a checkpoint most of its time.
+        """
+        bucket: list[tuple[torch.Size, Sequence[Piece]]] = []
+        size = 0
+        for shape, pieces in cut:
+            if bucket and size + shape.numel() > BUCKET:
+                yield from self._exchanged(bucket)
+                bucket, size = [], 0
+            bucket.append((shape, pieces))
+            size += shape.numel()
+        yield from self._exchanged(bucket)
+
+    def _exchanged(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
+        sizes = [shape.numel() for shape, _ in bucket]
+        flat = torch.zeros(sum(sizes), device=self.device)
+        for whole, (_, pieces) in zip(flat.split(sizes), bucket, strict=True):
+            for place, piece in pieces:
+                whole[place] = piece
+        # Added as integers: to zeros that gives any bits as they are, also those of -0.0 and of a NaN.
+        flat = self.sum(flat.view(torch.int32)).view(torch.float32)
+        for whole, (shape, _) in zip(flat.split(sizes), bucket, strict=True):
+            yield whole.view(shape)
+
+    def _local_piece(self, parameter: nn.Parameter) -> Piece:
+        """ZeRO-3: where in the flat whole this rank's piece of a parameter belongs, and the piece without padding."""
         shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
         first = self.rank * shard.numel()
         count = max(0, min(shard.numel(), parameter_shape(parameter).numel() - first))
-        return shard.narrow(0, 0, count), slice(first, first + count)
+        return slice(first, first + count), shard.narrow(0, 0, count)
 
-    def _own_piece(self, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor, int]]:
-        """Where in the flat whole this rank's piece of a parameter belongs, its fp32 shard and place in it; or nothing.
+    def _own_pieces(self, parameter: nn.Parameter, key: str | None = None) -> list[Piece]:
+        """Where in the flat whole this rank's piece of a trained parameter belongs, and its fp32 master; or nothing.
+
+        With a key the optimiser's tensor of that name instead of the master.
 
         Not by DeepSpeed's ``safe_*_full_optimizer_state`` (0.19.8). At ZeRO 1 and 2 it links the state of all groups
         after the first group's first step, when the others have none yet, and fails for them. At ZeRO-3 setting a
@@ -180,16 +204,22 @@ class DeepSpeedEngine(Engine):
         """
         zero: Any = self.optimizer
         if not parameter.requires_grad:
-            return
+            return []
         if self._is_stage_3:
             index, start, _ = zero.grad_position[zero.get_param_id(parameter)]
-            _, place = self._local_piece(parameter)
-            if place.stop > place.start:
-                yield place, zero.fp32_partitioned_groups_flat[index], start
+            place, _ = self._local_piece(parameter)
+            shard = zero.fp32_partitioned_groups_flat[index]
         elif (fragment := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
-            inside, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+            inside, start = fragment.lp_fragment_address, fragment.hp_fragment_address.start
+            place = slice(inside.start, inside.start + inside.numel)
             shard = zero.single_partition_of_fp32_groups[fragment.param_group_index]
-            yield slice(inside.start, inside.start + inside.numel), shard, flat.start
+        else:
+            return []
+        count = place.stop - place.start
+        if count == 0:
+            return []
+        held = shard.data if key is None else self._base.state[shard][key]
+        return [(place, held.narrow(0, start, count))]
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,13 +183,17 @@ class Engine:
         """teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
         update_teacher(self._teacher_pairs, decay)
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """A whole parameter in full precision, wherever its pieces are. Collective."""
-        return parameter.detach()
+    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        """Whole parameters in full precision, wherever their pieces are, one after another. Collective.
+
+        They may share memory with what is trained: copy what is to be kept.
+        """
+        for parameter in parameters:
+            yield parameter.detach()
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Put back what ``full_parameter`` gave, after ``prepare``."""
+        """Put back what ``full_parameters`` gave for one, after ``prepare``."""
         parameter.copy_(whole)
 
     @property
@@ -201,13 +205,17 @@ class Engine:
         """Names of the parameters that differ from the copy of them that the optimiser steps, on this rank."""
         return []
 
-    def optimizer_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        """The optimiser's whole tensors for one parameter (not its step count); empty before step 1. Collective."""
-        state = self.optimizer.state.get(parameter, {})
-        return {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
+        """The optimiser's whole tensors for each parameter (not its step count); empty before step 1. Collective.
+
+        They may share memory with the optimiser's: copy what is to be kept.
+        """
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            yield {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
 
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
-        """Put back what ``optimizer_state`` gave, after ``prepare``. ``applied`` is the optimiser's step count."""
+        """Put back what ``optimizer_states`` gave, after ``prepare``. ``applied`` is the optimiser's step count."""
         for parameter, tensors in states:
             state: dict[str, Any] = {key: value.to(parameter.device) for key, value in tensors.items()}
             if self._counts_steps:

@@ -221,7 +221,7 @@ def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report]
     silent = [rank for rank in range(world_size) if rank not in reports]
     behind = [report for report in reports.values() if report.beats < front.beats]
     if silent:
-        named = [_name(rank, last_seen.get(rank)) for rank in silent]
+        named = [_name(rank, last_seen.get(rank), "last seen in") for rank in silent]
         return (
             f"hung: {_listed(named)} gave no sign of life (stopped, dead or cut off) while the others wait "
             f"in {front.place()}"
@@ -235,10 +235,10 @@ def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report]
     return f"hung: all {world_size} ranks are in {front.place()}, in an exchange that does not end"
 
 
-def _name(rank: int, report: Report | None) -> str:
+def _name(rank: int, report: Report | None, where: str = "in") -> str:
     if report is None:
         return f"rank {rank} (never seen)"
-    return f"rank {rank} ({report.host}, process {report.process}, in {report.place()})"
+    return f"rank {rank} ({report.host}, process {report.process}, {where} {report.place()})"
 
 
 def _listed(named: list[str]) -> str:

@@ -50,7 +50,8 @@ def main(overrides: list[str]) -> None:
     groups = [{"name": "encoder", "params": list(module.student.parameters()), "lr": 3e-4, "base_lr": 3e-4}]
     engine.prepare(module, torch.optim.AdamW(groups))
     pairs = list(module.teacher_pairs())
-    initial = [engine.full_parameter(teacher).double() for _, teacher in pairs]
+    students, teachers = zip(*pairs, strict=True)
+    initial = [whole.double() for whole in engine.full_parameters(teachers)]
     exact = [tensor.clone() for tensor in initial]
     coarse = [tensor.bfloat16() for tensor in initial]
     for step in range(STEPS):
@@ -60,11 +61,10 @@ def main(overrides: list[str]) -> None:
             engine.micro_batch(inputs, 1.0)  # type: ignore[arg-type]
         assert engine.step().applied
         engine.update_teacher(DECAY)
-        for kept, rounded, (student, _) in zip(exact, coarse, pairs, strict=True):
-            now = engine.full_parameter(student)
+        for kept, rounded, now in zip(exact, coarse, engine.full_parameters(students), strict=True):
             kept.lerp_(now.double(), 1.0 - DECAY)
             rounded.lerp_(now.bfloat16(), 1.0 - DECAY)
-    teacher = [engine.full_parameter(parameter).double() for _, parameter in pairs]
+    teacher = [whole.double() for whole in engine.full_parameters(teachers)]
     errors = {"teacher": error(teacher, exact, initial), "bf16": error(coarse, exact, initial)}
     if engine.is_main:
         print("ERRORS " + json.dumps(errors), flush=True)

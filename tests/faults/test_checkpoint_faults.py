@@ -32,11 +32,11 @@ from mfm_dist.checkpoint import (
     read_checkpoint,
 )
 from mfm_dist.checkpoint import files as checkpoint_files
+from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import StorageError
 from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
-PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
 KILLED = 77
 Cross = Callable[[str], None]
 

@@ -120,11 +120,13 @@ def test_round_trip_restores_every_tensor(
     load_optimizer(found, other, other_engine)
     before, after = module.state_dict(), other.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
-        if ours.requires_grad:
-            for key, value in engine.optimizer_state(ours).items():
-                assert torch.equal(value, other_engine.optimizer_state(theirs)[key])
-            assert other_engine.optimizer.state[theirs]["step"] == 6
+    ours, theirs = ([p for p in m.parameters() if p.requires_grad] for m in (module, other))
+    states = engine.optimizer_states(ours), other_engine.optimizer_states(theirs)
+    for parameter, state, loaded in zip(theirs, *states, strict=True):
+        assert state
+        for key, value in state.items():
+            assert torch.equal(value, loaded[key])
+        assert other_engine.optimizer.state[parameter]["step"] == 6
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(

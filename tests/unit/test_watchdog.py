@@ -35,7 +35,7 @@ def test_a_rank_a_whole_step_behind_is_further_behind_than_one_in_an_earlier_pha
 
 def test_a_rank_that_cannot_report_is_named_with_its_last_sign() -> None:
     reason = name_the_hang({0: report(0, 50), 2: report(2, 50)}, {1: report(1, 30, "data", step=9)}, 4)
-    assert "rank 1 (node1, process 101, in 'data' of step 9), rank 3 (never seen) gave no sign of life" in reason
+    assert "rank 1 (node1, process 101, last seen in 'data' of step 9), rank 3 (never seen) gave no sign" in reason
 
 
 def test_nobody_is_blamed_when_all_are_in_the_same_place() -> None:
