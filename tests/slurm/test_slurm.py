@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY, tiny_overrides
 from tests.end_to_end.test_train import assert_equal_bits, metrics_of
 from tests.slurm.cluster import Cluster, missing
 
-STEPS = 12
+STEPS = 20
 SCRIPT = "slurm/train_mfm.sh"
 needs_slurm = pytest.mark.skipif(missing() is not None, reason=f"no Slurm here: {missing()}")
 
@@ -103,7 +103,7 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
 
     # As Slurm warns the script ahead of the time limit.
     config = tmp_path / "mine.yaml"
-    config.write_text("train: {steps: 12}")
+    config.write_text(f"train: {{steps: {STEPS}}}")
     job = Job(cluster, clone, tmp_path / "run", *overrides("run"), config=config, MFM_PREFLIGHT="0")
     job.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))

@@ -20,6 +20,8 @@ from tests.conftest import DEFAULTS, tiny_overrides
 
 SLURM_7 = {"SLURM_JOB_ID": "7"}
 SLURM_8 = {"SLURM_JOB_ID": "8"}
+AT_ONCE = 1.0
+"""Seconds; whoever waits for a heartbeat needs ``STALE_SECONDS`` of them."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def test_a_requeued_job_takes_over_at_once_and_its_former_life_ends(tmp_path: Pa
     take(tmp_path, SLURM_7, told)
     began = time.monotonic()
     with take(tmp_path, SLURM_7):
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < AT_ONCE
         deadline = time.monotonic() + 5
         while not told and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -94,7 +96,7 @@ def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost:
     leave_behind(tmp_path, host=HOST, process=gone, place=lease._place(), began=1)
     began = time.monotonic()
     take(tmp_path, told=lost).release()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < AT_ONCE
 
 
 def test_a_process_that_has_its_number_now_is_not_taken_for_it(tmp_path: Path, lost: list[str]) -> None:
@@ -103,7 +105,7 @@ def test_a_process_that_has_its_number_now_is_not_taken_for_it(tmp_path: Path, l
         leave_behind(tmp_path, host=HOST, process=process, place=lease._place(), began=1)
         began = time.monotonic()
         take(tmp_path, told=lost).release()
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < AT_ONCE
 
 
 def test_a_killed_process_that_nobody_waits_for_is_gone(tmp_path: Path, lost: list[str]) -> None:
@@ -140,7 +142,7 @@ def test_elsewhere_a_heartbeat_that_stands_still_is_waited_for(
     leave_behind(tmp_path, **owner)
     began = time.monotonic()
     take(tmp_path, SLURM_8, lost).release()
-    assert 1 < time.monotonic() - began < 4
+    assert AT_ONCE < time.monotonic() - began < 10
 
 
 def test_an_old_heartbeat_is_not_waited_for(tmp_path: Path, lost: list[str]) -> None:
@@ -148,14 +150,14 @@ def test_an_old_heartbeat_is_not_waited_for(tmp_path: Path, lost: list[str]) -> 
     os.utime(tmp_path / LEASE, (time.time() - 100, time.time() - 100))
     began = time.monotonic()
     take(tmp_path, SLURM_8, lost).release()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < AT_ONCE
 
 
 def test_a_lease_that_cannot_be_read_counts_by_its_age(tmp_path: Path, lost: list[str]) -> None:
     (tmp_path / LEASE).write_text("")
     began = time.monotonic()
     take(tmp_path, SLURM_8, lost).release()
-    assert time.monotonic() - began > 1
+    assert time.monotonic() - began > AT_ONCE
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
