@@ -44,8 +44,9 @@ from mfm_dist.metrics import write_atomically
 from mfm_dist.optim import build_optimizer, mfm_weight
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import whole
 from tools.bench_memory import random_batch
-from tools.profile_throughput import QUICKSTART, at_least
+from tools.profile_throughput import QUICKSTART
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
 from tools.step_profile import cpu_name
@@ -192,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
     parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS), help="which to measure (all)")
-    parser.add_argument("--steps", type=at_least(1), default=30, metavar="N", help="timed rounds (%(default)s)")
-    parser.add_argument("--warmup", type=at_least(0), default=3, metavar="N", help="rounds before them (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=30, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")

@@ -38,6 +38,7 @@ from mfm_dist.metrics import write_atomically
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import whole
 from tools.step_profile import cpu_name, peak_gib, synchronise
 
 DEFAULT = ["model.backbone=mit_b0", "data.crop=256x256", "mfm.enabled=true"]
@@ -130,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed steps of each setting (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=whole(1), default=3, metavar="N", help="timed steps of each setting (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)

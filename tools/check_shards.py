@@ -29,6 +29,9 @@ from mfm_dist.data.repair import repair_folder
 from mfm_dist.data.verify import ShardCheck, check_manifest, check_shard, open_manifest
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import whole
+
 COLUMNS = ("shards", "samples", "left out", "bad samples", "other problems")
 
 
@@ -162,20 +165,11 @@ def print_table(reports: list[Report]) -> None:
         print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
-def _at_least_one(text: str) -> int:
-    """An argparse type."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="check_shards.py", description="Verifies shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended, and say what was done")
-    parser.add_argument(
-        "--workers", type=_at_least_one, default=len(os.sched_getaffinity(0)), help="processes (one a core)"
-    )
+    parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     args = parser.parse_args(argv)
     try:
         reports = check_folders(find_folders(args.folders), args.workers)

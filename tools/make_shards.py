@@ -12,7 +12,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,9 @@ from mfm_dist.data.folder_card import IMAGE_SUFFIXES, folder_card, read_mapping
 from mfm_dist.data.scene_shards import write_scenes
 from mfm_dist.data.scenes import Gap
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import whole
 
 EXIT_INTERRUPTED = 130
 
@@ -122,18 +125,6 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. Try: {self.prog} --help")
 
 
-def whole(least: int, most: int = 1 << 40) -> Callable[[str], int]:
-    """An argparse type: a whole number between two bounds."""
-
-    def whole_number(text: str) -> int:
-        number = int(text)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return number
-
-    return whole_number
-
-
 def box(text: str) -> tuple[int, int]:
     """An argparse type: two sides such as ``1280x720``."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
@@ -178,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--val", type=whole(1), default=100, help="validation images a domain (%(default)s)")
     scenes.add_argument("--height", type=whole(32, 8192), default=256, help="pixels (%(default)s)")
     scenes.add_argument("--width", type=whole(32, 8192), default=512, help="pixels (%(default)s)")
-    scenes.add_argument("--seed", type=whole(0), default=0, help="of the whole data set (%(default)s)")
+    scenes.add_argument("--seed", type=whole(0, 1 << 40), default=0, help="of the whole data set (%(default)s)")
     scenes.add_argument("--gap", type=gap, default=Gap(), help="photometric,texture,layout (all) or some, or none")
     _add_work(scenes)
     for card in map(read_card, card_names()):

@@ -24,6 +24,7 @@ from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.metrics import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import whole
 from tools.data_profile import data_table, measure_data
 from tools.step_profile import PARTS, measure
 
@@ -53,25 +54,14 @@ def table(found: Mapping[str, Any]) -> str:
     )
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number with a lower bound."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {minimum}")
-        return int(text)
-
-    return whole_number
-
-
 def profile_step(argv: Sequence[str]) -> int:
     """The ``step`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py [step]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
-    parser.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="timed rounds (%(default)s)")
-    parser.add_argument("--warmup", type=at_least(0), default=3, metavar="N", help="rounds before them (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=20, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
@@ -105,9 +95,9 @@ def profile_data(argv: Sequence[str]) -> int:
         "plain webdataset on the same tars.",
     )
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
-    parser.add_argument("--rounds", type=at_least(1), default=9, metavar="N", help="turns of each way (%(default)s)")
-    parser.add_argument("--blocks", type=at_least(1), default=24, metavar="N", help="blocks a turn (%(default)s)")
-    parser.add_argument("--workers", type=at_least(0), nargs="*", default=[1, 2], metavar="N", help="(1 2)")
+    parser.add_argument("--rounds", type=whole(1), default=9, metavar="N", help="turns of each way (%(default)s)")
+    parser.add_argument("--blocks", type=whole(1), default=24, metavar="N", help="blocks a turn (%(default)s)")
+    parser.add_argument("--workers", type=whole(0), nargs="*", default=[1, 2], metavar="N", help="(1 2)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)

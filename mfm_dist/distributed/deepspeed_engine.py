@@ -176,6 +176,7 @@ class DeepSpeedEngine(Engine):
         yield from self._exchanged(bucket)
 
     def _exchanged(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
+        """The whole tensors of one bucket, on every rank; they share its memory."""
         sizes = [shape.numel() for shape, _ in bucket]
         flat = torch.zeros(sum(sizes), device=self.device)
         for whole, (_, pieces) in zip(flat.split(sizes), bucket, strict=True):

@@ -68,7 +68,7 @@ def test_no_shards_is_a_wrong_argument(tmp_path: Path, capsys: pytest.CaptureFix
 def test_no_workers_is_a_wrong_argument(shard_folder: ShardFolder, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([str(shard_folder()), "--workers", "0"])
-    assert "--workers: 0 is not 1 or more" in capsys.readouterr().err
+    assert "--workers: 0 is not at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [[], ["--repair"]])

@@ -159,7 +159,7 @@ def test_the_gap_can_be_switched_by_cause(tmp_path: Path) -> None:
         ([], "data set"),
         (["gta5"], "invalid choice: 'gta5'"),
         (["scenes"], "--output"),
-        (["scenes", "--output", "x", "--train", "0"], "0 is not between 1"),
+        (["scenes", "--output", "x", "--train", "0"], "0 is not at least 1"),
         (["scenes", "--output", "x", "--train", "many"], "invalid whole_number value: 'many'"),
         (["scenes", "--output", "x", "--gap", "colour"], "unknown colour; known are photometric, texture, layout"),
         (["scenes", "--output", "x", "--sede", "1"], "--sede"),
