@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mfm_dist.exported import TrainedSegmentor
+    from mfm_dist.inference.segmentor import TrainedSegmentor
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,6 @@ def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Train
     Raises:
         mfm_dist.errors.ConfigError: the folder is neither, or is damaged.
     """
-    from mfm_dist.exported import load_segmentor
+    from mfm_dist.inference.segmentor import load_segmentor
 
     return load_segmentor(path, device)

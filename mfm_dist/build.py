@@ -16,7 +16,7 @@ from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
-from mfm_dist.models.checkpointing import checkpoint_blocks
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks
 from mfm_dist.models.compiling import compile_module, compile_segmentor
 from mfm_dist.models.hrda import at_two_resolutions
 from mfm_dist.models.rebuilder import Rebuilder

@@ -18,9 +18,9 @@ from mfm_dist.classes import CLASS_SETS
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.evaluation import OneProcess, evaluate
-from mfm_dist.exported import TrainedSegmentor, load_export
-from mfm_dist.trained_run import open_run
+from mfm_dist.inference.evaluation import OneProcess, evaluate
+from mfm_dist.inference.open_run import open_run
+from mfm_dist.inference.segmentor import TrainedSegmentor, load_export
 
 
 class Task(NamedTuple):

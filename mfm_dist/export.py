@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
-from mfm_dist.exported import CONFIG, ONNX, WEIGHTS, TrainedSegmentor, is_export
-from mfm_dist.trained_run import open_run
-from mfm_dist.whole_folder import whole_folder
+from mfm_dist.inference.open_run import open_run
+from mfm_dist.inference.segmentor import CONFIG, ONNX, WEIGHTS, TrainedSegmentor, is_export
+from mfm_dist.storage import whole_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

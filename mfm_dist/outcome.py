@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from mfm_dist.whole_folder import write_atomically
+from mfm_dist.storage import write_atomically
 
 OUTCOME = "outcome.json"
 

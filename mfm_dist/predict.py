@@ -22,10 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, UserError
-from mfm_dist.exported import TrainedSegmentor, load_segmentor
 from mfm_dist.images import SUFFIXES, UnreadableImageError, read_image
-from mfm_dist.metrics import write_atomically
-from mfm_dist.pictures import overlay, save_ids, save_picture
+from mfm_dist.inference.metrics import write_atomically
+from mfm_dist.inference.overlays import overlay, save_ids, save_picture
+from mfm_dist.inference.segmentor import TrainedSegmentor, load_segmentor
 
 SUMMARY = "predictions.json"
 """Marks a folder of predictions, which a later start may write into."""

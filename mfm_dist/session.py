@@ -8,18 +8,18 @@ from contextlib import closing, nullcontext
 
 from mfm_dist.build import build_train_module, open_readers
 from mfm_dist.checkpoint import Progress, find_resumable, load_state, resume_problems
+from mfm_dist.cluster.lease import Lease
 from mfm_dist.config.loader import changed_keys
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.data.scene_shards import write_scenes
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.distributed.trackers import Trackers, tracker_problems
-from mfm_dist.distributed.watchdog import Watchdog, to_stderr
 from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError, UserError
-from mfm_dist.lease import Lease
 from mfm_dist.optim import build_optimizer
-from mfm_dist.run_folder import RunFolder
-from mfm_dist.stopping import StopRequested
+from mfm_dist.run.folder import RunFolder
+from mfm_dist.run.signals import StopRequested
+from mfm_dist.run.watchdog import Watchdog, to_stderr
+from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.trainer import Trainer
 
 

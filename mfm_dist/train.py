@@ -25,7 +25,7 @@ from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.lifeline import end_with_launcher
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, StorageError, UserError
 from mfm_dist.outcome import write_outcome
-from mfm_dist.stopping import StopRequested
+from mfm_dist.run.signals import StopRequested
 
 QUICKSTART = Path("configs/quickstart.yaml")
 RANK_0_SPEAKS_WITHIN = 20.0
@@ -70,7 +70,7 @@ def listen_and_train(config: RunConfig, rank: int) -> int:
 
     stop = StopRequested(leave)
     try:
-        from mfm_dist.run_folder import RunFolder
+        from mfm_dist.run.folder import RunFolder
         from mfm_dist.session import train
 
         return train(config, RunFolder(config.run.folder, writes=rank == 0), stop)

@@ -69,7 +69,7 @@ prepare() { # [CONFIG] [section.key=value ...]: prints the job's folder
     fi
     # Before the other settings, so that those win.
     if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
-    "${python[@]}" -m mfm_dist.job prepare "${of[@]}" "$config" "$@"
+    "${python[@]}" -m mfm_dist.cluster.job prepare "${of[@]}" "$config" "$@"
 }
 
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -90,7 +90,7 @@ export JOB
 code=$(realpath "$JOB")/code
 export PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 
-job() { "${python[@]}" -m mfm_dist.job "$@"; }
+job() { "${python[@]}" -m mfm_dist.cluster.job "$@"; }
 say() { echo "$(date '+%F %T') $*" | tee -a "$JOB/summary.log" >&2; }
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -173,7 +173,7 @@ while true; do
     read -r used each <<<"$planned"
     well=yes
     if [ "${MFM_PREFLIGHT:-1}" != 0 ] && [ -z "$signalled$cancelled" ]; then
-        run_on_all_nodes mfm_dist.preflight timeout 120 # a minute of its own, and one to start
+        run_on_all_nodes mfm_dist.cluster.preflight timeout 120 # a minute of its own, and one to start
         case $? in
             0) ;;
             124) say "preflight: no answer for 2 minutes. Can the nodes reach one another? MFM_NETWORK names the interface" ;&

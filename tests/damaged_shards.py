@@ -21,10 +21,10 @@ from mfm_dist.data.decoding import UnusableError
 from mfm_dist.data.files import sha256_of
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
-from mfm_dist.data.shards import encode_jpeg, encode_label_png
 from mfm_dist.data.streaming import ShardStream
 from mfm_dist.data.tar_scan import Damage, scan_tar
 from mfm_dist.data.tar_stream import stream_samples
+from mfm_dist.shards.writer import encode_jpeg, encode_label_png
 
 SAMPLES = 50
 HEIGHT, WIDTH = 32, 48

@@ -26,7 +26,7 @@ from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.metrics import write_atomically
+from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it

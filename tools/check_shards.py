@@ -24,10 +24,10 @@ import torch
 from tqdm import tqdm
 
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord
-from mfm_dist.data.packing import only_writer
-from mfm_dist.data.repair import repair_folder
-from mfm_dist.data.verify import ShardCheck, check_manifest, check_shard, open_manifest
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
+from mfm_dist.shards.packing import only_writer
+from mfm_dist.shards.repair import repair_folder
+from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard, open_manifest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mfm_dist.classes import CLASS_NAMES, PALETTE
-from mfm_dist.data.scenes import DOMAINS, render_scene
+from mfm_dist.scenes import DOMAINS, render_scene
 
 TILE = (304, 152)
 """Width and height of one picture on the sheet, pixels; scenes are rendered at twice that and reduced."""

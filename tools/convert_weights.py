@@ -31,7 +31,7 @@ from torch import Tensor
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
 from mfm_dist.export import refuse_what_is_no_export, write_export
-from mfm_dist.exported import About, TrainedSegmentor, segmentor_of
+from mfm_dist.inference.segmentor import About, TrainedSegmentor, segmentor_of
 from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.models.backbone import build_classifier
 

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfm_dist.data.scenes import OBJECT_KINDS, render_object
 from mfm_dist.errors import ConfigError
+from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.methods.augment import normalise
-from mfm_dist.metrics import write_atomically
 from mfm_dist.models.backbone import build_classifier
+from mfm_dist.scenes import OBJECT_KINDS, render_object
 
 SCALE = (0.7, 1.1)
 """Range of the side of a random crop, over the image's side."""

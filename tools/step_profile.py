@@ -29,12 +29,12 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.distributed.trackers import Trackers
-from mfm_dist.distributed.watchdog import Watchdog
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods import build_method
 from mfm_dist.methods.self_training import ema_decay_at
 from mfm_dist.optim import build_optimizer, mfm_weight
-from mfm_dist.run_folder import RunFolder
+from mfm_dist.run.folder import RunFolder
+from mfm_dist.run.watchdog import Watchdog
 from mfm_dist.session import prepare_folders
 from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mfm_dist.whole_folder import whole_folder, write_atomically
+from mfm_dist.storage import whole_folder, write_atomically
 
 FORMAT = 1
 JSON_LIMIT = 4 << 20

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from mfm_dist.config.problems import problems as problems_of
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.validate import problems as problems_of
 from mfm_dist.errors import ConfigError
 
 Config = TypeVar("Config")

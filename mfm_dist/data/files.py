@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mfm_dist.errors import StorageError
-from mfm_dist.whole_folder import fsync
+from mfm_dist.storage import fsync
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20

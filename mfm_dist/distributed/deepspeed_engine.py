@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
+from mfm_dist.distributed.clipping import part_of
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.gradients import part_of
 
 Piece = tuple[slice, Tensor]
 """A place in a flattened tensor, and the values that belong there."""

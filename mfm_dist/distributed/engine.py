@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, part_of, refuse, sum_of_squares
 from mfm_dist.distributed.gradient_check import GradientCheck
-from mfm_dist.distributed.gradients import Ceilings, clip_factors, part_of, refuse, sum_of_squares
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 

@@ -28,9 +28,9 @@ from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
-from mfm_dist.distributed.watchdog import SLOW_FACTOR
 from mfm_dist.distributed.zero0_engine import Zero0Engine
 from mfm_dist.errors import ConfigError
+from mfm_dist.run.watchdog import SLOW_FACTOR
 
 
 def start_engine(config: RunConfig) -> Engine:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mfm_dist.errors import EXIT_DONE, StorageError, UserError
-from mfm_dist.metrics import write_atomically
+from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.report.page import render
 from mfm_dist.report.run import read_runs
 

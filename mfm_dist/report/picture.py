@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
-from mfm_dist.pictures import GAP, OPACITY
+from mfm_dist.inference.overlays import GAP, OPACITY
 
 MAX_WIDTH = 640
 """Pixels a picture is shrunk to."""

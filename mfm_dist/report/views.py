@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.data.reader import Sample
-from mfm_dist.inference import predict_labels
+from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.mfm import enlarge_mask, rebuild
 from mfm_dist.models.layers import resize

@@ -16,7 +16,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
-from mfm_dist.evaluation import batch_norm_buffers
+from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods import build_method, method_names
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mfm_dist.data.scene_shards import write_scenes
+from mfm_dist.shards.scene_shards import write_scenes
 from tests.conftest import DEFAULTS, REPOSITORY, SCENE_SIZE, tiny_overrides
 from tests.end_to_end.test_train import assert_equal_bits, metrics_of
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from mfm_dist.bad_samples import BadSamples
 from mfm_dist.batch import BadSample
 from mfm_dist.errors import DataError
-from mfm_dist.run_folder import RunFolder
+from mfm_dist.run.bad_samples import BadSamples
+from mfm_dist.run.folder import RunFolder
 
 FIRST, SECOND = (BadSample(shard="a.tar", key=key, number=3, reason="its image differs") for key in ("one", "two"))
 

@@ -26,8 +26,8 @@ from mfm_dist.checkpoint import find_latest, load_modules, load_student, load_te
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
-from mfm_dist.exported import TrainedSegmentor, read_about
-from mfm_dist.inference import predict_labels
+from mfm_dist.inference.predict_labels import predict_labels
+from mfm_dist.inference.segmentor import TrainedSegmentor, read_about
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.mfm import rebuild
 from mfm_dist.models.segmentor import Segmentor

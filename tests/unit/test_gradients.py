@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mfm_dist.distributed.gradients import Ceilings, clip_factors, part_of, refuse, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, part_of, refuse, sum_of_squares
 
 
 def test_parts_are_groups_with_and_without_decay() -> None:

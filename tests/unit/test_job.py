@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mfm_dist import job
+from mfm_dist.cluster import job
 from tests.conftest import REPOSITORY
 
 CONFIG = REPOSITORY / "tests" / "defaults.yaml"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist import lease, train
+from mfm_dist import train
+from mfm_dist.cluster import lease
+from mfm_dist.cluster.lease import LEASE, Lease
 from mfm_dist.errors import ConfigError, StorageError
-from mfm_dist.lease import LEASE, Lease
 from tests.conftest import DEFAULTS, tiny_overrides
 
 SLURM_7 = {"SLURM_JOB_ID": "7"}

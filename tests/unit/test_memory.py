@@ -14,7 +14,7 @@ from mfm_dist.distributed.deepspeed_config import deepspeed_config
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError
-from mfm_dist.evaluation import batch_norm_buffers
+from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.optim import build_optimizer
 from tests.unit.test_train_module import SMALL, block
 

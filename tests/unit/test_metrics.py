@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.metrics import JsonLines, RunningMean, confusion_matrix, iou_percent, mean_iou_percent, write_atomically
+from mfm_dist.inference.metrics import (
+    JsonLines,
+    RunningMean,
+    confusion_matrix,
+    iou_percent,
+    mean_iou_percent,
+    write_atomically,
+)
 
 
 def test_confusion_and_iou_against_pixel_sets() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_dist import node_checks, preflight
+from mfm_dist import node_checks
+from mfm_dist.cluster import preflight
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed import preflight_checks
@@ -27,7 +28,7 @@ from tests.conftest import DEFAULTS, run_train, tiny_overrides
 
 def test_two_processes_find_nothing_wrong(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    completed = run_train(tiny_overrides(scenes, run), launch="cpu_ddp", module="mfm_dist.preflight")
+    completed = run_train(tiny_overrides(scenes, run), launch="cpu_ddp", module="mfm_dist.cluster.preflight")
     assert completed.returncode == 0, completed.stderr
     assert "preflight: all well, 1 node(s), 2 process(es) on cpu, all-reduce" in completed.stdout
     assert json.loads((run / "preflight.json").read_text()) == {"code": 0, "problems": [], "nodes": []}

@@ -12,7 +12,7 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_student, build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.evaluation import batch_norm_buffers
+from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mfm import keyed_masks, rebuild

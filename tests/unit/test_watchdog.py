@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist.distributed.watchdog import NAMED, Phase, Report, Watchdog, name_the_hang, read_reports
+from mfm_dist.run.watchdog import NAMED, Phase, Report, Watchdog, name_the_hang, read_reports
 
 
 def report(rank: int, beats: int, phase: Phase = "micro-batch", step: int = 12, start: str = "now") -> Report:
@@ -63,7 +63,7 @@ def test_reports_of_an_earlier_start_and_stacks_are_passed_over(tmp_path: Path) 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mfm_dist.distributed.watchdog import Watchdog
+from mfm_dist.run.watchdog import Watchdog
 run, rank, pauses = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 dog = Watchdog(run, rank=rank, world_size=2, seconds=1.0, start="now", on_hang=lambda reason, step: print(reason, step))
 for step, pause in enumerate(pauses):

@@ -9,7 +9,7 @@ import numpy as np
 
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.data.manifest import Recipe
-from mfm_dist.data.shards import RawSample, ShardSetWriter, write_shard
+from mfm_dist.shards.writer import RawSample, ShardSetWriter, write_shard
 
 ShardFolder = Callable[..., Path]
 """``shard_folder(name, count=..., shard_size=..., **keywords of raw_sample)``."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfm_dist.data import repair, verify
-from mfm_dist.data.shards import sha256_of
+from mfm_dist.shards import repair, verify
+from mfm_dist.shards.writer import sha256_of
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 from tools.check_shards import main
 

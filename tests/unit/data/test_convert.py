@@ -13,13 +13,13 @@ import webdataset
 from PIL import Image
 
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.data.card import Card, read_card
 from mfm_dist.data.class_statistics import read_statistics
-from mfm_dist.data.convert import Conversion, convert, sample_key
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.source_tree import SourceFile, SourceTree, UnreadableFileError
 from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.shards.card import Card, read_card
+from mfm_dist.shards.convert import Conversion, convert, sample_key
+from mfm_dist.shards.source_tree import SourceFile, SourceTree, UnreadableFileError
 from tests.unit.data import downloads
 
 # The tables of the facts, typed again: Cityscapes ids (also of GTA5) and SYNTHIA ids to train ids.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
-from mfm_dist.data.pictures import (
+from mfm_dist.shards.pictures import (
     UnusableError,
     fitted,
     lookup_table,

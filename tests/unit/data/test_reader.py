@@ -17,8 +17,8 @@ from mfm_dist.data import reader as reader_module
 from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
-from mfm_dist.data.shards import encode_jpeg, encode_label_png, sha256_of, write_index
 from mfm_dist.errors import ConfigError
+from mfm_dist.shards.writer import encode_jpeg, encode_label_png, sha256_of, write_index
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
 
 JPEG = encode_jpeg(raw_sample(0).image)

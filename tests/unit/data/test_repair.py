@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfm_dist.data import repair
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.index import build_index
 from mfm_dist.data.manifest import Manifest, ShardRecord
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.repair import repair_folder
-from mfm_dist.data.shards import sha256_of
-from mfm_dist.data.verify import check_shard
+from mfm_dist.shards import repair
+from mfm_dist.shards.repair import repair_folder
+from mfm_dist.shards.verify import check_shard
+from mfm_dist.shards.writer import sha256_of
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample, write_set
 from tools.check_shards import main
 

@@ -16,10 +16,10 @@ from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import Manifest, is_complete, statistics_path
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.sampling import RareClassOrder, class_probabilities
-from mfm_dist.data.shards import ShardSetWriter
 from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, Wanted, source_crop
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.shards.writer import ShardSetWriter
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
 
 NAMES = ("road", "car", "train", "rider")

@@ -5,14 +5,14 @@ import time
 import numpy as np
 import pytest
 
-import mfm_dist.data.scenes as scenes
-import mfm_dist.data.scenes.objects as objects
+import mfm_dist.scenes as scenes
+import mfm_dist.scenes.objects as objects
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.data.scenes import DOMAINS, OBJECT_KINDS, SPLITS, ObjectPicture, render_object, render_scene
-from mfm_dist.data.scenes.dice import Dice
-from mfm_dist.data.scenes.pen import Pen
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import keyed_generator
+from mfm_dist.scenes import DOMAINS, OBJECT_KINDS, SPLITS, ObjectPicture, render_object, render_scene
+from mfm_dist.scenes.dice import Dice
+from mfm_dist.scenes.pen import Pen
 
 KINDS = len(OBJECT_KINDS)
 

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mfm_dist.data.scenes as scenes
+import mfm_dist.scenes as scenes
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
-from mfm_dist.data.scenes import DOMAINS, SPLITS, Gap, Scene, render_scene
-from mfm_dist.data.scenes.dice import Dice
-from mfm_dist.data.scenes.layout import STYLES, draw_view
-from mfm_dist.data.scenes.light import draw_light
-from mfm_dist.data.scenes.looks import Looks
-from mfm_dist.data.scenes.pen import Pen
-from mfm_dist.data.scenes.vehicles import CAR, car
-from mfm_dist.data.scenes.view import SUPERSAMPLING, Canvas
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import keyed_generator
+from mfm_dist.scenes import DOMAINS, SPLITS, Gap, Scene, render_scene
+from mfm_dist.scenes.dice import Dice
+from mfm_dist.scenes.layout import STYLES, draw_view
+from mfm_dist.scenes.light import draw_light
+from mfm_dist.scenes.looks import Looks
+from mfm_dist.scenes.pen import Pen
+from mfm_dist.scenes.vehicles import CAR, car
+from mfm_dist.scenes.view import SUPERSAMPLING, Canvas
 from tools.contact_sheet import main as draw_contact_sheet
 
 FULL_GAP = Gap()

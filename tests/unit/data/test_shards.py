@@ -15,7 +15,8 @@ from PIL import Image
 
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.manifest import Manifest, Recipe, conflict, is_complete
-from mfm_dist.data.shards import (
+from mfm_dist.errors import DataError, StorageError
+from mfm_dist.shards.writer import (
     ShardSetWriter,
     atomic_file,
     encode_jpeg,
@@ -23,7 +24,6 @@ from mfm_dist.data.shards import (
     remove_shards,
     write_shard,
 )
-from mfm_dist.errors import DataError, StorageError
 from tests.unit.data.small_shards import ShardFolder, raw_sample
 
 RECIPE = Recipe(generator="test", version=1, arguments={"samples": 10})

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist.data.card import Card, read_card
-from mfm_dist.data.source_tree import SourceFile, SourceTree, UnreadableFileError
-from mfm_dist.data.survey import find_pairs
 from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.shards.card import Card, read_card
+from mfm_dist.shards.source_tree import SourceFile, SourceTree, UnreadableFileError
+from mfm_dist.shards.survey import find_pairs
 from tests.unit.data import downloads
 
 

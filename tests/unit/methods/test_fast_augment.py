@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mfm_dist.config.schema import SelfTrainingSection
-from mfm_dist.data.scenes import Gap, render_scene
 from mfm_dist.methods.augment import IMAGE_STD, gaussian_blur, normalise, strong_augment
 from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, colour_map
 from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.scenes import Gap, render_scene
 
 ALWAYS = SelfTrainingSection(jitter_prob=1.0, blur_prob=0.0)
 STD = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.evaluation import batch_norm_buffers
+from mfm_dist.inference.evaluation import batch_norm_buffers
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, find_stages
 from mfm_dist.models.backbone import Backbone
-from mfm_dist.models.checkpointing import checkpoint_blocks, find_blocks, find_stages
 from mfm_dist.train_module import batch_norm_untracked
 
 SMALL = ("test_resnet", "test_convnext", "mit_b0", "swin_tiny_patch4_window7_224", "regnetx_002", "dla46_c")

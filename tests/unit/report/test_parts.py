@@ -17,7 +17,7 @@ from PIL import Image
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.errors import ConfigError
-from mfm_dist.pictures import save_overlay
+from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.report.picture import label_map, overlay_prediction
 from mfm_dist.report.run import Run, read_runs
 from mfm_dist.report.svg import BUCKETS, Chart, Line, draw, envelope, short_number

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from mfm_dist.config.loader import load_config
-from mfm_dist.config.problems import problems
+from mfm_dist.config.validate import problems
 from tests.conftest import REPOSITORY
 from tools.benchmark_scenes import VARIANTS, summary, table
 from tools.seeds import interval

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mfm_dist
-from mfm_dist.exported import read_about
+from mfm_dist.inference.segmentor import read_about
 from mfm_dist.models.hrda import at_two_resolutions
 from mfm_dist.models.segmentor import build_segmentor
 from tests.unit.tools.published_encoders import (

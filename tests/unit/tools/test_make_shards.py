@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from mfm_dist.data import scene_shards
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.scenes import Gap, Scene, render_scene
 from mfm_dist.errors import DataError
+from mfm_dist.scenes import Gap, Scene, render_scene
+from mfm_dist.shards import scene_shards
 from tools.make_shards import main
 
 SMALL = ["--train", "5", "--val", "2", "--height", "32", "--width", "64", "--shard-size", "2", "--workers", "2"]

@@ -1,0 +1,235 @@
+"""Scoring the student on a labelled data set, over all ranks, with no image counted twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mfm_dist.batch import BadSample
+from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
+from mfm_dist.data.pipeline import EvaluationItem
+from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent, write_atomically
+from mfm_dist.inference.overlays import save_overlay
+from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
+from mfm_dist.methods.augment import normalise
+from mfm_dist.models.segmentor import Segmentor
+
+PROTOCOL = "student, eval mode, {precision}, {images}, single scale, no flip; label at its stored size; 255 not counted"
+
+FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
+"""Predicted in a turn without a sample, because under ZeRO-3 a forward is collective."""
+
+
+class Ranks(Protocol):
+    """What scoring needs of the engine; a lone process has its own below."""
+
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Element-wise mean over ranks."""
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+
+
+class OneProcess:
+    """``Ranks`` without a launcher, for the commands that run after training."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Result of one evaluation; written as eval/step_XXXXXXXX.json."""
+
+    step: int
+    miou: float
+    """Mean IoU in percent over the classes that occur in labels or predictions."""
+    iou: dict[str, float]
+    """IoU in percent by class name; NaN (null in JSON) for a class that does not occur."""
+    images: int
+    """Images scored."""
+    bad_samples: list[str] = field(default_factory=list)
+    """Samples of this rank that could not be read; excluded, never replaced."""
+    means: dict[str, float] = field(default_factory=dict)
+    """Mean IoU in percent over the classes of each set that was asked for, in both conventions (``means_over``)."""
+    protocol: str = PROTOCOL.format(images="whole image", precision="fp32")
+
+    def to_json(self) -> str:
+        """Indented JSON text."""
+        values = asdict(self)
+        for part in ("iou", "means"):
+            values[part] = {name: value if value == value else None for name, value in values[part].items()}
+        return json.dumps(values, indent=2) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.to_json())
+
+    def numbers(self) -> dict[str, float]:
+        """``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
+        values = {**self.means, **{f"iou/{name}": value for name, value in self.iou.items()}}
+        return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in values.items() if value == value}}
+
+    def table(self) -> str:
+        """One line a class, for people."""
+        lines = [f"  {name:<14} {value:6.2f}" for name, value in self.iou.items()]
+        lines.append(f"  {'mean':<14} {self.miou:6.2f}")
+        return "\n".join([*lines, *(f"  {name:<14} {value:6.2f}" for name, value in self.means.items())])
+
+
+@torch.no_grad()
+def evaluate(
+    student: Segmentor,
+    items: Iterable[EvaluationItem],
+    ranks: Ranks,
+    *,
+    step: int,
+    precision: str = "fp32",
+    class_sets: Sequence[str] = (),
+    fit_into: tuple[int, int] | None = None,
+    scale: Callable[[Tensor], Tensor] = normalise,
+    overlays: int = 0,
+    overlay_folder: Path | None = None,
+    before_turn: Callable[[int], object] = lambda _: None,
+) -> tuple[Scores, list[BadSample]]:
+    """Score the student on this rank's items and sum over ranks; every rank gets the same scores.
+
+    BatchNorm uses the mean over ranks of the running statistics, in a copy: each rank goes on with its own.
+
+    Args:
+        items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
+            under ZeRO-3 it is collective.
+        precision: what the forwards run in, to be said in the protocol.
+        class_sets: names in ``CLASS_SETS`` to give means over, too.
+        fit_into, scale: what the images are before they are predicted (``predict_labels``).
+        overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
+        before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
+            in the same turn.
+    """
+    confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
+    scored = 0
+    bad: list[BadSample] = []
+    with evaluation_mode(student), mean_batch_norm(student, ranks):
+        for turn, item in enumerate(items):
+            before_turn(turn)
+            image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
+            forwards = agreed_forwards(student, seen_size(image, box), ranks)
+            prediction = predict_labels(student, image, ranks.device, scale, forwards, box).cpu()
+            if item.sample is None:
+                bad.extend([item.bad] if item.bad is not None else [])
+                continue
+            assert item.sample.label is not None
+            assert item.number is not None
+            confusion += confusion_matrix(item.sample.label, prediction, len(CLASS_NAMES))
+            scored += 1
+            if overlay_folder is not None and item.number < overlays:
+                path = overlay_folder / f"{item.sample.key}.png"
+                save_overlay(path, item.sample.image, item.sample.label, prediction)
+    totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
+    confusion = totals[:-1].reshape(confusion.shape)
+    scores = Scores(
+        step=step,
+        miou=mean_iou_percent(confusion),
+        iou=dict(zip(CLASS_NAMES, iou_percent(confusion), strict=True)),
+        images=int(totals[-1]),
+        bad_samples=[str(sample) for sample in bad],
+        means={name: value for key in class_sets for name, value in means_over(key, confusion).items()},
+        protocol=protocol_of(student, fit_into, precision),
+    )
+    return scores, bad
+
+
+def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
+    """How the scores came about, for people."""
+    window = student.window
+    images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
+    if fit_into is not None:
+        images += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
+    return PROTOCOL.format(images=images, precision=precision)
+
+
+def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:
+    """How many forwards every rank makes in this turn: as many as the largest of the ranks' images needs. Collective.
+
+    Under ZeRO-3 a forward is collective, and images of several sizes need several numbers of windows.
+    """
+    own = len(windows_of(student, size))
+    if student.window is None:  # one for any image, so there is nothing to agree on
+        return own
+    return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
+
+
+def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
+    """Mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
+
+    Both means are over the classes of the set. ``miou_<set>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those
+    of other classes are false positives of what is predicted there. ``miou_<set>_others_ignored`` leaves pixels
+    labelled with other classes out. Classes that do not occur are in no mean.
+    """
+    classes = list(CLASS_SETS[class_set])
+    known = torch.zeros_like(confusion)
+    known[classes] = confusion[classes]
+    names = (f"miou_{class_set}", f"miou_{class_set}_others_ignored")
+    return {name: _mean_of(iou_percent(c), classes) for name, c in zip(names, (confusion, known), strict=True)}
+
+
+def _mean_of(iou: list[float], classes: Sequence[int]) -> float:
+    occurring = [iou[index] for index in classes if iou[index] == iou[index]]
+    return sum(occurring) / len(occurring) if occurring else float("nan")
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """``module.eval()`` for a while."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
+    """Running means and variances of a module's BatchNorm layers, in a fixed order."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
+
+
+@contextmanager
+def mean_batch_norm(module: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Put the all-rank mean of the running statistics in place for a while. Collective."""
+    buffers = batch_norm_buffers(module)
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer.copy_(ranks.mean(buffer))
+    try:
+        yield
+    finally:
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)

@@ -1,0 +1,84 @@
+"""A run folder opened for the commands that come after training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mfm_dist.build import build_student
+from mfm_dist.checkpoint import Checkpoint, find_latest, load_student, load_teacher
+from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import ConfigError
+from mfm_dist.inference.segmentor import About, TrainedSegmentor
+from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run, its newest checkpoint, and the segmenter in it."""
+
+    path: Path
+    config: RunConfig
+    checkpoint: Checkpoint
+    segmentor: Segmentor
+    weights: Literal["student", "teacher"]
+
+    def trained_segmentor(self) -> TrainedSegmentor:
+        """The segmenter with what there is to say about it."""
+        config, step = self.config, self.checkpoint.progress.step
+        scores = _read_json(RunFolder(self.path, writes=False).evaluation(step))
+        about = About(
+            backbone=config.model.backbone,
+            backbone_options=config.model.backbone_options,
+            decoder=config.model.decoder,
+            decoder_options=config.model.decoder_options,
+            attention=config.hrda.attention if config.two_resolutions else None,
+            attention_options=config.hrda.attention_options if config.two_resolutions else {},
+            class_names=CLASS_NAMES,
+            palette=PALETTE,
+            mean=IMAGE_MEAN,
+            std=IMAGE_STD,
+            weights=self.weights,
+            run=self.path.resolve().name,
+            method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
+            crop=config.data.crop,
+            resize=config.eval.resize,
+            step=step,
+            miou=scores.get("miou") if self.weights == "student" else None,  # evaluation scores the student
+            revision=_read_json(self.path / "environment.json").get("revision"),
+        )
+        return TrainedSegmentor(self.segmentor, about)
+
+
+def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:
+    """The segmenter of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
+
+    Raises:
+        ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: no run folder (it has no config.yaml)")
+    config = load_config(path / "config.yaml")
+    checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
+        raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
+    config.model.pretrained, config.model.weights = False, None  # the checkpoint brings all weights
+    segmentor = build_student(config)
+    load = load_student if weights == "student" else load_teacher
+    load(checkpoint, segmentor)
+    return TrainedRun(path, config, checkpoint, segmentor, weights)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation."""
+    if not path.is_file():
+        return {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

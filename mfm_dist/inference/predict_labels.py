@@ -1,0 +1,61 @@
+"""Prediction with a trained segmenter; the Rebuilder has no part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mfm_dist.data.transforms import resize_box
+from mfm_dist.methods.augment import normalise
+from mfm_dist.models.layers import resize
+from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+from mfm_dist.shards.pictures import fitted
+
+EVERYTHING = (slice(None), slice(None))
+
+
+@torch.no_grad()
+def predict_labels(
+    segmentor: Segmentor,
+    image: Tensor,
+    device: torch.device,
+    scale: Callable[[Tensor], Tensor] = normalise,
+    at_least: int = 1,
+    fit_into: tuple[int, int] | None = None,
+) -> Tensor:
+    """Most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
+
+    The image is taken whole, in one forward, unless the segmenter has a window: then in windows that overlap by half,
+    one forward each, whose logits are averaged.
+
+    Args:
+        scale: makes uint8 [1, 3, H, W] what the segmenter expects.
+        at_least: forwards to run, for ranks that have to run as many; what is too many is not used.
+        fit_into: sides of a box that the image is resized into first, aspect kept, as published for crops of 512; the
+            logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
+    """
+    size = seen_size(image, fit_into)
+    scaled = scale(resize_box(image, size, EVERYTHING).unsqueeze(0).to(device))
+    boxes = windows_of(segmentor, size)
+    patches = [segmentor(box.crop(scaled)) for box in boxes]
+    for _ in range(at_least - len(boxes)):
+        segmentor(boxes[-1].crop(scaled))
+    logits = patches[0].float()
+    if len(boxes) > 1:
+        logits = average_windows(patches, boxes, size)
+    return resize(logits, image.shape[-2:]).argmax(dim=1).squeeze(0)
+
+
+def seen_size(image: Tensor, fit_into: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width at which a segmenter sees an image [..., H, W]."""
+    own = (image.shape[-2], image.shape[-1])
+    return own if fit_into is None else fitted(own, fit_into)
+
+
+def windows_of(segmentor: Segmentor, size: tuple[int, int]) -> list[Box]:
+    """The windows that an image of this height and width is predicted in."""
+    window = segmentor.window or size
+    return sliding_boxes(size, window, (max(1, window[0] // 2), max(1, window[1] // 2)))

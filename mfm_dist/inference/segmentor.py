@@ -1,0 +1,179 @@
+"""A trained segmenter on its own: what an export folder holds, and how it is loaded.
+
+An export folder holds ``model.safetensors`` (weights and BatchNorm statistics of the plain segmenter) and
+``config.json`` (``About``: what builds the network again and what its numbers mean), and nothing to unpickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mfm_dist.config.loader import from_tree, to_tree
+from mfm_dist.errors import ConfigError
+from mfm_dist.inference.predict_labels import predict_labels
+from mfm_dist.methods.augment import normalise
+from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.segmentor import Segmentor, build_segmentor
+
+CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
+FORMAT = "mfm_dist segmenter 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Everything about a trained segmenter but its weights."""
+
+    backbone: str
+    backbone_options: dict[str, Any]
+    decoder: str
+    decoder_options: dict[str, Any]
+    attention: str | None = None
+    """Decoder that weighs detail against context (HRDA); None for one resolution."""
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...]
+    """Index = channel of the logits = train id."""
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB colour of each class."""
+    mean: tuple[float, float, float]
+    """RGB in 0..255; an image is normalised as (value - mean) / std."""
+    std: tuple[float, float, float]
+    """RGB in 0..255."""
+    weights: Literal["student", "teacher"]
+    """The teacher is the student's moving average, with the student's BatchNorm statistics."""
+    run: str
+    """Name of the run folder."""
+    method: str
+    crop: tuple[int, int]
+    """Training crop (height, width) in pixels. Prediction takes images of any size: whole, with HRDA in windows."""
+    resize: tuple[int, int] | None = None
+    """Prediction fits images into this box (height, width), aspect kept, and enlarges the logits to their own size, as
+    the evaluation of the run does; None: images as they are."""
+    step: int
+    """Global batches the weights were trained on."""
+    miou: float | None
+    """Mean IoU in percent on the run's validation set at this step; None where it was not measured."""
+    revision: str | None
+    """Git revision of the code that trained it; None if that was not a clone."""
+    format: str = FORMAT
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(to_tree(self), indent=1) + "\n"
+
+
+class TrainedSegmentor(nn.Module):
+    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmenter's."""
+
+    def __init__(self, segmentor: Segmentor, about: About) -> None:
+        super().__init__()
+        self.segmentor = segmentor
+        self.about = about
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
+        logits: Tensor = self.segmentor(image)
+        return logits
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
+        return normalise(image, self.about.mean, self.about.std)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
+
+        As in evaluation: the image is taken whole, or in the windows of the segmenter, and at ``about.resize``.
+        """
+        device = next(self.parameters()).device
+        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.about.resize)
+
+
+def segmentor_of(about: About) -> Segmentor:
+    """The network that is described, with random weights.
+
+    Raises:
+        ConfigError: if there is no such network.
+    """
+    segmentor = build_segmentor(
+        backbone=about.backbone,
+        decoder=about.decoder,
+        num_classes=len(about.class_names),
+        backbone_options=about.backbone_options,
+        decoder_options=about.decoder_options,
+    )
+    if about.attention is None:
+        return segmentor
+    return at_two_resolutions(
+        segmentor,
+        attention=about.attention,
+        options=about.attention_options,
+        num_classes=len(about.class_names),
+        window=about.crop,
+    )
+
+
+def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
+    """See ``mfm_dist.load``."""
+    folder = Path(path)
+    if (folder / "config.yaml").is_file():
+        from mfm_dist.inference.open_run import open_run  # reading a run needs the libraries that trained it
+
+        return open_run(folder).trained_segmentor().to(device).eval()
+    return load_export(folder).to(device)
+
+
+def load_export(folder: Path) -> TrainedSegmentor:
+    """The segmenter of an export folder, on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigError: if the folder is none, or one that cannot be used.
+    """
+    about = read_about(folder)
+    segmentor = segmentor_of(about)
+    try:
+        segmentor.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
+    return TrainedSegmentor(segmentor, about).eval()
+
+
+def read_about(folder: Path) -> About:
+    """``config.json`` of an export folder.
+
+    Raises:
+        ConfigError: if there is none, or not one that this code can read.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{folder} is neither an export ({CONFIG} is missing) nor a run folder (so is config.yaml)")
+    problems: list[str] = []
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        found = tree.get("format")
+        if found != FORMAT:
+            raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
+        about = from_tree(About, tree, problems, {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError([*problems, f"{file} cannot be read ({error}): export the run again"]) from error
+    if problems:
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    return about
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export and nothing else, so that another may take its place."""
+    if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
+        return False
+    try:
+        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and str(tree.get("format")).startswith("mfm_dist segmenter")

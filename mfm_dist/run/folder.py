@@ -1,0 +1,117 @@
+"""The files of one run and how they come about; rank 0 writes, the other ranks hold the same paths."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfm_dist.config.loader import dump_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.errors import StorageError
+from mfm_dist.inference.metrics import JsonLines, write_atomically
+from mfm_dist.outcome import OUTCOME, write_outcome
+
+RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
+
+
+class RunFolder:
+    """Paths of a run folder; see the README for what each file holds."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path = path
+        self.writes = writes
+        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.checkpoints = path / "checkpoints"
+        self._events = JsonLines(path / "events.jsonl")
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / OUTCOME).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
+
+    def begin(self, config: RunConfig, world: dict[str, Any], step: int) -> None:
+        """Write what the run is made of, and forget what an earlier start wrote beyond ``step``, or at all if it is 0.
+
+        Raises:
+            StorageError: if the folder cannot be written.
+        """
+        if not self.writes:
+            return
+        try:
+            self.forget_after(step)
+            write_atomically(self.path / "config.yaml", dump_config(config))
+            write_atomically(self.path / "environment.json", json.dumps(_environment() | world, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
+
+    def forget_after(self, step: int) -> None:
+        """Drop the numbers of later steps, and at step 0 all: the run is about to write them again."""
+        if not self.writes:
+            return
+        self.metrics.forget_after(step)
+        for path in (self.path / "eval").glob("step_*.json"):
+            if step == 0 or path.name > self.evaluation(step).name:
+                path.unlink()
+
+    def evaluation(self, step: int) -> Path:
+        """The JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
+        return self.path / "eval" / f"step_{step:08d}.json"
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """Note something out of the ordinary: a skipped step, a bad sample, a signal."""
+        if self.writes:
+            self._events.append({"step": step, "event": kind, **details})
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Everything noted so far, by earlier starts too."""
+        return iter(self._events)
+
+    def outcome(self, code: int, reason: str, step: int) -> None:
+        """Say how this start of the run ended."""
+        if self.writes:
+            write_outcome(self.path, code=code, reason=reason, step=step)
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "revision": _revision(),
+    }
+
+
+def _revision() -> str | None:
+    """Git revision of the code, with a plus sign where files differ from it; None outside a clone."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

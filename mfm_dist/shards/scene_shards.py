@@ -1,0 +1,115 @@
+"""The embedded scenes as shards: a folder for each domain and split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.data.manifest import Recipe
+from mfm_dist.scenes import DOMAINS, GENERATOR_VERSION, SPLITS, Gap, render_scene
+from mfm_dist.shards.packing import Report, pack
+
+if TYPE_CHECKING:  # imported where needed, because it loads torch
+    from mfm_dist.shards.writer import RawSample
+
+FULL_GAP = Gap()
+BYTES_PER_PIXEL = 1.0
+"""Room asked for before packing; scenes take about half of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSplit:
+    """One folder of scenes (a ``PackableSet``)."""
+
+    folder: Path
+    domain: str
+    split: str
+    samples: int
+    shard_size: int
+    height: int
+    width: int
+    seed: int
+    gap: Gap
+    command: str
+    class_names: tuple[str, ...] = CLASS_NAMES
+    bad_limit: float = 0.0
+
+    @property
+    def recipe(self) -> Recipe:
+        names = ("domain", "split", "samples", "shard_size", "height", "width", "seed")
+        arguments = {**{name: getattr(self, name) for name in names}, "gap": asdict(self.gap)}
+        return Recipe(generator="scenes", version=GENERATOR_VERSION, arguments=arguments)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return int(self.height * self.width * BYTES_PER_PIXEL)
+
+    def sample(self, number: int) -> RawSample:
+        from mfm_dist.shards.writer import RawSample
+
+        scene = render_scene(
+            seed=self.seed,
+            domain=self.domain,
+            split=self.split,
+            index=number,
+            height=self.height,
+            width=self.width,
+            gap=self.gap,
+        )
+        origin = {"domain": self.domain, "split": self.split, "index": number, "seed": self.seed}
+        return RawSample(key=f"{self.folder.name}_{number:06d}", image=scene.image, label=scene.label, meta=origin)
+
+
+def write_scenes(
+    output: Path,
+    *,
+    train: int,
+    val: int,
+    size: tuple[int, int],
+    seed: int,
+    report: Report,
+    gap: Gap = FULL_GAP,
+    shard_size: int = 100,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes ``game_train``, ``game_val``, ``camera_train`` and ``camera_val`` below ``output``, or what is missing.
+
+    Args:
+        train: images of each ``*_train``.
+        val: images of each ``*_val``.
+        size: height and width in pixels.
+        gap: causes of the difference between the domains.
+        shard_size: images a shard.
+        workers: processes; None is one a core.
+        overwrite: replace folders that hold other shards.
+
+    Raises:
+        ConfigError, StorageError: as ``pack`` does.
+    """
+    causes = ",".join(name for name, is_on in asdict(gap).items() if is_on) or "none"
+    command = (
+        f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
+        f"--seed {seed} --shard-size {shard_size} --gap {causes}"
+    )
+    sets = [
+        SceneSplit(
+            folder=output / f"{domain}_{split}",
+            domain=domain,
+            split=split,
+            samples={"train": train, "val": val}[split],
+            shard_size=shard_size,
+            height=size[0],
+            width=size[1],
+            seed=seed,
+            gap=gap,
+            command=command,
+        )
+        for domain, split in product(DOMAINS, SPLITS)
+    ]
+    cores = len(os.sched_getaffinity(0))
+    pack(sets, output=output, workers=workers or cores, overwrite=overwrite, report=report)
