@@ -24,6 +24,12 @@ def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Train
     Raises:
         mfm_dist.errors.ConfigError: the folder is neither, or is damaged.
     """
-    from mfm_dist.inference.segmentor import load_segmentor
+    from pathlib import Path
 
-    return load_segmentor(path, device)
+    if (Path(path) / "config.yaml").is_file():
+        from mfm_dist.inference.open_run import open_run  # reading a run needs the libraries that trained it
+
+        return open_run(Path(path)).trained_segmentor().to(device).eval()
+    from mfm_dist.inference.segmentor import load_export
+
+    return load_export(Path(path)).to(device)

@@ -8,28 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mfm_dist.config.schema import MFMSection, OptimSection
+from mfm_dist.config.schema import OptimSection
 from mfm_dist.train_module import TrainModule
-
-
-def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_ratio: float) -> float:
-    """What every base rate is multiplied with at a step counted from 0 (UDA_FACTS 3.3).
-
-    Linear decay to 0 at ``steps``; the warm-up multiplies the *decayed* rate, so the peak stays below the base.
-    """
-    factor = 1.0 - step / steps
-    if step < warmup_steps:
-        factor *= 1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_ratio)
-    return factor
-
-
-def mfm_weight(step: int, settings: MFMSection) -> float:
-    """lambda at a step: 0 up to ``ramp_from``, ``loss_weight`` from ``ramp_to`` on, linear between."""
-    if step >= settings.ramp_to:
-        return settings.loss_weight
-    if step <= settings.ramp_from:
-        return 0.0
-    return settings.loss_weight * (step - settings.ramp_from) / (settings.ramp_to - settings.ramp_from)
 
 
 def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[str, Any]]:

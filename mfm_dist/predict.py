@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from mfm_dist import load
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, UserError
-from mfm_dist.images import SUFFIXES, UnreadableImageError, read_image
-from mfm_dist.inference.metrics import write_atomically
-from mfm_dist.inference.overlays import overlay, save_ids, save_picture
-from mfm_dist.inference.segmentor import TrainedSegmentor, load_segmentor
+from mfm_dist.inference.overlays import SUFFIXES, UnreadableImageError, overlay, read_image, save_ids, save_picture
+from mfm_dist.inference.segmentor import TrainedSegmentor
+from mfm_dist.storage import write_atomically
 
 SUMMARY = "predictions.json"
 """Marks a folder of predictions, which a later start may write into."""
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_unsafe_folders(arguments.input, output)
         names = find_images(arguments.input, output)
-        model = load_segmentor(arguments.run or arguments.model, checked_device(arguments.device))
+        model = load(arguments.run or arguments.model, checked_device(arguments.device))
         root = arguments.input if arguments.input.is_dir() else arguments.input.parent
         try:
             done = predict_all(model, root, names, output, overlays=arguments.overlays)

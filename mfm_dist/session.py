@@ -6,6 +6,8 @@ import json
 import time
 from contextlib import closing, nullcontext
 
+import torch
+
 from mfm_dist.build import build_train_module, open_readers
 from mfm_dist.checkpoint import Progress, find_resumable, load_state, resume_problems
 from mfm_dist.cluster.lease import Lease
@@ -53,7 +55,8 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
     engine.prepare(module, build_optimizer(module, config.optim))
     if checkpoint is not None:
         load_state(checkpoint, module, engine, watchdog.moving)
-    world = {"world_size": engine.world_size, "device": str(engine.device)}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    world = {"gpus": gpus, "world_size": engine.world_size, "device": str(engine.device)}
     engine.agreed(lambda: run.begin(config, world, progress.step))
 
     trackers = engine.agreed(lambda: Trackers(config, enabled=engine.is_main, step=progress.step))

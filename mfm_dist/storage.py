@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from mfm_dist.errors import StorageError
 
 
 @contextmanager
@@ -53,3 +60,84 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class JsonLines:
+    """A file of one JSON object a line, written through at once so that a kill loses nothing written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line. Numbers that are not finite become null, which JSON can hold."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:  # the last line of a killed run
+                    continue
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps beyond ``step``: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+        kept = [json.dumps(record) + "\n" for record in self if record.get("step", 0) <= step]
+        write_atomically(self.path, "".join(kept))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole and on the disk, and leaves nothing behind when it fails.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException as error:
+        written = temporary.stat().st_size if temporary.exists() else 0
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise StorageError(no_space_left(path, written, free, "run the same command again")) from error
+        raise
+
+
+def no_space_left(where: Path, need: int, free: int, again: str) -> str:
+    """The message of a disk that cannot take ``need`` bytes."""
+    return (
+        f"no space left for {where}: it needs at least {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. "
+        f"Make room, then: {again}. Finished shards are kept"
+    )
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -20,12 +20,10 @@ from pathlib import Path
 
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.lifeline import end_with_launcher
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, StorageError, UserError
-from mfm_dist.outcome import write_outcome
-from mfm_dist.run.signals import StopRequested
+from mfm_dist.run.folder import write_outcome
+from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 
 QUICKSTART = Path("configs/quickstart.yaml")
 RANK_0_SPEAKS_WITHIN = 20.0

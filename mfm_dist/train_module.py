@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term, passes_of
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
 from mfm_dist.models.backbone import Backbone
-from mfm_dist.models.batch_norm import batch_norm_untracked
+from mfm_dist.models.layers import batch_norm_untracked
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_seed

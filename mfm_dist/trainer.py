@@ -10,21 +10,19 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
 from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved, find_sound, load_state
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.console import Console
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.errors import CorruptError, DataError, UnstableError
 from mfm_dist.inference.evaluation import Scores, evaluate
-from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.optim import learning_rate_factor, mfm_weight
 from mfm_dist.run.bad_samples import BadSamples
 from mfm_dist.run.folder import RunFolder
-from mfm_dist.run.logging import StepLog
+from mfm_dist.run.logging import Console, StepLog
 from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, note_applied
 from mfm_dist.run.signals import Stopped
 from mfm_dist.run.watchdog import Watchdog
+from mfm_dist.schedules import ema_decay_at, learning_rate_factor, mfm_weight
 from mfm_dist.train_module import TrainModule
 
 TURNS_BETWEEN_LOOKS = 4

@@ -17,8 +17,8 @@ import torch
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.inference.metrics import JsonLines
 from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.storage import JsonLines
 
 REPOSITORY = Path(__file__).parent.parent
 SCENE_SIZE = (64, 128)

@@ -18,13 +18,12 @@ from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.class_statistics import count_shard, write_statistics
 from mfm_dist.data.decoding import UnusableError
-from mfm_dist.data.files import sha256_of
+from mfm_dist.data.index import Damage, scan_tar
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
 from mfm_dist.data.reader import SampleError, ShardReader
-from mfm_dist.data.streaming import ShardStream
-from mfm_dist.data.tar_scan import Damage, scan_tar
-from mfm_dist.data.tar_stream import stream_samples
+from mfm_dist.data.streaming import ShardStream, stream_samples
 from mfm_dist.shards.writer import encode_jpeg, encode_label_png
+from mfm_dist.storage import sha256_of
 
 SAMPLES = 50
 HEIGHT, WIDTH = 32, 48

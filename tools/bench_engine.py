@@ -34,14 +34,14 @@ from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint import CheckpointWriter, Progress
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
-from mfm_dist.inference.metrics import write_atomically
-from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.optim import build_optimizer, mfm_weight
+from mfm_dist.optim import build_optimizer
+from mfm_dist.run.signals import end_process
+from mfm_dist.schedules import ema_decay_at, mfm_weight
+from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole

@@ -34,8 +34,8 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
-from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.optim import build_optimizer
+from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole

@@ -23,11 +23,11 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
-from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.optim import build_optimizer
+from mfm_dist.run.signals import end_process
+from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.bench_memory import random_batch

@@ -32,8 +32,8 @@ from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
 from mfm_dist.export import refuse_what_is_no_export, write_export
 from mfm_dist.inference.segmentor import About, TrainedSegmentor, segmentor_of
-from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.models.backbone import build_classifier
+from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.key_maps import Part, read_decoder, read_encoder

@@ -32,7 +32,8 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import plain_webdataset
 from mfm_dist.errors import ConfigError
-from mfm_dist.methods.augment import IMAGE_STD, normalise, strong_augment
+from mfm_dist.methods.augment import strong_augment
+from mfm_dist.models.preprocessing import IMAGE_STD, normalise
 from mfm_dist.rng import Stream, keyed_generator
 from tools.step_profile import cpu_name
 

@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.metrics import write_atomically
-from mfm_dist.methods.augment import normalise
 from mfm_dist.models.backbone import build_classifier
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.scenes import OBJECT_KINDS, render_object
+from mfm_dist.storage import write_atomically
 
 SCALE = (0.7, 1.1)
 """Range of the side of a random crop, over the image's side."""

@@ -22,7 +22,7 @@ import torch
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.inference.metrics import write_atomically
+from mfm_dist.storage import write_atomically
 from mfm_dist.train_module import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it

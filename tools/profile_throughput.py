@@ -21,7 +21,7 @@ from typing import Any
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.inference.metrics import write_atomically
+from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole

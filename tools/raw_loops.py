@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.deepspeed_config import deepspeed_config
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.start import deepspeed_config
 from mfm_dist.distributed.teacher import held
-from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.optim import build_optimizer, mfm_weight
+from mfm_dist.optim import build_optimizer
+from mfm_dist.schedules import ema_decay_at, mfm_weight
 from mfm_dist.train_module import TrainModule
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
-from mfm_dist.inference.metrics import write_atomically
-from mfm_dist.outcome import OUTCOME
+from mfm_dist.run.folder import OUTCOME
+from mfm_dist.storage import write_atomically
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for a two-sided 95 % interval of a mean, by number of seeds."""

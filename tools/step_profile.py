@@ -23,7 +23,6 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, build_train_module, open_readers
 from mfm_dist.checkpoint import Progress
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.console import Console
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
@@ -31,10 +30,11 @@ from mfm_dist.distributed.start import start_engine
 from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods import build_method
-from mfm_dist.methods.self_training import ema_decay_at
-from mfm_dist.optim import build_optimizer, mfm_weight
+from mfm_dist.optim import build_optimizer
 from mfm_dist.run.folder import RunFolder
+from mfm_dist.run.logging import Console
 from mfm_dist.run.watchdog import Watchdog
+from mfm_dist.schedules import ema_decay_at, mfm_weight
 from mfm_dist.session import prepare_folders
 from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer

@@ -21,12 +21,12 @@ from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, 
 from mfm_dist.checkpoint.files import (
     Checkpoint,
     DamagedError,
-    Progress,
     find_latest,
     find_sound,
     read_checkpoint,
     write_checkpoint,
 )
+from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import find_resumable, resume_problems
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.storage import whole_folder, write_atomically
 
 FORMAT = 1
@@ -28,30 +29,6 @@ _REPLACED = re.compile(r"\.step_(\d{8,})\.old")
 """What ``whole_folder`` moves aside before a new folder of the same name takes its place."""
 _FILE = re.compile(r"state\.json|[a-z]+\.safetensors")
 _NEEDED = frozenset({"state.json", "student.safetensors"})
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    """Global batches consumed, whether their update was applied or skipped."""
-    applied: int = 0
-    """Updates applied; also the number of teacher updates."""
-    block: int = 0
-    """Next block of the data streams: their whole state."""
-    skipped: int = 0
-    """Steps in a row, up to now, that were not applied."""
-    rollbacks: int = 0
-    """Times the run went back without having got past ``trouble`` since."""
-    trouble: int = 0
-    """Furthest step from which the run went back."""
-    back_to: int = 0
-    """Step that it went back to the last time, while ``rollbacks`` counts."""
-    losses: list[float] = field(default_factory=list)
-    """Of the last applied steps, where ``stability.spike_factor`` asks for them. Replaced, never changed in place."""
-    grad_norms: list[float] = field(default_factory=list)
-    """Likewise."""
 
 
 @dataclass(frozen=True)

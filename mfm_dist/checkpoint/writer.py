@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mfm_dist.checkpoint.contents import collect
-from mfm_dist.checkpoint.files import Progress, step_folder, write_checkpoint
+from mfm_dist.checkpoint.files import step_folder, write_checkpoint
+from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.config.loader import to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine

@@ -29,7 +29,7 @@ from typing import Any
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, UserError
-from mfm_dist.outcome import OUTCOME
+from mfm_dist.run.folder import OUTCOME
 from mfm_dist.storage import write_atomically
 
 SAME_STEP_FAILURES = 3

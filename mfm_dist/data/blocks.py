@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from mfm_dist.batch import BadSample, UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
+from mfm_dist.data.order import RareClassOrder
 from mfm_dist.data.reader import Sample, SampleError, ShardReader
-from mfm_dist.data.sampling import RareClassOrder
 from mfm_dist.data.transforms import Resize, Wanted, source_crop, target_crop
 from mfm_dist.errors import DataError, StorageError
 from mfm_dist.rng import Stream, keyed_generator

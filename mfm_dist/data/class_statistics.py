@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.files import atomic_file
 from mfm_dist.data.manifest import Manifest, ShardRecord, remake_hint, statistics_path
 from mfm_dist.errors import DataError
+from mfm_dist.storage import atomic_file
 
 
 def count_pixels(label: np.ndarray | None, num_classes: int) -> np.ndarray:

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
+import zlib
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, index_path, remake_hint
-from mfm_dist.data.tar_scan import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
-from mfm_dist.data.tar_scan import LABEL_EXTENSION as LABEL_EXTENSION
-from mfm_dist.data.tar_scan import META_EXTENSION as META_EXTENSION
-from mfm_dist.data.tar_scan import index_dtype, scan_tar
 from mfm_dist.errors import ConfigError, DataError
 
 
@@ -142,3 +141,185 @@ def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.nd
     if len(rows) != record.samples:
         problems.append(f"{index} has {len(rows)} samples, {record.samples} were written")
     return rows
+
+
+IMAGE_EXTENSIONS = ("jpg", "png")
+LABEL_EXTENSION = "label.png"
+META_EXTENSION = "json"
+
+_MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
+_ABSENT = (-1, 0, 0)
+_CHUNK_BYTES = 1 << 20
+_LONGEST_KEY = 1000
+"""Bytes; every row of an index is as long as the longest key of its shard."""
+
+
+def index_dtype(key_bytes: int) -> np.dtype:
+    """One row of a sidecar index. Offsets and sizes are bytes in the tar; an absent member has offset -1."""
+    return np.dtype(
+        [("key", f"S{key_bytes}"), ("image_format", "S4"), ("image", _MEMBER), ("label", _MEMBER), ("meta", _MEMBER)]
+    )
+
+
+class Damage(NamedTuple):
+    """Something in a tar that cannot be used."""
+
+    tar: Path
+    key: str
+    """Of the sample; empty where its name is lost."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tar}{f', sample {self.key!r}' if self.key else ''}: {self.reason}"
+
+
+class Scan(NamedTuple):
+    """What a tar holds."""
+
+    rows: np.ndarray
+    """One row of ``index_dtype`` for each sample whose members are all there, in the order of the file."""
+    bad: tuple[Damage, ...]
+
+
+class _Member(NamedTuple):
+    """A file in the tar, or a place (``name`` empty) where nothing can be read."""
+
+    name: str
+    place: tuple[int, int, int]
+    """Offset, size, CRC-32."""
+    trouble: str
+
+
+def scan_tar(tar: Path) -> Scan:
+    """Scan a tar of unknown origin: the samples that are whole, and the name of everything that is not.
+
+    Nothing is extracted, nothing is decoded, and no damage ends the scan: behind a broken header it goes on with the
+    next one that is sound.
+
+    Raises:
+        OSError: when the file itself cannot be read.
+    """
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    reasons: dict[str, str] = {}
+    nameless: list[Damage] = []
+    current = ""
+    with open(tar, "rb") as file:
+        for member in _members(file, tar.stat().st_size):
+            key, extension = split_name(member.name)
+            if not key:
+                nameless.append(Damage(tar, "", member.trouble or f"a member without a key: {member.name!r}"))
+                continue
+            again = key != current and key in samples
+            current = key
+            trouble = member.trouble or wrong_name(member.name, key)
+            if again or f"{key}\0" in reasons:
+                # What came first is whole; this is another sample of the same name.
+                reasons[f"{key}\0"] = f"its members are not side by side or its key is used twice: {member.name!r}"
+                continue
+            if extension in samples.setdefault(key, {}):
+                trouble = f"{member.name} occurs twice"
+            samples[key][extension] = member.place
+            if trouble:
+                reasons[key] = trouble
+    rows = []
+    for key, members in samples.items():
+        images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+        if key not in reasons and len(images) != 1:
+            reasons[key] = f"it needs exactly one image (.jpg or .png), it has {sorted(members)}"
+        if key not in reasons:
+            rows.append(_row(key, images[0], members))
+    longest = max((len(row[0]) for row in rows), default=1)
+    bad = [Damage(tar, key.rstrip("\0"), reason) for key, reason in reasons.items()]
+    return Scan(np.array(rows, dtype=index_dtype(longest)), tuple(bad + nameless))
+
+
+def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tuple:
+    label, meta = members.get(LABEL_EXTENSION, _ABSENT), members.get(META_EXTENSION, _ABSENT)
+    return key.encode(errors="surrogateescape"), image.encode(), members[image], label, meta
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension as WebDataset splits them: at the first dot of the file's own name."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return (folder + slash + stem if stem else ""), extension
+
+
+def wrong_name(name: str, key: str) -> str:
+    """Why a key may not be used: whoever names a file by it would write outside their folder."""
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+        return f"its path leads out of the folder: {name!r}"
+    if len(key.encode(errors="surrogateescape")) > _LONGEST_KEY:
+        return f"its key is longer than {_LONGEST_KEY} bytes"
+    return ""
+
+
+def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
+    """Every regular file; after each damaged place the next sound header."""
+    start: int | None = 0
+    while start is not None:
+        end, behind, named = start, start, False
+        try:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for info in archive:
+                    regular = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                    if regular:
+                        yield _read(file, info, length)
+                    if not end < archive.offset < length + tarfile.BLOCKSIZE:
+                        named = regular  # its size leads back, or far beyond the end
+                        break
+                    end = archive.offset
+        except RecursionError:  # thousands of headers that only announce the next
+            behind = file.tell()
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError):
+            pass  # told below, at the place where no header was found
+        if length - end < tarfile.BLOCKSIZE:
+            yield _Member("", (-1, 0, 0), f"truncated after {length} bytes, the end mark is missing")
+            return
+        if _only_zeros(file, end):
+            return
+        if not named:
+            yield _Member("", (-1, 0, 0), f"damaged header at byte {end}; what it belonged to cannot be read")
+        start = _next_header(file, max(end + tarfile.BLOCKSIZE, behind), length)
+        if named and start is None:
+            yield _Member("", (-1, 0, 0), f"truncated, or nothing sound behind the header at byte {end}")
+
+
+def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:
+    if info.size < 0:
+        return _Member(info.name, (info.offset_data, 0, 0), f"{info.name!r} claims {info.size} bytes")
+    if info.offset_data + info.size > length:
+        return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
+    file.seek(info.offset_data)
+    crc, left = 0, info.size
+    while left:
+        chunk = file.read(min(left, _CHUNK_BYTES))
+        if not chunk:
+            return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
+        crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    return _Member(info.name, (info.offset_data, info.size, crc), "")
+
+
+def _only_zeros(file: BinaryIO, start: int) -> bool:
+    """A broken header looks like the end of the archive to ``tarfile``; only zeros may follow the real one."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK_BYTES):
+        if chunk.count(0) != len(chunk):
+            return False
+    return True
+
+
+def _next_header(file: BinaryIO, start: int, length: int) -> int | None:
+    """Offset of the next block that is a tar header with the right checksum."""
+    for at in range(start, length - tarfile.BLOCKSIZE + 1, tarfile.BLOCKSIZE):
+        file.seek(at)
+        block = file.read(tarfile.BLOCKSIZE)
+        if block[257:262] != b"ustar":
+            continue
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            continue
+        return at
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mfm_dist.errors import ConfigError
 from mfm_dist.rng import Stream, keyed_generator
 
 PERMUTE_UP_TO = 10_000_000
@@ -80,3 +81,146 @@ def _scramble(word: int) -> int:
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
     return word ^ word >> 31
+
+
+class LaneOrder:
+    """An endless, shuffled stream over all samples, as ``SampleOrder`` is, but local in each lane: for data
+    larger than the local disk.
+
+    In each epoch the shards are put in a new order, laid end to end and cut into lanes of equal length. Block ``k``
+    belongs to lane ``k mod lanes``; since it goes to rank ``k mod world_size``, a rank meets the same lanes in a whole
+    epoch wherever the world size divides their number. Inside a lane samples are shuffled in windows, so a rank reads a
+    few shards at a time. Which samples a block holds does not depend on the world size, and any position is found at
+    once.
+
+    An epoch covers every sample; lanes being equally long, up to ``lanes - 1`` samples come twice in it.
+    """
+
+    def __init__(
+        self, starts: np.ndarray, *, lanes: int, window: int, micro_batch: int, seed: int, stream: Stream
+    ) -> None:
+        """
+        Args:
+            starts: int64 [shards + 1], number of the first sample of each shard, and the count of all.
+            lanes: a multiple of every world size that is to see the same order.
+            window: samples of a lane that are shuffled among themselves.
+            micro_batch: consecutive positions that make a block.
+        """
+        self.count = int(starts[-1])
+        self.lanes = lanes
+        self.window = window
+        self.micro_batch = micro_batch
+        self.seed = seed
+        self.stream = stream
+        self.length = -(-self.count // lanes)
+        """Samples of a lane in an epoch."""
+        self._starts = starts
+        self._epoch = -1
+        self._shards = np.empty(0, dtype=np.int64)
+        self._ends = np.empty(0, dtype=np.int64)
+        self._windows: dict[tuple[int, int, int], FeistelPermutation] = {}
+
+    def __getitem__(self, position: int) -> int:
+        return self.probe(position, 0)
+
+    def probe(self, position: int, attempt: int) -> int:
+        """The sample number ``attempt`` places after ``position`` in its lane, wrapping round inside the epoch."""
+        block, place = divmod(position, self.micro_batch)
+        turn, lane = divmod(block, self.lanes)
+        epoch, depth = divmod(turn * self.micro_batch + place, self.length)
+        return self._at(epoch, lane, (depth + attempt) % self.length)
+
+    def _at(self, epoch: int, lane: int, depth: int) -> int:
+        """The sample at a depth of a lane."""
+        number, inside = divmod(depth, self.window)
+        first = number * self.window
+        key = (epoch, lane, number)
+        if key not in self._windows:
+            if len(self._windows) > 2 * self.lanes:
+                self._windows.clear()
+            generator = keyed_generator(self.seed, self.stream, epoch, 1 + lane * self.length + number)
+            self._windows[key] = FeistelPermutation(min(self.window, self.length - first), generator)
+        laid = (lane * self.length + first + self._windows[key][inside]) % self.count
+        return self._sample_at(epoch, laid)
+
+    def _sample_at(self, epoch: int, laid: int) -> int:
+        """The sample at a place of the shards laid end to end."""
+        if epoch != self._epoch:
+            self._shards = keyed_generator(self.seed, self.stream, epoch).permutation(len(self._starts) - 1)
+            self._ends = np.cumsum(np.diff(self._starts)[self._shards])
+            self._epoch = epoch
+        which = int(np.searchsorted(self._ends, laid, side="right"))
+        shard = self._shards[which]
+        size = int(self._starts[shard + 1] - self._starts[shard])
+        return int(self._starts[shard]) + laid - (int(self._ends[which]) - size)
+
+
+def class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
+    """Chance of each class: the softmax of (1 - frequency) / temperature over the classes that occur at all.
+
+    Args:
+        pixels: [classes], pixels of each class in the whole data set.
+        temperature: T of the paper; infinite makes all classes equally likely.
+
+    Returns:
+        float64 [classes]; 0 for a class that does not occur.
+    """
+    frequency = pixels / pixels.sum()
+    exponent = np.where(pixels > 0, (1.0 - frequency) / temperature, -np.inf)
+    weights = np.exp(exponent - exponent.max())
+    return weights / weights.sum()
+
+
+class RareClassOrder:
+    """An endless stream of draws with replacement: a class, then one of the samples that hold enough of it.
+
+    Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
+    position), so there is nothing to remember: any position costs the same, and the same samples come up at any world
+    size, with any number of workers and after any resume. It stands in for ``SampleOrder``; ``wanted`` says which class a sample was drawn for.
+    """
+
+    def __init__(
+        self, pixels: np.ndarray, *, class_names: tuple[str, ...], temperature: float, min_pixels: int, seed: int
+    ) -> None:
+        """
+        Args:
+            pixels: uint32 [samples, classes], the class statistics.
+            temperature: as in ``class_probabilities``.
+            min_pixels: a sample stands for a class of which it holds more than this many pixels.
+
+        Raises:
+            ConfigError: no sample holds that many pixels of a class that occurs.
+        """
+        self.count = len(pixels)
+        self.seed = seed
+        totals = pixels.sum(axis=0, dtype=np.int64)
+        enough = pixels > min_pixels
+        if missing := [i for i in np.flatnonzero(totals) if not enough[:, i].any()]:
+            found = ", ".join(f"{class_names[i]} ({pixels[:, i].max()})" for i in missing)
+            least = min(int(pixels[:, i].max()) for i in missing)
+            raise ConfigError(
+                f"data.rare_class_sampling.min_pixels={min_pixels}: no sample holds that many pixels of {found}; "
+                f"in brackets the most that one holds. Lower it below {least} (the published 3000 are meant for "
+                "labels of about 2 million pixels)"
+            )
+        self.probabilities = class_probabilities(totals, temperature)
+        self._cumulated = np.cumsum(self.probabilities)
+        self._samples = [np.flatnonzero(enough[:, i]) for i in range(len(totals))]
+
+    def __getitem__(self, position: int) -> int:
+        return self.probe(position, 0)
+
+    def probe(self, position: int, attempt: int) -> int:
+        """The sample number of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""
+        train_id, generator = self._draw_class(position, attempt)
+        samples = self._samples[train_id]
+        return int(samples[generator.integers(len(samples))])
+
+    def wanted(self, position: int, attempt: int) -> int:
+        """The train id that ``probe`` drew its sample for."""
+        return self._draw_class(position, attempt)[0]
+
+    def _draw_class(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:
+        generator = keyed_generator(self.seed, Stream.RARE_CLASS, position, attempt)
+        train_id = int(np.searchsorted(self._cumulated, generator.random() * self._cumulated[-1], side="right"))
+        return train_id, generator

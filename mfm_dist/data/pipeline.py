@@ -20,10 +20,8 @@ from mfm_dist.batch import BadSample, UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
 from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, PackedBlock, Samples, read
-from mfm_dist.data.lanes import LaneOrder
-from mfm_dist.data.order import SampleOrder
+from mfm_dist.data.order import LaneOrder, RareClassOrder, SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
-from mfm_dist.data.sampling import RareClassOrder
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
 from mfm_dist.errors import DataError
 from mfm_dist.rng import Stream

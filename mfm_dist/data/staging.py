@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mfm_dist.data.files import CHUNK_BYTES, atomic_file, sha256_of
 from mfm_dist.data.manifest import Manifest, ShardRecord
 from mfm_dist.errors import DataError, StorageError
+from mfm_dist.storage import CHUNK_BYTES, atomic_file, sha256_of
 
 Report = Callable[[str], object]
 """Takes one line for the person who waits."""

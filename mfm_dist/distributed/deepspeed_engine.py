@@ -227,3 +227,25 @@ def parameter_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of the whole parameter; under ZeRO-3 the tensor itself is empty between uses."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+class Zero0Engine(Engine):
+    """ZeRO-0: DeepSpeed exchanges the gradients, and the update is this engine's own.
+
+    DeepSpeed's own step at this stage lets a non-finite gradient into the weights and reports no norm (0.19.8).
+    """
+
+    def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
+        self.module, self.optimizer = module, optimizer
+        self._wrapped, _ = self.accelerator.prepare(module, optimizer)
+        self._check_gradients()
+
+    def backward(self, loss: Tensor) -> None:
+        self._wrapped.backward(loss / self.accumulation)  # type: ignore[operator]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # DeepSpeed's
+
+    def _sync_context(self, *, exchange: bool) -> AbstractContextManager[Any]:
+        self._wrapped.set_gradient_accumulation_boundary(exchange)  # type: ignore[operator]
+        return nullcontext()

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.clipping import Ceilings, clip_factors, part_of, refuse, sum_of_squares
-from mfm_dist.distributed.gradient_check import GradientCheck
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
@@ -275,3 +274,40 @@ class Engine:
         if exchange or self.world_size == 1:
             return nullcontext()
         return self._wrapped.no_sync()  # type: ignore[operator]
+
+
+class GradientCheck:
+    """Watches which trainable parameters a backward reaches. For ``debug.check_gradients``; costs one call each.
+
+    ZeRO-3 updates a parameter that is left out of a backward with its previous gradient.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._reached: set[str] = set()
+        self._expected: list[str] = []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self._expected.append(name)
+                # The tensor's own hook, because every engine leaves it alone; .grad is not kept under ZeRO.
+                parameter.register_hook(self._marker(name))
+
+    def after_micro_batch(self) -> None:
+        """Check the backward of one micro-batch and begin anew.
+
+        Raises:
+            RuntimeError: naming the parameters that have no gradient from it.
+        """
+        missing = [name for name in self._expected if name not in self._reached]
+        self._reached.clear()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trainable parameters have no gradient from this backward, e.g. "
+                f"{', '.join(missing[:5])}: ZeRO-3 would update them with their previous gradient. Run their "
+                "module in every step and multiply what is off by 0"
+            )
+
+    def _marker(self, name: str) -> Callable[[Tensor], None]:
+        def mark(_gradient: Tensor) -> None:
+            self._reached.add(name)
+
+        return mark

@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
 from mfm_dist.data.pipeline import EvaluationItem
-from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent, write_atomically
+from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
-from mfm_dist.methods.augment import normalise
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.storage import write_atomically
 
 PROTOCOL = "student, eval mode, {precision}, {images}, single scale, no flip; label at its stored size; 255 not counted"
 

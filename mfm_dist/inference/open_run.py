@@ -15,7 +15,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.segmentor import About, TrainedSegmentor
-from mfm_dist.methods.augment import IMAGE_MEAN, IMAGE_STD
+from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.folder import RunFolder
 

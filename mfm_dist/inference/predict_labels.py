@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mfm_dist.data.transforms import resize_box
-from mfm_dist.methods.augment import normalise
 from mfm_dist.models.layers import resize
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Box, average_windows, sliding_boxes
 from mfm_dist.shards.pictures import fitted

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.augment import normalise
 from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
@@ -118,16 +116,6 @@ def segmentor_of(about: About) -> Segmentor:
         num_classes=len(about.class_names),
         window=about.crop,
     )
-
-
-def load_segmentor(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
-    """See ``mfm_dist.load``."""
-    folder = Path(path)
-    if (folder / "config.yaml").is_file():
-        from mfm_dist.inference.open_run import open_run  # reading a run needs the libraries that trained it
-
-        return open_run(folder).trained_segmentor().to(device).eval()
-    return load_export(folder).to(device)
 
 
 def load_export(folder: Path) -> TrainedSegmentor:

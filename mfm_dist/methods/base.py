@@ -10,7 +10,8 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mfm_dist.methods.self_training import PseudoTarget, cross_entropy
+from mfm_dist.methods.losses import cross_entropy
+from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.segmentor import Segmentor
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfm_dist.models.batch_norm import batch_norm_untracked
+from mfm_dist.models.layers import batch_norm_untracked
 
 
 def without_gradient(feature: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import Classified, Loss, Method, Pass, StepInputs
 from mfm_dist.methods.daformer import DAFormer
-from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Box

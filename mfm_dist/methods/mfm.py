@@ -16,7 +16,7 @@ from mfm_dist.config.schema import MFMSection
 from mfm_dist.methods.base import Pass, StepInputs
 from mfm_dist.methods.gradients import fixed, touched, without_gradient
 from mfm_dist.methods.hrda import draw_detail_box
-from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder, draw_mask
 from mfm_dist.models.segmentor import Segmentor

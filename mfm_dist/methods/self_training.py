@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.models.layers import resize
 
 NUM_LABEL_VALUES = 256
 """A label is one byte."""
@@ -32,19 +28,6 @@ class PseudoTarget:
     """float32 [B, H, W]: the probability of that class."""
     valid: Tensor
     """bool [B, H, W]: False in margins and on padding."""
-
-
-def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Pixel-wise cross-entropy, averaged over *all* pixels, ignored ones included (DACS line, UDA_FACTS 1).
-
-    Args:
-        logits: [B, C, h, w]; enlarged bilinearly to the label's size. Computed in fp32 whatever comes in.
-        label: integer [B, H, W]; ``IGNORE_INDEX`` pixels contribute 0 but count in the mean.
-        weight: float [B, H, W] multiplied onto each pixel's loss, or None for 1 everywhere.
-    """
-    logits = resize(logits.float(), label.shape[-2:])
-    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")
-    return loss.mean() if weight is None else (loss * weight).mean()
 
 
 @torch.no_grad()
@@ -72,15 +55,6 @@ def without_margins(valid: Tensor, top: int, bottom: int) -> Tensor:
     rows = torch.arange(valid.shape[1], device=valid.device)
     inside = (rows >= top) & (rows < valid.shape[1] - bottom)
     return valid & inside[:, None]
-
-
-def ema_decay_at(update: int, ema_decay: float) -> float:
-    """Decay of the teacher's ``update``-th update, counted from 1: a plain mean at first, then ``ema_decay``.
-
-    The published schedule, min(1 - 1/(t + 1), alpha), updates at the start of step t >= 1, which is after the t-th
-    applied optimiser step.
-    """
-    return min(1.0 - 1.0 / (update + 1), ema_decay)
 
 
 def draw_class_masks(label: Tensor, ranks: Tensor, scope: Literal["batch", "image"]) -> Tensor:

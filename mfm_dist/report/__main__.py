@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mfm_dist.errors import EXIT_DONE, StorageError, UserError
-from mfm_dist.inference.metrics import write_atomically
 from mfm_dist.report.page import render
 from mfm_dist.report.run import read_runs
+from mfm_dist.storage import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

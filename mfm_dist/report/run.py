@@ -18,7 +18,7 @@ from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.metrics import JsonLines
+from mfm_dist.storage import JsonLines
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.data.reader import Sample
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.mfm import enlarge_mask, rebuild
 from mfm_dist.models.layers import resize
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.rebuilder import draw_mask
 from mfm_dist.report.networks import Networks
 from mfm_dist.report.picture import Pixels, greyed, label_map, mistakes, overlay_prediction, photograph

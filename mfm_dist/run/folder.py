@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import StorageError
-from mfm_dist.inference.metrics import JsonLines, write_atomically
-from mfm_dist.outcome import OUTCOME, write_outcome
+from mfm_dist.storage import JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 
@@ -94,7 +93,6 @@ def _environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: version(name) for name in RECORDED_PACKAGES},
         "revision": _revision(),
     }
@@ -115,3 +113,26 @@ def _revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
+
+
+OUTCOME = "outcome.json"
+"""How the last start of a run ended, for scripts that cannot see a rank's exit code: ``accelerate launch`` turns every
+one into 1."""
+
+
+def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
+    """Say how it ended. A full disk must not hide the reason, which the console tells too.
+
+    Args:
+        folder: the run folder.
+        step: global batches consumed, -1 if training did not begin.
+    """
+    text = json.dumps({"code": code, "reason": reason, "step": step, **whose()}) + "\n"
+    with suppress(OSError):
+        write_atomically(folder / OUTCOME, text)
+
+
+def whose() -> dict[str, str]:
+    """Which Slurm job says it, if any: one that is refused the folder of another leaves its word there too."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"job": job} if job else {}

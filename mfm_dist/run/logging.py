@@ -1,7 +1,9 @@
-"""The numbers of the steps since the last logged one."""
+"""What a run says of its steps: the numbers of metrics.jsonl, and the lines that a person sees."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.inference.metrics import RunningMean, peak_memory_gib
 
 
 class StepLog:
@@ -70,3 +72,77 @@ class StepLog:
         record["memory_gib"] = peak_memory_gib(self.engine.device)
         self.begin(step)
         return record
+
+
+class RunningMean:
+    """Means of named scalars since the last ``pop``, kept on the device so that adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one observation of every name."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+
+    def pop(self) -> tuple[list[str], Tensor]:
+        """Names and the vector of their means; starts anew."""
+        names = list(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / max(self._count, 1)
+        self._sums, self._count = {}, 0
+        return names, means
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak GPU memory of this process, or its peak resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Console:
+    """Rank 0's output; on other ranks every call does nothing."""
+
+    def __init__(self, *, enabled: bool, steps: int, start: int) -> None:
+        self.enabled = enabled
+        self.steps = steps
+        self.started = (time.perf_counter(), start)
+        self.bar: tqdm[Any] | None = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """The figures of one line of metrics.jsonl."""
+        losses = {name.removeprefix("loss/"): value for name, value in record.items() if name.startswith("loss/")}
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text} {record['images_per_second']:.1f} images/s")
+            return
+        now, step = time.perf_counter(), record["step"]
+        remaining = (now - self.started[0]) / max(step - self.started[1], 1) * (self.steps - step)
+        self.line(
+            f"step {step}/{self.steps}  {text}  {record['images_per_second']:.1f} images/s  "
+            f"{int(remaining) // 60}:{int(remaining) % 60:02d} left"
+        )
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,4 +1,4 @@
-"""How a run is asked to stop, at any time, any number of times.
+"""How a run is asked to stop, at any time, any number of times; and how its processes end, with their launcher too.
 
 SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning) or SIGHUP (the terminal is gone; not below nohup, which ignores it).
 
@@ -7,11 +7,18 @@ Light on purpose: the command listens before it imports torch, which takes secon
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
+
+from mfm_dist.distributed.launch import Launch
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -60,3 +67,61 @@ class StopRequested:
                 with self._lock:
                     if number in STOP_SIGNALS and not self.training:
                         self._leave(signal.Signals(number).name)
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank as ``sys.exit`` does, but without taking the interpreter down.
+
+    Threads of gloo outlive the process group. Now and then one still runs while the interpreter is taken down, which
+    ends in ``terminate called without an active exception`` and SIGABRT (torch 2.15, one end in thirty on a busy
+    machine): torchrun then reports a finished run as failed.
+    """
+    atexit._run_exitfuncs()  # ends child processes too, and lets trackers write
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+REAPERS = ("init", "systemd", "slurmstepd", "containerd-shim", "tini", "dumb-init", "docker-init", "catatonit")
+"""Who adopts orphans, by the name in /proc/PID/comm; process 1 does everywhere else."""
+
+
+def end_with_launcher(launch: Launch) -> None:
+    """Tie this process to its launcher, if it has one. Call early: a launcher may die while its ranks start.
+
+    A rank that outlives its launcher would go on writing beside the one that is started in its place, and torchrun
+    gives each rank a session of its own. Linux sends a process a signal when its parent dies; elsewhere nothing is done.
+
+    A rank of torchrun is killed, as its peers are: none could take part in another exchange. A lone process below
+    ``accelerate launch`` gets SIGTERM and so saves first, because that launcher dies of the same Ctrl-C or SIGTERM.
+    """
+    if sys.platform != "linux" or launch.launcher is None:
+        return
+    if launch.launcher == "torchrun":
+        _on_death_of_parent(signal.SIGKILL)
+        if _is_orphan():  # it died before this process could ask for the signal
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif "accelerate" in _read(os.getppid(), "cmdline"):  # not merely its variables, exported to a plain start
+        _on_death_of_parent(signal.SIGTERM)
+
+
+def _on_death_of_parent(number: signal.Signals) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def _is_orphan() -> bool:
+    """Whether a process that a launcher started now belongs to whoever adopts orphans."""
+    parent = os.getppid()
+    name = _read(parent, "comm").strip()
+    return name in REAPERS or (parent == 1 and "python" not in _read(parent, "cmdline"))  # in a container it may be 1
+
+
+def _read(process: int, entry: str) -> str:
+    try:
+        return Path(f"/proc/{process}/{entry}").read_text(errors="replace")
+    except OSError:
+        return ""

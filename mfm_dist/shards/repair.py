@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfm_dist.data.class_statistics import write_statistics
-from mfm_dist.data.files import atomic_file, sha256_of
+from mfm_dist.data.index import scan_tar
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, ShardRecord, index_path, remake_hint
-from mfm_dist.data.tar_scan import scan_tar
 from mfm_dist.shards.convert import sample_key
 from mfm_dist.shards.verify import Content, ShardCheck, read_rows, written_index
 from mfm_dist.shards.writer import RawSample, write_index, write_shard
+from mfm_dist.storage import atomic_file, sha256_of
 
 QUARANTINE = "quarantine"
 

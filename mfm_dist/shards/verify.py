@@ -18,10 +18,10 @@ from torch import Tensor
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.data.class_statistics import count_pixels
 from mfm_dist.data.decoding import UnusableError, decode_image, decode_label
-from mfm_dist.data.files import sha256_of
+from mfm_dist.data.index import scan_tar
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, index_path, statistics_path
-from mfm_dist.data.tar_scan import scan_tar
 from mfm_dist.errors import DataError
+from mfm_dist.storage import sha256_of
 
 
 @dataclass

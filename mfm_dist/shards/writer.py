@@ -23,9 +23,6 @@ from PIL import Image
 
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.data.class_statistics import count_pixels, count_shard, write_statistics
-from mfm_dist.data.files import atomic_file as atomic_file
-from mfm_dist.data.files import no_space_left
-from mfm_dist.data.files import sha256_of as sha256_of
 from mfm_dist.data.index import LABEL_EXTENSION, META_EXTENSION, build_index
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
@@ -39,6 +36,9 @@ from mfm_dist.data.manifest import (
     statistics_path,
 )
 from mfm_dist.errors import DataError, StorageError
+from mfm_dist.storage import atomic_file as atomic_file
+from mfm_dist.storage import no_space_left
+from mfm_dist.storage import sha256_of as sha256_of
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header

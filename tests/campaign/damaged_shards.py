@@ -28,8 +28,7 @@ from mfm_dist.config.schema import DataSection
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import DataError
-from mfm_dist.inference.metrics import JsonLines
-from mfm_dist.storage import write_atomically
+from mfm_dist.storage import JsonLines, write_atomically
 from tests.damaged_shards import Damaged, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
 
 SECONDS = 60.0

@@ -27,8 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.inference.metrics import JsonLines
 from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.storage import JsonLines
 from tests.conftest import SCENE_SIZE, tiny_overrides
 from tests.distributed.test_signals import Start, family, is_running, wait_until
 from tests.end_to_end.test_train import final_tensors, metrics_of

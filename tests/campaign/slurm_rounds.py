@@ -25,8 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.inference.metrics import JsonLines
 from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.storage import JsonLines
 from tests.conftest import REPOSITORY, SCENE_SIZE, tiny_overrides
 from tests.end_to_end.test_train import final_tensors, metrics_of
 from tests.slurm.cluster import ENDED, Cluster, family, kill, missing, steps_of

@@ -12,11 +12,11 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.dacs import mixed_batch
 from mfm_dist.methods.mfm import keyed_masks
 from mfm_dist.methods.self_training import PseudoTarget
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.shards.scene_shards import write_scenes
 from tests.conftest import REPOSITORY
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.config.loader import load_config
-from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.start import start_engine
+from mfm_dist.run.signals import end_process
 
 STEPS, DECAY = 300, 0.999
 

@@ -18,9 +18,9 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.checkpoint import writer
 from mfm_dist.config.schema import MFMSection, RunConfig
 from mfm_dist.distributed import start, teacher
-from mfm_dist.distributed.ending import end_process
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.run.signals import end_process
 from mfm_dist.train_module import TrainModule
 
 

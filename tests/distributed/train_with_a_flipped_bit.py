@@ -12,7 +12,7 @@ import torch
 
 from mfm_dist import train
 from mfm_dist.batch import UDABatch
-from mfm_dist.distributed.ending import end_process
+from mfm_dist.run.signals import end_process
 from mfm_dist.trainer import Trainer
 
 honest_step = Trainer.train_step

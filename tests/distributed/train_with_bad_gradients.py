@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mfm_dist import train
-from mfm_dist.distributed.ending import end_process
+from mfm_dist.run.signals import end_process
 from mfm_dist.train_module import StepOutput, TrainModule
 
 BAD = {int(block) for block in os.environ["BAD_BLOCKS"].split(",")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mfm_dist.inference.metrics import JsonLines
+from mfm_dist.storage import JsonLines
 from tests.campaign.slurm_rounds import INTERVAL, RECORD, WRITING, is_good
 from tests.conftest import REPOSITORY
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mfm_dist.distributed.audit import _dissenters, fingerprint
-from mfm_dist.distributed.gradient_check import GradientCheck
+from mfm_dist.distributed.engine import GradientCheck
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -20,7 +20,7 @@ from mfm_dist.data.transforms import resize_box
 from mfm_dist.inference.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
 from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.augment import normalise
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
 from tests.conftest import tiny_overrides

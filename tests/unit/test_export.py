@@ -28,8 +28,8 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.inference.segmentor import TrainedSegmentor, read_about
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.mfm import rebuild
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.train_module import TrainModule
 

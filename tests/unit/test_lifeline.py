@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 RANK = """
 import signal, sys, time
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.lifeline import end_with_launcher
+from mfm_dist.run.signals import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))
 end_with_launcher(Launch.from_environment())
 print("ready", flush=True)
@@ -72,7 +72,7 @@ def test_a_launcher_that_died_first_is_noticed() -> None:
     rank = (
         "import os, time\n"
         "from mfm_dist.distributed.launch import Launch\n"
-        "from mfm_dist.distributed.lifeline import end_with_launcher\n"
+        "from mfm_dist.run.signals import end_with_launcher\n"
         "parent = os.getppid()\n"
         "print('ready', flush=True)\n"
         "while os.getppid() == parent: time.sleep(0.02)\n"

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
-from mfm_dist.distributed.deepspeed_config import deepspeed_config
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.start import start_engine
+from mfm_dist.distributed.start import deepspeed_config, start_engine
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.optim import build_optimizer

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.inference.metrics import (
-    JsonLines,
-    RunningMean,
-    confusion_matrix,
-    iou_percent,
-    mean_iou_percent,
-    write_atomically,
-)
+from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
+from mfm_dist.run.logging import RunningMean
+from mfm_dist.storage import JsonLines, write_atomically
 
 
 def test_confusion_and_iou_against_pixel_sets() -> None:

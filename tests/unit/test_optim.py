@@ -8,7 +8,8 @@ from torch import nn
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import MFMSection, OptimSection
-from mfm_dist.optim import build_optimizer, learning_rate_factor, mfm_weight, parameter_groups
+from mfm_dist.optim import build_optimizer, parameter_groups
+from mfm_dist.schedules import learning_rate_factor, mfm_weight
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ import mfm_dist
 from mfm_dist import export, predict
 from mfm_dist.classes import PALETTE
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.images import UnreadableImageError, read_image
-from mfm_dist.inference.overlays import overlay
+from mfm_dist.inference.overlays import UnreadableImageError, overlay, read_image
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.predict import picture_names
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_dist import node_checks
 from mfm_dist.cluster import preflight
+from mfm_dist.cluster import preflight as node_checks
+from mfm_dist.cluster import preflight as preflight_checks
+from mfm_dist.cluster.preflight import Peers
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed import preflight_checks
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.preflight_checks import Peers
 from tests.conftest import DEFAULTS, run_train, tiny_overrides
 
 

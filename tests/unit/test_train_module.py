@@ -13,10 +13,10 @@ from mfm_dist.build import build_student, build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.inference.evaluation import batch_norm_buffers
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mfm import keyed_masks, rebuild
-from mfm_dist.models.batch_norm import batch_norm_untracked
+from mfm_dist.models.layers import batch_norm_untracked
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.train_module import TrainModule
 
 SMALL = [

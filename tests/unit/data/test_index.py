@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfm_dist.data.index import DatasetIndex, build_index
-from mfm_dist.data.tar_scan import scan_tar
+from mfm_dist.data.index import DatasetIndex, build_index, scan_tar
 from mfm_dist.errors import ConfigError, DataError
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mfm_dist.data.lanes import LaneOrder
+from mfm_dist.data.order import LaneOrder
 from mfm_dist.rng import Stream
 
 STARTS = np.array([0, 7, 8, 20, 31, 31 + 50, 100])

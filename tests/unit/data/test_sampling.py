@@ -14,8 +14,8 @@ import torch
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import Manifest, is_complete, statistics_path
+from mfm_dist.data.order import RareClassOrder, class_probabilities
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.sampling import RareClassOrder, class_probabilities
 from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, Wanted, source_crop
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_generator

@@ -10,14 +10,13 @@ import pytest
 
 from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.config.data_problems import data_problems
 from mfm_dist.config.schema import DataSection, RareClassSection, RunConfig
-from mfm_dist.data import tar_stream
+from mfm_dist.config.validate import data_problems
+from mfm_dist.data import streaming as tar_stream
 from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.streaming import ShardStream, StreamedSamples
-from mfm_dist.data.tar_stream import stream_samples
+from mfm_dist.data.streaming import ShardStream, StreamedSamples, stream_samples
 from mfm_dist.errors import DataError
 from mfm_dist.rng import Stream
 from tests.unit.data.small_shards import ShardFolder, flip_bit

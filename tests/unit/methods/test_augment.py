@@ -19,10 +19,10 @@ from mfm_dist.methods.augment import (
     blur_kernel_size,
     gaussian_blur,
     hsv_to_rgb,
-    normalise,
     rgb_to_hsv,
     strong_augment,
 )
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.rng import Stream, keyed_generator
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mfm_dist.build import build_train_module
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Pass, classify
+from mfm_dist.models.preprocessing import normalise
 from tests.unit.test_train_module import block, config_with, inputs_of
 
 

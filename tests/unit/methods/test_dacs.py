@@ -16,7 +16,8 @@ from mfm_dist.config.schema import SelfTrainingSection
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.dacs import mixed_batch
-from mfm_dist.methods.self_training import PseudoTarget, cross_entropy, without_margins
+from mfm_dist.methods.losses import cross_entropy
+from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator
 from tests.unit.test_train_module import block, config_with
 

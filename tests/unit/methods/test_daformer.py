@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.daformer import THING_CLASSES, feature_distance, thing_mask
+from mfm_dist.models.preprocessing import normalise
 from tests.unit.test_train_module import block, config_with
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mfm_dist.config.schema import SelfTrainingSection
-from mfm_dist.methods.augment import IMAGE_STD, gaussian_blur, normalise, strong_augment
+from mfm_dist.methods.augment import gaussian_blur, strong_augment
 from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, colour_map
+from mfm_dist.models.preprocessing import IMAGE_STD, normalise
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.scenes import Gap, render_scene
 

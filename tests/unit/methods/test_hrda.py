@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mfm_dist.build import build_train_module
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Pass
 from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, draw_detail_box
-from mfm_dist.methods.self_training import cross_entropy
+from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.rng import keyed_generator
 from mfm_dist.train_module import TrainModule
 from tests.unit.test_train_module import block, config_with, inputs_of

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.errors import ConfigError
-from mfm_dist.methods.augment import normalise
 from mfm_dist.methods.base import Pass
 from mfm_dist.methods.gradients import fixed, touched, without_gradient
 from mfm_dist.methods.hrda import draw_detail_box
+from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.mfm import enlarge_mask, hidden_error, keyed_masks, rebuild
-from mfm_dist.methods.self_training import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.models.preprocessing import normalise
 from mfm_dist.train_module import TrainModule
 from tests.unit.test_train_module import block, config_with
 

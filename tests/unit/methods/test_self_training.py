@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.methods.self_training import (
-    cross_entropy,
-    draw_class_masks,
-    ema_decay_at,
-    mix,
-    pseudo_target,
-    pseudo_weight,
-    without_margins,
-)
+from mfm_dist.methods.losses import cross_entropy
+from mfm_dist.methods.self_training import draw_class_masks, mix, pseudo_target, pseudo_weight, without_margins
+from mfm_dist.schedules import ema_decay_at
 
 
 def slow_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mfm_dist.config.loader import load_config
-from mfm_dist.distributed.deepspeed_config import BUCKET
+from mfm_dist.distributed.start import BUCKET
 from tests.unit.test_train_module import SMALL
 from tools import bench_ranks
 from tools.bench_ranks import PROMISE, cases, count_state, table, total_bytes, with_ratios

@@ -1,0 +1,22 @@
+"""Losses that every method uses."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.models.layers import resize
+
+
+def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Pixel-wise cross-entropy, averaged over *all* pixels, ignored ones included (DACS line, UDA_FACTS 1).
+
+    Args:
+        logits: [B, C, h, w]; enlarged bilinearly to the label's size. Computed in fp32 whatever comes in.
+        label: integer [B, H, W]; ``IGNORE_INDEX`` pixels contribute 0 but count in the mean.
+        weight: float [B, H, W] multiplied onto each pixel's loss, or None for 1 everywhere.
+    """
+    logits = resize(logits.float(), label.shape[-2:])
+    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")
+    return loss.mean() if weight is None else (loss * weight).mean()
