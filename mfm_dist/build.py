@@ -18,7 +18,7 @@ from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks
 from mfm_dist.models.compiling import compile_module, compile_segmentor
-from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
@@ -44,7 +44,7 @@ class Readers:
 
 
 def build_student(config: RunConfig) -> Segmentor:
-    """The segmenter with its initial weights; of HRDA, where that is the method."""
+    """The segmentor with its initial weights; of HRDA, where that is the method."""
     model = config.model
     segmentor = build_segmentor(
         backbone=model.backbone,
@@ -57,7 +57,7 @@ def build_student(config: RunConfig) -> Segmentor:
     )
     if not config.two_resolutions:
         return segmentor
-    return at_two_resolutions(
+    return build_hrda_segmentor(
         segmentor,
         attention=config.hrda.attention,
         options=config.hrda.attention_options,
@@ -71,7 +71,7 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
     backbone, settings = student.backbone, config.rebuilder
     channels = [backbone.channels[index] for index in student.decoder_inputs]
     strides = [backbone.strides[index] for index in student.decoder_inputs]
-    if config.mfm.rebuilds == "pixels":
+    if config.mfm.reconstruction == "pixels":
         channels, strides = [3 * PATCH * PATCH], [PATCH]
     return Rebuilder(
         channels=channels,
@@ -104,7 +104,7 @@ def build_train_module(config: RunConfig) -> TrainModule:
             checkpoint_blocks(student.backbone)
     except ConfigError as error:
         problems += error.problems
-    if student is not None and config.mfm.enabled and config.mfm.rebuild:
+    if student is not None and config.mfm.enabled and config.mfm.use_rebuilder:
         # A seed of its own: with or without MFM, a student starts from the same weights.
         torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 1))
         rebuilder = build_rebuilder(config, student)

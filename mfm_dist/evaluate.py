@@ -1,4 +1,4 @@
-"""Score a trained segmenter.
+"""Score a trained segmentor.
 
 python -m mfm_dist.evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
 python -m mfm_dist.evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
-    """The segmenter and the data that were asked for.
+    """The segmentor and the data that were asked for.
 
     Raises:
         UserError: what ``open_run`` and ``load_export`` raise.

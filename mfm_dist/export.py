@@ -1,4 +1,4 @@
-"""Take the trained segmenter out of a run: python -m mfm_dist.export --run RUN --output FOLDER
+"""Take the trained segmentor out of a run: python -m mfm_dist.export --run RUN --output FOLDER
 
 The folder holds model.safetensors and config.json, without the Rebuilder; `mfm_dist.load(FOLDER)` gives the network.
 It appears whole or not at all, and takes the place of an earlier export only.
@@ -63,7 +63,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
 def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
     """Normalised images to logits, at any batch size, height and width from 64; config.json stands in its metadata.
 
-    A segmenter that predicts in windows takes windows: images of exactly their size.
+    A segmentor that predicts in windows takes windows: images of exactly their size.
     """
     side = torch.export.Dim
     sizes = {0: side("batch")}

@@ -28,8 +28,8 @@ from mfm_dist.trainer import Trainer
 def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
     """Build everything, resume if there is something to resume, train, say how it ended."""
     engine = start_engine(config)
-    with engine.agreed(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
-        engine.agreed(lambda: prepare_folders(config, run, engine.is_main))
+    with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
+        engine.run_collectively(lambda: prepare_folders(config, run, engine.is_main))
         with closing(watch_over(engine, config, run)) as watchdog:
             return train_with(engine, config, run, stop, watchdog)
 
@@ -37,12 +37,14 @@ def train(config: RunConfig, run: RunFolder, stop: StopRequested) -> int:
 def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequested, watchdog: Watchdog) -> int:
     """The same, once the processes know of one another and the run folder is theirs."""
     module = build_train_module(config)
-    readers = engine.agreed(lambda: open_readers(config, module.method.supervised_on))
+    readers = engine.run_collectively(lambda: open_readers(config, module.method.supervised_on))
 
-    rests_on = {**readers.fingerprints, **module.fingerprints()}
+    data_fingerprints = {**readers.fingerprints, **module.fingerprints()}
     say = print if engine.is_main else lambda _: None
     # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
-    found = engine.agreed(lambda: find_resumable(run.checkpoints, say, watchdog.moving) if engine.is_main else None)
+    found = engine.run_collectively(
+        lambda: find_resumable(run.checkpoints, say, watchdog.moving) if engine.is_main else None
+    )
     checkpoint = engine.gather_objects(found)[0]
     progress = Progress()
     if checkpoint is not None:
@@ -50,16 +52,16 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
         say(f"resuming {checkpoint.path}")
         for line in changed_keys(checkpoint.config, config):
             say(f"  changed since: {line}")
-        if problems := resume_problems(checkpoint, config, rests_on):
+        if problems := resume_problems(checkpoint, config, data_fingerprints):
             raise ConfigError(problems)
     engine.prepare(module, build_optimizer(module, config.optim))
     if checkpoint is not None:
         load_state(checkpoint, module, engine, watchdog.moving)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     world = {"gpus": gpus, "world_size": engine.world_size, "device": str(engine.device)}
-    engine.agreed(lambda: run.begin(config, world, progress.step))
+    engine.run_collectively(lambda: run.begin(config, world, progress.step))
 
-    trackers = engine.agreed(lambda: Trackers(config, enabled=engine.is_main, step=progress.step))
+    trackers = engine.run_collectively(lambda: Trackers(config, enabled=engine.is_main, step=progress.step))
     with closing(trackers):
         stop.training_begins()
         trainer = Trainer(
@@ -67,7 +69,7 @@ def train_with(engine: Engine, config: RunConfig, run: RunFolder, stop: StopRequ
             engine=engine,
             module=module,
             readers=readers,
-            rests_on=rests_on,
+            data_fingerprints=data_fingerprints,
             run=run,
             trackers=trackers,
             progress=progress,
@@ -130,4 +132,4 @@ def check(config: RunConfig) -> None:
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
-    print(f"    segmenter, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
+    print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")

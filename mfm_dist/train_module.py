@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
+from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term, passes_of
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
 from mfm_dist.models.backbone import Backbone
@@ -90,12 +90,12 @@ class TrainModule(nn.Module):
         """The terms by name: those of the method, L_sup + L_uda, then L_mfm."""
         terms = dict(self.method.terms())
         if self.config.mfm.enabled:
-            for which in passes_of(self.config.mfm):
-                terms[which.label] = partial(self.masked_features_term, which=which, weight=mfm_weight)
+            for kind in passes_of(self.config.mfm):
+                terms[kind.label] = partial(self.masked_features_term, kind=kind, weight=mfm_weight)
         return terms
 
     def masked_features_term(
-        self, student: Segmentor, inputs: StepInputs, *, which: Pass, weight: float
+        self, student: Segmentor, inputs: StepInputs, *, kind: ForwardKind, weight: float
     ) -> dict[str, Loss]:
         """L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
         settings = self.config.mfm
@@ -107,9 +107,9 @@ class TrainModule(nn.Module):
                 settings,
                 grid=self.config.rebuilder.grid,
                 teacher=self.teacher_features,
-                which=which,
+                kind=kind,
             )
-        return {which.label: Loss(loss, weight)}
+        return {kind.label: Loss(loss, weight)}
 
     def step_inputs(self, batch: UDABatch) -> StepInputs:
         """What the terms look at, the teacher's targets included."""

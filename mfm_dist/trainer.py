@@ -39,7 +39,7 @@ class Trainer:
         engine: Engine,
         module: TrainModule,
         readers: Readers,
-        rests_on: Mapping[str, str],
+        data_fingerprints: Mapping[str, str],
         run: RunFolder,
         trackers: Trackers,
         progress: Progress,
@@ -81,7 +81,7 @@ class Trainer:
             run.checkpoints,
             engine,
             config,
-            data=rests_on,
+            data=data_fingerprints,
             written=self._note_saved,
             moving=watchdog.moving,
         )
@@ -109,7 +109,7 @@ class Trainer:
             self.evaluate()
         while self.progress.step < config.train.steps:
             self.train_step(self._fetch(blocks))
-            if must_roll_back(self.progress, config.stability):
+            if must_roll_back(self.progress, config.recovery):
                 self.roll_back()
                 continue
             step = self.progress.step
@@ -146,13 +146,13 @@ class Trainer:
             self.step_log.add(losses)
             own_losses.append(losses["total"])
         self.watchdog.beat("update", progress.step)
-        limits = ceilings(progress, config.stability)
+        limits = ceilings(progress, config.recovery)
         result = self.engine.step(limits)
         self.compiled = True
         progress.step += 1
         progress.block += config.blocks_per_step
         if result.applied:
-            note_applied(progress, config.stability, result)
+            note_applied(progress, config.recovery, result)
             if module.teacher is not None:
                 self.engine.update_teacher(ema_decay_at(progress.applied, config.self_training.ema_decay))
         else:
@@ -167,14 +167,14 @@ class Trainer:
         If that did not help, to an earlier one: what went wrong may have been saved before it showed.
 
         Raises:
-            UnstableError: on every rank, after ``stability.rollbacks`` times in vain.
+            UnstableError: on every rank, after ``recovery.rollbacks`` times in vain.
         """
         progress, run = self.progress, self.run
-        if progress.rollbacks >= self.config.stability.rollbacks:
+        if progress.rollbacks >= self.config.recovery.rollbacks:
             raise UnstableError(diagnosis(progress, self.skipped.reason))
         self.watchdog.beat("save", progress.step)
         self.writer.wait()
-        before, moving = progress.back_to if progress.rollbacks else None, self.watchdog.moving
+        before, moving = progress.rollback_step if progress.rollbacks else None, self.watchdog.moving
         found = find_sound(run.checkpoints, before, self.console.line, moving) if self.engine.is_main else None
         checkpoint = self.engine.gather_objects(found)[0]
         # Before the first checkpoint the weights are all there is; no skipped step has touched them.

@@ -31,7 +31,7 @@ from torch import Tensor
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
 from mfm_dist.export import refuse_what_is_no_export, write_export
-from mfm_dist.inference.segmentor import About, TrainedSegmentor, segmentor_of
+from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor, segmentor_of
 from mfm_dist.models.backbone import build_classifier
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 
@@ -103,7 +103,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
-    about = About(
+    about = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
         decoder=decoder.name,
@@ -171,7 +171,7 @@ def _blaming(what: str) -> Iterator[None]:
         raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error
 
 
-def _build(about: About) -> TrainedSegmentor:
+def _build(about: ModelCard) -> TrainedSegmentor:
     return TrainedSegmentor(segmentor_of(about), about).eval()
 
 

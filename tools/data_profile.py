@@ -94,7 +94,7 @@ class BareDecoder:
 
     @staticmethod
     def _members(samples: IndexedSamples, position: int) -> tuple[Tensor, Tensor | None]:
-        shard, row = samples.reader.index.locate(samples.order.probe(position, 0))
+        shard, row = samples.reader.index.locate(samples.order.sample_at(position, 0))
         _, _, image, label, _ = samples.reader.index.rows[shard][row].item()
         read = partial(samples.reader._bytes, shard)
         encoded = torch.from_numpy(read(image, "image"))

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mfm_dist.distributed.bf16_engine import BF16Engine
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.teacher import held
+from mfm_dist.distributed.teacher import local_tensor
 from mfm_dist.train_module import TrainModule
 
 ROLES = ("parameters", "gradients", "optimiser", "master", "teacher")
@@ -34,11 +34,11 @@ def state_tensors(engine: Engine, module: TrainModule) -> dict[str, list[Tensor]
         gradients += [m.grad for m in master if m.grad is not None]
         gradients += tensors_in(zero.averaged_gradients, depth=2)
         gradients += tensors_in(getattr(zero, "grad_partitions_flat_buffer", None), depth=0)
-    teacher = [held(p) for _, p in module.teacher_pairs()]
+    teacher = [local_tensor(p) for _, p in module.teacher_pairs()]
     if isinstance(engine, BF16Engine):
         teacher += engine._average.values()
     return {
-        "parameters": [held(p) for p in trained],
+        "parameters": [local_tensor(p) for p in trained],
         "gradients": gradients,
         "optimiser": [t for state in base.state.values() for t in state.values() if isinstance(t, Tensor)],
         "master": master,

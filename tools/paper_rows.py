@@ -109,12 +109,12 @@ NETWORKS = (
 """The table of other networks."""
 
 MIC_ON_OTHERS = (
-    row("gta2cs/mic_on_dacs", config="gta2cs/dacs", overrides=("method.name=mic", "mic.on=dacs")),
+    row("gta2cs/mic_on_dacs", config="gta2cs/dacs", overrides=("method.name=mic", "mic.base_method=dacs")),
     row(
         "gta2cs/mic_on_daformer",
         Published(70.6),
         config="gta2cs/daformer",
-        overrides=("method.name=mic", "mic.on=daformer"),
+        overrides=("method.name=mic", "mic.base_method=daformer"),
     ),
 )
 """MIC on 512 crops. 70.6 is quoted from MIC's paper by MICDrop (arXiv 2408.16478); for DACS no figure was checked."""
@@ -133,14 +133,14 @@ SETTINGS_OF_MFM = (
     ("lambda0.5", "mfm.loss_weight=0.5", 55.8),
     ("lambda2", "mfm.loss_weight=2.0", 55.4),
     ("lambda10", "mfm.loss_weight=10.0", 52.1),
-    ("pixels", "mfm.rebuilds=pixels", 51.8),
-    ("teacher_features", "mfm.rebuilds=teacher_features", 53.5),
-    ("student_features", "mfm.rebuilds=student_features", 53.7),
-    ("no_rebuilding", "mfm.rebuild=false", 51.9),
+    ("pixels", "mfm.reconstruction=pixels", 51.8),
+    ("teacher_features", "mfm.reconstruction=teacher_features", 53.5),
+    ("student_features", "mfm.reconstruction=student_features", 53.7),
+    ("no_rebuilding", "mfm.use_rebuilder=false", 51.9),
     ("source", "mfm.domain=source", 52.9),
     ("source_and_target", "mfm.domain=both", 55.2),
-    ("encoder_only", "mfm.trains=encoder", 54.9),
-    ("decoder_only", "mfm.trains=decoder", 54.2),
+    ("encoder_only", "mfm.trained_parts=encoder", 54.9),
+    ("decoder_only", "mfm.trained_parts=decoder", 54.2),
 )
 """The ablations of MFM on DACS: name, the one setting away from the paper's, and the figure. A grid of 64 ran out of
 memory there."""

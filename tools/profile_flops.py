@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Counts parameters and operations of a run: python tools/profile_flops.py mfm.enabled=true
 
-Three tables: the segmenter's forward and the Rebuilder's forward, by module, for one image; and the whole training
+Three tables: the segmentor's forward and the Rebuilder's forward, by module, for one image; and the whole training
 step by loss term. MAC is one multiply-add, which is what fvcore counts; FLOP is twice that. Without --config the
 network is the published one, MiT-B5 with the DAFormer decoder at 512x512. No weights are read and no data.
 """
@@ -55,7 +55,7 @@ def measure(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "size": list(size),
         "crop": list(config.data.crop),
-        "segmenter": _segmenter(module, size),
+        "segmentor": _segmentor(module, size),
         "rebuilder": _rebuilder(module, config.data.crop),
         "step": {
             "micro_batch": config.train.micro_batch,
@@ -69,7 +69,7 @@ def measure(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
     return result
 
 
-def _segmenter(module: TrainModule, size: tuple[int, int]) -> dict[str, Any]:
+def _segmentor(module: TrainModule, size: tuple[int, int]) -> dict[str, Any]:
     counted = count_forward(with_zeros(module.student), torch.zeros(1, 3, *size))
     return _forward(counted, torch_mac(module.student, torch.empty(1, 3, *size, device="meta")))
 
@@ -172,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{model.backbone} {model.backbone_options or ''} + {model.decoder} {model.decoder_options or ''}")
     if model.pretrained or model.weights:
         print("model.pretrained and model.weights are ignored: counts depend on shapes alone")
-    segmenter = f"1. segmenter, forward, one image of {size[0]}x{size[1]}, evaluation mode"
-    print(*forward_lines(segmenter, found["segmenter"], arguments.depth), sep="\n")
+    segmentor = f"1. segmentor, forward, one image of {size[0]}x{size[1]}, evaluation mode"
+    print(*forward_lines(segmentor, found["segmentor"], arguments.depth), sep="\n")
     if found["rebuilder"] is None:
         print("\n2. Rebuilder: none (mfm.enabled=false)")
     else:

@@ -23,7 +23,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import deepspeed_config
-from mfm_dist.distributed.teacher import held
+from mfm_dist.distributed.teacher import local_tensor
 from mfm_dist.optim import build_optimizer
 from mfm_dist.schedules import ema_decay_at, mfm_weight
 from mfm_dist.train_module import TrainModule
@@ -100,6 +100,6 @@ def ema(module: TrainModule, config: RunConfig) -> Callable[[], None]:
     def update() -> None:
         decay = ema_decay_at(next(updates), config.self_training.ema_decay)
         # Asked for each time: DeepSpeed may have moved the tensors.
-        torch._foreach_lerp_([held(t) for _, t in pairs], [held(s) for s, _ in pairs], 1.0 - decay)
+        torch._foreach_lerp_([local_tensor(t) for _, t in pairs], [local_tensor(s) for s, _ in pairs], 1.0 - decay)
 
     return update if pairs else lambda: None

@@ -115,7 +115,7 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
         engine=engine,
         module=module,
         readers=readers,
-        rests_on={},
+        data_fingerprints={},
         run=RunFolder(config.run.folder, writes=False),
         trackers=Trackers(config, enabled=False, step=0),
         progress=Progress(),

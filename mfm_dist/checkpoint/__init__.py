@@ -3,7 +3,7 @@
 Layout of ``checkpoints/step_XXXXXXXX/``, all tensors whole and by parameter name, so that neither the world size nor
 the ZeRO stage of the writer matters to the reader:
 
-    student.safetensors     parameters, and BatchNorm statistics averaged over ranks: the trained segmenter
+    student.safetensors     parameters, and BatchNorm statistics averaged over ranks: the trained segmentor
     teacher.safetensors     parameters of the EMA teacher
     rebuilder.safetensors   parameters of the Rebuilder
     optimizer.safetensors   "<parameter>/<key>", e.g. ".../exp_avg"

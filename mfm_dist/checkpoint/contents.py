@@ -115,7 +115,7 @@ def load_modules(
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
-    """Put the trained segmenter's weights into a plain one: parameters, and BatchNorm statistics averaged over ranks.
+    """Put the trained segmentor's weights into a plain one: parameters, and BatchNorm statistics averaged over ranks.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
@@ -124,7 +124,7 @@ def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
 
 
 def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
-    """Put the EMA teacher's weights into a plain segmenter instead.
+    """Put the EMA teacher's weights into a plain segmentor instead.
 
     The teacher normalises with batch statistics and has no running ones, so BatchNorm gets the student's.
 

@@ -18,12 +18,12 @@ class Progress:
     skipped: int = 0
     """Steps in a row, up to now, that were not applied."""
     rollbacks: int = 0
-    """Times the run went back without having got past ``trouble`` since."""
-    trouble: int = 0
+    """Times the run went back without having got past ``furthest_failed_step`` since."""
+    furthest_failed_step: int = 0
     """Furthest step from which the run went back."""
-    back_to: int = 0
+    rollback_step: int = 0
     """Step that it went back to the last time, while ``rollbacks`` counts."""
     losses: list[float] = field(default_factory=list)
-    """Of the last applied steps, where ``stability.spike_factor`` asks for them. Replaced, never changed in place."""
+    """Of the last applied steps, where ``recovery.spike_factor`` asks for them. Replaced, never changed in place."""
     grad_norms: list[float] = field(default_factory=list)
     """Likewise."""

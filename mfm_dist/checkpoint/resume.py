@@ -16,13 +16,13 @@ _SHARDS = (
     "shards are not those that {path} was trained on, so its place in them means nothing: put the former shards back"
 )
 
-MUST_STAY = {
+IMMUTABLE_KEYS = {
     "seed": "the order of the data and every draw of {path} follow from {before}",
     "method.name": "{path} holds the networks that {before} trains",
     "mfm.enabled": "the Rebuilder is part of the networks in {path} or not (mfm.loss_weight=0 switches the term off)",
-    "mfm.rebuild": "the Rebuilder is part of the networks in {path} or not",
-    "mfm.rebuilds": _NETWORK,
-    "mic.on": "{path} holds the networks of {before}",
+    "mfm.use_rebuilder": "the Rebuilder is part of the networks in {path} or not",
+    "mfm.reconstruction": _NETWORK,
+    "mic.base_method": "{path} holds the networks of {before}",
     "hrda.attention": _NETWORK,
     "hrda.attention_options": _NETWORK,
     "optim.name": "the optimiser's state in {path} is of {before}",
@@ -67,7 +67,7 @@ def find_resumable(
     return checkpoint
 
 
-OTHERWISE = {
+FINGERPRINT_MISMATCH = {
     "labelled": "the labelled " + _SHARDS,
     "target": "the target " + _SHARDS,
     "initial_encoder": "the encoder does not start from the weights that {path} keeps close to: give model.weights or "
@@ -76,22 +76,22 @@ OTHERWISE = {
 """What it means when something that a run rests on is not what it was, and what to do."""
 
 
-def resume_problems(checkpoint: Checkpoint, config: RunConfig, rests_on: Mapping[str, str]) -> list[str]:
+def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints: Mapping[str, str]) -> list[str]:
     """Why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
-        rests_on: fingerprints of what it would go on with, each by a name of ``OTHERWISE``.
+        rests_on: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
     """
     path, problems = checkpoint.path, []
-    for key, reason in MUST_STAY.items():
+    for key, reason in IMMUTABLE_KEYS.items():
         before, now = _value(checkpoint.config, key), _value(to_tree(config), key)
         # None: written by a version that had no such setting, and trained as its default does.
         if before not in (None, now) and not _unused(key, config):
             why = reason.format(path=path, before=before)
             problems.append(f"{key}={now}, but {why}: keep {before}, or choose another run.folder")
     problems += [
-        f"{OTHERWISE[role].format(path=path)}, or choose another run.folder"
-        for role, fingerprint in rests_on.items()
+        f"{FINGERPRINT_MISMATCH[role].format(path=path)}, or choose another run.folder"
+        for role, fingerprint in data_fingerprints.items()
         if checkpoint.data.get(role, fingerprint) != fingerprint
     ]
     if config.train.steps < checkpoint.progress.step:
@@ -104,9 +104,11 @@ def resume_problems(checkpoint: Checkpoint, config: RunConfig, rests_on: Mapping
 
 def _unused(key: str, config: RunConfig) -> bool:
     """Whether a setting has no effect on this run."""
-    if key.startswith("rebuilder.") or key in ("mfm.rebuild", "mfm.rebuilds"):
+    if key.startswith("rebuilder.") or key in ("mfm.use_rebuilder", "mfm.reconstruction"):
         return not config.mfm.enabled
-    return (key == "mic.on" and config.method.name != "mic") or (key.startswith("hrda.") and not config.two_resolutions)
+    return (key == "mic.base_method" and config.method.name != "mic") or (
+        key.startswith("hrda.") and not config.two_resolutions
+    )
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:

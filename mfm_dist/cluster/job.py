@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             print(*planned)
         elif arguments.command == "answered":
-            return 0 if answered(arguments.folder) else 1
+            return 0 if has_outcome(arguments.folder) else 1
         else:
-            word, code = verdict(
+            word, code = next_action(
                 arguments.folder,
                 signalled=arguments.signalled,
                 cancelled=arguments.cancelled,
@@ -183,13 +183,13 @@ def _why_idle(config: RunConfig, processes: int) -> str:
     )
 
 
-def answered(folder: Path) -> bool:
+def has_outcome(folder: Path) -> bool:
     """Whether the training said how it ended, and it was not for want of an answer from some rank."""
     outcome = _report(load_config(folder / "config.yaml"), OUTCOME, folder.name)
     return outcome.get("code") not in (None, EXIT_HUNG, EXIT_CORRUPT)
 
 
-def verdict(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
+def next_action(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
     """What to do after an attempt, and the exit code for the case that it is to stop."""
     config = load_config(folder / "config.yaml")
     attempt, away = _how_it_ended(config, folder.name, asked=signalled or cancelled, lost=lost)

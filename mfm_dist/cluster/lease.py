@@ -71,8 +71,8 @@ class Lease:
             "job": environment.get("SLURM_JOB_ID"),
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "place": _place(),
-            "began": _began(os.getpid()),
+            "place": _pid_namespace(),
+            "began": _process_start_time(os.getpid()),
             "token": uuid.uuid4().hex,
         }
         text = json.dumps(owner) + "\n"
@@ -192,10 +192,10 @@ def _is_gone(holder: Mapping[str, Any], place: str | None) -> bool | None:
         return True
     except PermissionError:  # of another user, and perhaps not the same process any more
         return None
-    return _began(process) != holder.get("began")
+    return _process_start_time(process) != holder.get("began")
 
 
-def _place() -> str | None:
+def _pid_namespace() -> str | None:
     """Where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
     with suppress(OSError):
         if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
@@ -204,7 +204,7 @@ def _place() -> str | None:
     return None
 
 
-def _began(process: int) -> int | None:
+def _process_start_time(process: int) -> int | None:
     """When a process began, in ticks since the machine did; None if it has ended, also if nobody has taken note yet."""
     with suppress(OSError):
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")

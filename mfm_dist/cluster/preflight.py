@@ -37,7 +37,7 @@ from mfm_dist.data.manifest import MANIFEST_FILE
 from mfm_dist.data.reader import SampleError, ShardReader
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, UserError
-from mfm_dist.run.folder import whose
+from mfm_dist.run.folder import slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
 
@@ -92,7 +92,7 @@ def inspect(config: RunConfig, launch: Launch, peers: Peers) -> tuple[list[Findi
     """All that is wrong, the same on every process; and figures for a person."""
     mine = {
         "node": peers.node,
-        "problems": look(config, launch, peers),
+        "problems": inspect_node(config, launch, peers),
         "facts": {**versions(), "the device": peers.device.type},
     }
     found = peers.agree("look", mine, lambda said: judge_looks(said, peers), peers.seconds_left())
@@ -115,7 +115,7 @@ def inspect(config: RunConfig, launch: Launch, peers: Peers) -> tuple[list[Findi
     return found, f"{figures}{more}"
 
 
-def look(config: RunConfig, launch: Launch, peers: Peers) -> list[str]:
+def inspect_node(config: RunConfig, launch: Launch, peers: Peers) -> list[str]:
     """What one process finds wrong with its device and, once a node, with the node."""
     run, scratch, probe = config.run.folder, config.data.scratch, _probe(config, peers)
     is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -215,7 +215,7 @@ def write_report(config: RunConfig, launch: Launch, found: Sequence[Finding]) ->
     blamed = sorted({node for node, _ in found if node is not None})
     everywhere = len(blamed) >= max(1, launch.world_size // launch.local_world_size)
     code = 0 if not found else EXIT_CONFIG if blamed else EXIT_HUNG
-    report = {"code": code, "problems": lines_of(found), "nodes": [] if everywhere else blamed, **whose()}
+    report = {"code": code, "problems": lines_of(found), "nodes": [] if everywhere else blamed, **slurm_job_tag()}
     with suppress(OSError):
         write_atomically(config.run.folder / REPORT, json.dumps(report, indent=1) + "\n")
 

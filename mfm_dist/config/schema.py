@@ -62,7 +62,7 @@ class HRDASection:
 
 @dataclass(kw_only=True)
 class MICSection:
-    on: Literal["source_only", "dacs", "daformer", "hrda"] = "hrda"
+    base_method: Literal["source_only", "dacs", "daformer", "hrda"] = "hrda"
     """The method that masked image consistency is added to."""
     mode: Literal["separatetrg", "separatesrc", "separate"] = "separatetrg"
     """What is masked: target images, labelled source images, or half of each. MIC: separatetrg from synthetic data,
@@ -71,8 +71,8 @@ class MICSection:
     """Jitter and blur before masking, as mixed images are. MIC: true from synthetic data, false from Cityscapes."""
     mask_ratio: float = 0.7
     """Chance of each block to be hidden. MIC: 0.7."""
-    block: int | None = None
-    """Side of a block in pixels of the crop; null: a 16th of its height. MIC: 64 in 1024 crops, 32 in 512 crops."""
+    mask_block_pixels: int | None = None
+    """Side of a hidden block, pixels of the crop; null: a 16th of its height. MIC: 64 in 1024 crops, 32 in 512."""
     loss_weight: float = 1.0
     """Weight of the masked images' loss. MIC: 1."""
     pseudo_threshold: float | None = None
@@ -95,15 +95,15 @@ class MFMSection:
     """Step from which the weight is `loss_weight`. MFM: 0, no ramp."""
     update_bn: bool = True
     """Whether this pass counts in the student's BatchNorm running statistics (never while its weight is 0)."""
-    rebuilds: Literal["classes", "teacher_features", "student_features", "pixels"] = "classes"
+    reconstruction: Literal["classes", "teacher_features", "student_features", "pixels"] = "classes"
     """What is asked of the rebuilt part: the class of each pixel through the decoder (MFM), or by regression the
     features of teacher or student, or the image. MFM, table of reconstruction targets."""
-    rebuild: bool = True
+    use_rebuilder: bool = True
     """False: hidden features are 0 and stay so, and there is no Rebuilder. MFM, row "mask without rebuilding"."""
     domain: Literal["target", "source", "both"] = "target"
     """Images the term is about: of the target with pseudo-labels (MFM), of the source with labels, or both, each with
     the weight lambda. MFM, table of domains."""
-    trains: Literal["both", "encoder", "decoder"] = "both"
+    trained_parts: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
     view: Literal["context", "detail", "both"] = "context"
@@ -304,7 +304,7 @@ class MemorySection:
 
 
 @dataclass(kw_only=True)
-class StabilitySection:
+class RecoverySection:
     rollback_after: int = 5
     """Steps skipped in a row, because a loss or gradient was not finite or above its ceiling, after which the run goes
     back to its last checkpoint and passes over the data that led there; 0: never."""
@@ -369,7 +369,7 @@ class RunConfig:
     train: TrainSection = field(default_factory=TrainSection)
     memory: MemorySection = field(default_factory=MemorySection)
     debug: DebugSection = field(default_factory=DebugSection)
-    stability: StabilitySection = field(default_factory=StabilitySection)
+    recovery: RecoverySection = field(default_factory=RecoverySection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
@@ -377,13 +377,13 @@ class RunConfig:
 
     @property
     def two_resolutions(self) -> bool:
-        """Whether the segmenter is HRDA's, of context and detail."""
-        return "hrda" in (self.method.name, self.mic.on if self.method.name == "mic" else "")
+        """Whether the segmentor is HRDA's, of context and detail."""
+        return "hrda" in (self.method.name, self.mic.base_method if self.method.name == "mic" else "")
 
     @property
     def method_label(self) -> str:
         """The method for people: mic says on what."""
-        return self.method.name + (f" on {self.mic.on}" if self.method.name == "mic" else "")
+        return self.method.name + (f" on {self.mic.base_method}" if self.method.name == "mic" else "")
 
     @property
     def blocks_per_step(self) -> int:

@@ -32,9 +32,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         "checkpoint.keep": config.checkpoint.keep,
         "eval.every": config.eval.every,
         "eval.resize": min(config.eval.resize or (1,)),
-        "mic.block": 1 if config.mic.block is None else config.mic.block,
+        "mic.mask_block_pixels": 1 if config.mic.mask_block_pixels is None else config.mic.mask_block_pixels,
         "log.every": config.log.every,
-        "stability.spike_window": config.stability.spike_window,
+        "recovery.spike_window": config.recovery.spike_window,
     }
     not_negative = {
         "seed": config.seed,
@@ -56,9 +56,9 @@ def _range_problems(config: RunConfig) -> list[str]:
         "debug.audit_every": config.debug.audit_every,
         "eval.overlays": config.eval.overlays,
         "watchdog.seconds": config.watchdog.seconds,
-        "stability.rollback_after": config.stability.rollback_after,
-        "stability.rollbacks": config.stability.rollbacks,
-        "stability.spike_factor": config.stability.spike_factor,
+        "recovery.rollback_after": config.recovery.rollback_after,
+        "recovery.rollbacks": config.recovery.rollbacks,
+        "recovery.spike_factor": config.recovery.spike_factor,
     }
     shares = {
         "data.bad_sample_limit": config.data.bad_sample_limit,
@@ -103,15 +103,20 @@ def _cross_field_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"mfm.view={mfm.view} is about HRDA's crops: keep context, or train method.name=hrda or mic on it"
         )
-    if not mfm.rebuild and mfm.rebuilds != "classes":
-        problems.append(f"mfm.rebuild=false leaves nothing that could be compared with mfm.rebuilds={mfm.rebuilds}")
-    if mfm.rebuilds != "classes" and mfm.trains != "both":
-        problems.append(f"mfm.trains={mfm.trains} is about the decoder, which mfm.rebuilds={mfm.rebuilds} does not use")
-    if 0 < config.stability.spike_factor <= 1:
-        problems.append(f"stability.spike_factor={config.stability.spike_factor}: must be above 1, or 0 for never")
-    if config.stability.spike_window > LONGEST_WINDOW:
+    if not mfm.use_rebuilder and mfm.reconstruction != "classes":
         problems.append(
-            f"stability.spike_window={config.stability.spike_window}: at most {LONGEST_WINDOW}, for every checkpoint "
+            f"mfm.use_rebuilder=false leaves nothing to compare with mfm.reconstruction={mfm.reconstruction}: use classes"
+        )
+    if mfm.reconstruction != "classes" and mfm.trained_parts != "both":
+        problems.append(
+            f"mfm.trained_parts={mfm.trained_parts} is about the decoder, "
+            f"which mfm.reconstruction={mfm.reconstruction} does not use: choose both"
+        )
+    if 0 < config.recovery.spike_factor <= 1:
+        problems.append(f"recovery.spike_factor={config.recovery.spike_factor}: must be above 1, or 0 for never")
+    if config.recovery.spike_window > LONGEST_WINDOW:
+        problems.append(
+            f"recovery.spike_window={config.recovery.spike_window}: at most {LONGEST_WINDOW}, for every checkpoint "
             "holds the losses and gradient norms of these steps"
         )
     if mfm.ramp_to < mfm.ramp_from:

@@ -15,7 +15,7 @@ from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
 from mfm_dist.data.order import RareClassOrder
 from mfm_dist.data.reader import Sample, SampleError, ShardReader
-from mfm_dist.data.transforms import Resize, Wanted, source_crop, target_crop
+from mfm_dist.data.transforms import RareClassTarget, Resize, source_crop, target_crop
 from mfm_dist.errors import DataError, StorageError
 from mfm_dist.rng import Stream, keyed_generator
 
@@ -32,11 +32,11 @@ class Order(Protocol):
     def count(self) -> int:
         """Samples there are."""
 
-    def probe(self, position: int, attempt: int) -> int:
+    def sample_at(self, position: int, attempt: int) -> int:
         """The number of the sample; each further ``attempt`` names another one in its place."""
 
 
-class Taken(NamedTuple):
+class DrawnSample(NamedTuple):
     """A sample, and the class it was drawn for under rare class sampling."""
 
     sample: Sample
@@ -46,7 +46,7 @@ class Taken(NamedTuple):
 class Samples(Protocol):
     """Where a block takes its samples from."""
 
-    def take(self, position: int, bad: list[BadSample]) -> Taken:
+    def take(self, position: int, bad: list[BadSample]) -> DrawnSample:
         """The sample at ``position``, or the one in its place; those that cannot be used go into ``bad``."""
 
 
@@ -58,15 +58,15 @@ class IndexedSamples:
         self.order = order
         self.with_label = with_label
 
-    def take(self, position: int, bad: list[BadSample]) -> Taken:
+    def take(self, position: int, bad: list[BadSample]) -> DrawnSample:
         """Raises DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
         refused: list[BadSample] = []
         for attempt in range(min(REPLACEMENT_TRIES, self.order.count)):
-            found = read(self.reader, self.order.probe(position, attempt), with_label=self.with_label)
+            found = read(self.reader, self.order.sample_at(position, attempt), with_label=self.with_label)
             if isinstance(found, Sample):
                 bad += refused
                 wanted = self.order.wanted(position, attempt) if isinstance(self.order, RareClassOrder) else None
-                return Taken(found, wanted)
+                return DrawnSample(found, wanted)
             refused.append(found)
         raise nothing_to_use(refused)
 
@@ -121,7 +121,7 @@ def unpacked(
     )
 
 
-class Places(NamedTuple):
+class BlockViews(NamedTuple):
     """Where the pixels of each sample of a block go: views of the block's memory."""
 
     source: list[tuple[Tensor, Tensor]]
@@ -142,7 +142,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         self.size = math.prod(self.shape) * BYTES_PER_PIXEL
         """Bytes of a block."""
         self._pool: BlockPool | None = None
-        self._places_of: dict[int, Places] = {}
+        self._places_of: dict[int, BlockViews] = {}
         """By slot of the pool. Making these views anew for every block takes about as long as cutting an image."""
         self.source_resize = Resize(box=data.source_resize, scale=data.scale_range)
         self.target_resize = Resize(box=data.target_resize, scale=data.scale_range)
@@ -177,15 +177,15 @@ class Blocks(Dataset["PackedBlock | DataError"]):
             raise
         return PackedBlock(slot, self.shape, block, bad)
 
-    def _places(self, pixels: Tensor) -> Places:
+    def _places(self, pixels: Tensor) -> BlockViews:
         """Views of the memory of a block, uint8 [B * h * w * ``BYTES_PER_PIXEL``]."""
         batch = unpacked(pixels, self.shape, block=0)
-        return Places(
+        return BlockViews(
             source=list(zip(batch.source_image, batch.source_label, strict=True)),
             target=list(zip(batch.target_image, batch.target_valid, strict=True)),
         )
 
-    def _fill(self, block: int, places: Places) -> tuple[BadSample, ...]:
+    def _fill(self, block: int, places: BlockViews) -> tuple[BadSample, ...]:
         """Puts the pixels of a block into their places; returns the samples that could not be used."""
         bad: list[BadSample] = []
         first = block * self.shape[0]
@@ -204,7 +204,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
             self.crop,
             keyed_generator(self.seed, Stream.SOURCE_CROP, position),
             resize=self.source_resize,
-            wanted=None if train_id is None else Wanted(train_id, self.wanted_pixels),
+            wanted=None if train_id is None else RareClassTarget(train_id, self.wanted_pixels),
             into=into,
         )
 

@@ -29,9 +29,9 @@ class SampleOrder:
         self._permutation: np.ndarray | FeistelPermutation = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> int:
-        return self.probe(position, 0)
+        return self.sample_at(position, 0)
 
-    def probe(self, position: int, attempt: int) -> int:
+    def sample_at(self, position: int, attempt: int) -> int:
         """The sample number ``attempt`` places after ``position``, wrapping round inside the same epoch.
 
         Used in place of a damaged sample; attempt 0 is the sample itself.
@@ -121,9 +121,9 @@ class LaneOrder:
         self._windows: dict[tuple[int, int, int], FeistelPermutation] = {}
 
     def __getitem__(self, position: int) -> int:
-        return self.probe(position, 0)
+        return self.sample_at(position, 0)
 
-    def probe(self, position: int, attempt: int) -> int:
+    def sample_at(self, position: int, attempt: int) -> int:
         """The sample number ``attempt`` places after ``position`` in its lane, wrapping round inside the epoch."""
         block, place = divmod(position, self.micro_batch)
         turn, lane = divmod(block, self.lanes)
@@ -176,7 +176,8 @@ class RareClassOrder:
 
     Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
     position), so there is nothing to remember: any position costs the same, and the same samples come up at any world
-    size, with any number of workers and after any resume. It stands in for ``SampleOrder``; ``wanted`` says which class a sample was drawn for.
+    size, with any number of workers and after any resume. It stands in for ``SampleOrder``; ``wanted`` says which
+    class a sample was drawn for.
     """
 
     def __init__(
@@ -208,16 +209,16 @@ class RareClassOrder:
         self._samples = [np.flatnonzero(enough[:, i]) for i in range(len(totals))]
 
     def __getitem__(self, position: int) -> int:
-        return self.probe(position, 0)
+        return self.sample_at(position, 0)
 
-    def probe(self, position: int, attempt: int) -> int:
+    def sample_at(self, position: int, attempt: int) -> int:
         """The sample number of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""
         train_id, generator = self._draw_class(position, attempt)
         samples = self._samples[train_id]
         return int(samples[generator.integers(len(samples))])
 
     def wanted(self, position: int, attempt: int) -> int:
-        """The train id that ``probe`` drew its sample for."""
+        """The train id that ``sample_at`` drew its sample for."""
         return self._draw_class(position, attempt)[0]
 
     def _draw_class(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:

@@ -24,7 +24,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from mfm_dist.batch import BadSample
-from mfm_dist.data.blocks import REPLACEMENT_TRIES, Taken, nothing_to_use
+from mfm_dist.data.blocks import REPLACEMENT_TRIES, DrawnSample, nothing_to_use
 from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
 from mfm_dist.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, split_name, wrong_name
 from mfm_dist.data.reader import Sample
@@ -128,7 +128,7 @@ class StreamedSamples:
         self.consumers = consumers
         self._members: Iterator[dict[str, Any] | BadSample] | None = None
 
-    def take(self, position: int, bad: list[BadSample]) -> Taken:  # noqa: ARG002  a stream has no positions
+    def take(self, position: int, bad: list[BadSample]) -> DrawnSample:  # noqa: ARG002  a stream has no positions
         """The next sample of this consumer that can be used.
 
         Raises:
@@ -150,7 +150,7 @@ class StreamedSamples:
                 refused.append(BadSample(shard=shard, key=key, number=zlib.crc32(key.encode()), reason=str(error)))
                 continue
             bad += refused
-            return Taken(sample, None)
+            return DrawnSample(sample, None)
         raise nothing_to_use(refused)
 
     def _shuffled(self, consumer: int) -> Iterator[dict[str, Any] | BadSample]:
@@ -210,7 +210,8 @@ def stream_samples(url: str) -> Iterator[dict[str, Any] | BadSample]:
     """Every sample as webdataset gives it: members by extension, ``__key__`` and ``__url__``.
 
     ``webdataset`` opens the source. It is not asked for the samples, because it takes a damaged header for the end of
-    the shard and says nothing of what lies behind. Raises nothing: what cannot be read is a ``BadSample``, with the key where it is known.
+    the shard and says nothing of what lies behind. Raises nothing: what cannot be read is a ``BadSample``, with the
+    key where it is known.
     """
     seen: set[str] = set()
     for key, group in groupby(_members(url), attrgetter("key")):

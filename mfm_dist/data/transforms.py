@@ -31,7 +31,7 @@ PAD_COLOUR = (124, 116, 104)
 MIRRORED_ROWS = 128
 """Rows mirrored at a time. torch mirrors into new memory, and that of a few rows stays in the cache."""
 
-Box = tuple[slice, slice]
+Slices = tuple[slice, slice]
 """Rows and columns."""
 
 
@@ -60,7 +60,7 @@ class Resize:
 AS_STORED = Resize()
 
 
-class Wanted(NamedTuple):
+class RareClassTarget(NamedTuple):
     """What a crop of a sample drawn for a rare class should hold."""
 
     train_id: int
@@ -75,7 +75,7 @@ def source_crop(
     generator: np.random.Generator,
     *,
     resize: Resize = AS_STORED,
-    wanted: Wanted | None = None,
+    wanted: RareClassTarget | None = None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A random crop of more than one class, none of them above ``LARGEST_CLASS_SHARE``, flipped half of the time.
@@ -152,7 +152,7 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(label[None, None], size, mode="nearest")[0, 0]
 
 
-def resize_box(image: Tensor, size: tuple[int, int], box: Box) -> Tensor:
+def resize_box(image: Tensor, size: tuple[int, int], box: Slices) -> Tensor:
     """A box of the resized image, computed from the pixels it needs and no other.
 
     Bilinear without antialiasing, as published: equal to resizing the whole image with torch's ``interpolate`` and
@@ -187,7 +187,7 @@ def _neighbours(stored: int, new: int, part: slice) -> tuple[Tensor, Tensor, Ten
     return before, (before + 1).clamp(max=stored - 1), places - before
 
 
-def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Box, bool]:
+def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Slices, bool]:
     """A box that passes the rule of ``source_crop``, and whether to flip."""
     shape = (label.shape[0], label.shape[1])
     box = _draw_box(shape, size, generator)
@@ -198,7 +198,7 @@ def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Gene
     return box, bool(generator.random() < FLIP_PROBABILITY)
 
 
-def _draw_box(shape: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> Box:
+def _draw_box(shape: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> Slices:
     """A uniform box of ``size`` inside a plane of ``shape`` [H, W], or all of a side that is shorter."""
     top, left = (
         int(generator.integers(max(have - want, 0), endpoint=True)) for have, want in zip(shape, size, strict=True)

@@ -20,7 +20,7 @@ def audit(module: nn.Module, engine: Engine) -> list[str]:
     Returns:
         one line for each tensor that differs, the same on every rank; empty if all is well.
     """
-    own = [f"{name} differs from its fp32 master on rank {engine.rank}" for name in engine.unlike_master()]
+    own = [f"{name} differs from its fp32 master on rank {engine.rank}" for name in engine.params_out_of_sync()]
     findings = [line for lines in engine.gather_objects(own) for line in lines]
     if engine.replicates_parameters and engine.world_size > 1:
         named: dict[str, Tensor] = dict(module.named_parameters())

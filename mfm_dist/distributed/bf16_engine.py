@@ -35,7 +35,7 @@ class BF16Engine(DeepSpeedEngine):
         self._average: dict[nn.Parameter, Tensor] = {}
         """Exact values of this rank's piece of each teacher parameter, flat, fp32."""
         self._pieces_by_rank: list[list[tuple[int, slice]]] = self.gather_objects(
-            [(index, place) for index, (student, _) in enumerate(pairs) for place, _ in self._own_pieces(student)]
+            [(index, place) for index, (student, _) in enumerate(pairs) for place, _ in self._local_shards(student)]
         )
         """For each rank the pieces it keeps: index of the parameter, and where in the flat whole it belongs."""
         for name, parameter in module.named_parameters():
@@ -49,7 +49,7 @@ class BF16Engine(DeepSpeedEngine):
         pieces = [
             (self._average[teacher], master)
             for teacher, student in self._student_of.items()
-            for _, master in self._own_pieces(student)
+            for _, master in self._local_shards(student)
         ]
         torch._foreach_lerp_([own for own, _ in pieces], [master for _, master in pieces], 1.0 - decay)
         if self._is_stage_3:
@@ -59,13 +59,13 @@ class BF16Engine(DeepSpeedEngine):
             self._gather_teacher()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        return self._assembled((parameter_shape(p), self._exact_pieces(p)) for p in parameters)
+        return self._gather_full((parameter_shape(p), self._exact_pieces(p)) for p in parameters)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         super().set_parameter(parameter, whole)
         if (student := self._student_of.get(parameter)) is not None:
-            for place, master in self._own_pieces(student):
+            for place, master in self._local_shards(student):
                 self._average[parameter] = whole.flatten()[place].to(master.device, torch.float32, copy=True)
 
     def inference_context(self) -> AbstractContextManager[Any]:
@@ -91,9 +91,9 @@ class BF16Engine(DeepSpeedEngine):
     def _exact_pieces(self, parameter: nn.Parameter) -> list[Piece]:
         """What this rank adds to the whole of a parameter."""
         if (student := self._student_of.get(parameter)) is not None:
-            return [(place, self._average[parameter]) for place, _ in self._own_pieces(student)]
+            return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
         if parameter.requires_grad:
-            return self._own_pieces(parameter)
+            return self._local_shards(parameter)
         if self._is_stage_3:
             return [self._local_piece(parameter)]
         return [(slice(0, parameter.numel()), parameter.data.flatten())] if self.is_main else []

@@ -49,7 +49,7 @@ def clip_factors(norms: Tensor, limits: Sequence[float], global_limit: float) ->
     return factors * ((global_limit or math.inf) / (total + CLIP_EPSILON)).clamp(max=1.0)
 
 
-def refuse(factors: Tensor, norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
+def nan_if_step_rejected(factors: Tensor, norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
     """The factors, or NaN in their place if the step must not be applied.
 
     A NaN reaches every gradient on every rank, and what is not finite no engine applies. Nothing here waits for the

@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         if not self._is_stage_3:
             return super().full_parameters(parameters)
-        return self._assembled((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
+        return self._gather_full((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -70,17 +70,17 @@ class DeepSpeedEngine(Engine):
             piece.copy_(flat[place])
         else:
             parameter.data.copy_(whole)
-        for place, master in self._own_pieces(parameter):
+        for place, master in self._local_shards(parameter):
             master.copy_(flat[place])
 
     @property
     def replicates_parameters(self) -> bool:
         return not self._is_stage_3
 
-    def unlike_master(self) -> list[str]:
+    def params_out_of_sync(self) -> list[str]:
         unlike = []
         for name, parameter in self.module.named_parameters():
-            for place, master in self._own_pieces(parameter):
+            for place, master in self._local_shards(parameter):
                 whole = self.replicates_parameters
                 own = parameter.data.flatten()[place] if whole else self._local_piece(parameter)[1]
                 if not torch.equal(own, master.to(own)):
@@ -90,7 +90,7 @@ class DeepSpeedEngine(Engine):
     def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
         keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
         parameters = list(parameters)
-        whole = self._assembled((parameter_shape(p), self._own_pieces(p, key)) for p in parameters for key in keys)
+        whole = self._gather_full((parameter_shape(p), self._local_shards(p, key)) for p in parameters for key in keys)
         return ({key: next(whole) for key in keys} for _ in parameters)
 
     def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
@@ -106,7 +106,7 @@ class DeepSpeedEngine(Engine):
             self._base.state[shard] = state
         for parameter, tensors in states:
             for key, value in tensors.items():
-                for place, own in self._own_pieces(parameter, key):
+                for place, own in self._local_shards(parameter, key):
                     own.copy_(value.flatten()[place])
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
@@ -160,7 +160,7 @@ class DeepSpeedEngine(Engine):
     def _is_stage_3(self) -> bool:
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
 
-    def _assembled(self, cut: Iterable[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
+    def _gather_full(self, cut: Iterable[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
         """Whole fp32 tensors, each from its shape and this rank's pieces; those of all ranks cover it once.
 
         A bucket of them goes through one exchange: one each would cost a checkpoint most of its time.
@@ -169,13 +169,13 @@ class DeepSpeedEngine(Engine):
         size = 0
         for shape, pieces in cut:
             if bucket and size + shape.numel() > BUCKET:
-                yield from self._exchanged(bucket)
+                yield from self._all_reduce_bucket(bucket)
                 bucket, size = [], 0
             bucket.append((shape, pieces))
             size += shape.numel()
-        yield from self._exchanged(bucket)
+        yield from self._all_reduce_bucket(bucket)
 
-    def _exchanged(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
+    def _all_reduce_bucket(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
         """The whole tensors of one bucket, on every rank; they share its memory."""
         sizes = [shape.numel() for shape, _ in bucket]
         flat = torch.zeros(sum(sizes), device=self.device)
@@ -194,7 +194,7 @@ class DeepSpeedEngine(Engine):
         count = max(0, min(shard.numel(), parameter_shape(parameter).numel() - first))
         return slice(first, first + count), shard.narrow(0, 0, count)
 
-    def _own_pieces(self, parameter: nn.Parameter, key: str | None = None) -> list[Piece]:
+    def _local_shards(self, parameter: nn.Parameter, key: str | None = None) -> list[Piece]:
         """Where in the flat whole this rank's piece of a trained parameter belongs, and its fp32 master; or nothing.
 
         With a key the optimiser's tensor of that name instead of the master.

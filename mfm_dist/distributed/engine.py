@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.clipping import Ceilings, clip_factors, part_of, refuse, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, part_of, sum_of_squares
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
@@ -108,7 +108,7 @@ class Engine:
         *squares, loss = self.sum(torch.stack([*squares, self._loss / (self.accumulation * self.world_size)]))
         norms = torch.stack(squares).sqrt()
         limits = [float(self.config.train.clip_parts.get(part, 0.0)) for part in parts]
-        factors = refuse(clip_factors(norms, limits, self.config.train.clip_norm), norms, loss, ceilings)
+        factors = nan_if_step_rejected(clip_factors(norms, limits, self.config.train.clip_norm), norms, loss, ceilings)
         for gradients, factor in zip(parts.values(), factors, strict=True):
             if gradients:
                 torch._foreach_mul_(gradients, factor.to(gradients[0].device))
@@ -152,7 +152,7 @@ class Engine:
         dist.all_gather_object(values, value)
         return values
 
-    def agreed(self, work: Callable[[], Result]) -> Result:
+    def run_collectively(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` on this rank; if it fails for a user's mistake on any rank, fail on all. Collective."""
         own: UserError | None = None
         try:
@@ -200,7 +200,7 @@ class Engine:
         """Whether every rank holds every parameter whole."""
         return True
 
-    def unlike_master(self) -> list[str]:
+    def params_out_of_sync(self) -> list[str]:
         """Names of the parameters that differ from the copy of them that the optimiser steps, on this rank."""
         return []
 

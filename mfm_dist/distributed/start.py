@@ -108,7 +108,7 @@ def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
     """
     # memory.lean and ZeRO-0: the engine adds up all backwards of a step, for DeepSpeed they are one micro-batch.
     adds_up_itself = config.memory.lean or launch.zero_stage == 0
-    told: dict[str, Any] = {
+    ds_config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": 1 if adds_up_itself else config.blocks_per_step // launch.world_size,
         "gradient_clipping": 0.0,
@@ -125,12 +125,12 @@ def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
         "steps_per_print": 10**12,
     }
     if config.train.precision == "bf16_weights":
-        told["bf16"] = {"enabled": True}
-        told["data_types"] = {"grad_accum_dtype": "fp32"}
+        ds_config["bf16"] = {"enabled": True}
+        ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
     else:
-        told["torch_autocast"] = {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"}
+        ds_config["torch_autocast"] = {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"}
     if config.memory.offload_optimizer:
         pinned = torch.cuda.is_available()
-        told["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-        told["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, the same numbers as without offloading
-    return told
+        ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+        ds_config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, the same numbers as without offloading
+    return ds_config

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def local_tensor(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter: all of it, or ZeRO-3's shard."""
     return getattr(parameter, "ds_tensor", parameter).data
 
@@ -23,6 +23,6 @@ def update_teacher(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], decay: fl
     Args:
         pairs: each student parameter and the teacher's that follows it, all fp32.
     """
-    pieces = [(held(student), held(teacher)) for student, teacher in pairs]
+    pieces = [(local_tensor(student), local_tensor(teacher)) for student, teacher in pairs]
     assert all(s.shape == t.shape and t.dtype == torch.float32 for s, t in pieces), "student and teacher are cut apart"
     torch._foreach_lerp_([t for _, t in pieces], [s for s, _ in pieces], 1.0 - decay)

@@ -14,7 +14,7 @@ from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.segmentor import About, TrainedSegmentor
+from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.folder import RunFolder
@@ -22,7 +22,7 @@ from mfm_dist.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run, its newest checkpoint, and the segmenter in it."""
+    """A run, its newest checkpoint, and the segmentor in it."""
 
     path: Path
     config: RunConfig
@@ -31,10 +31,10 @@ class TrainedRun:
     weights: Literal["student", "teacher"]
 
     def trained_segmentor(self) -> TrainedSegmentor:
-        """The segmenter with what there is to say about it."""
+        """The segmentor with what there is to say about it."""
         config, step = self.config, self.checkpoint.progress.step
         scores = _read_json(RunFolder(self.path, writes=False).evaluation(step))
-        about = About(
+        about = ModelCard(
             backbone=config.model.backbone,
             backbone_options=config.model.backbone_options,
             decoder=config.model.decoder,
@@ -58,7 +58,7 @@ class TrainedRun:
 
 
 def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:
-    """The segmenter of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
+    """The segmentor of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
 
     Raises:
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.

@@ -1,4 +1,4 @@
-"""Prediction with a trained segmenter; the Rebuilder has no part in it."""
+"""Prediction with a trained segmentor; the Rebuilder has no part in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mfm_dist.data.transforms import resize_box
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 from mfm_dist.shards.pictures import fitted
 
 EVERYTHING = (slice(None), slice(None))
@@ -28,11 +28,11 @@ def predict_labels(
 ) -> Tensor:
     """Most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
 
-    The image is taken whole, in one forward, unless the segmenter has a window: then in windows that overlap by half,
+    The image is taken whole, in one forward, unless the segmentor has a window: then in windows that overlap by half,
     one forward each, whose logits are averaged.
 
     Args:
-        scale: makes uint8 [1, 3, H, W] what the segmenter expects.
+        scale: makes uint8 [1, 3, H, W] what the segmentor expects.
         at_least: forwards to run, for ranks that have to run as many; what is too many is not used.
         fit_into: sides of a box that the image is resized into first, aspect kept, as published for crops of 512; the
             logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
@@ -50,12 +50,12 @@ def predict_labels(
 
 
 def seen_size(image: Tensor, fit_into: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width at which a segmenter sees an image [..., H, W]."""
+    """Height and width at which a segmentor sees an image [..., H, W]."""
     own = (image.shape[-2], image.shape[-1])
     return own if fit_into is None else fitted(own, fit_into)
 
 
-def windows_of(segmentor: Segmentor, size: tuple[int, int]) -> list[Box]:
+def windows_of(segmentor: Segmentor, size: tuple[int, int]) -> list[Window]:
     """The windows that an image of this height and width is predicted in."""
     window = segmentor.window or size
     return sliding_boxes(size, window, (max(1, window[0] // 2), max(1, window[1] // 2)))

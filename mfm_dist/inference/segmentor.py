@@ -1,7 +1,7 @@
-"""A trained segmenter on its own: what an export folder holds, and how it is loaded.
+"""A trained segmentor on its own: what an export folder holds, and how it is loaded.
 
-An export folder holds ``model.safetensors`` (weights and BatchNorm statistics of the plain segmenter) and
-``config.json`` (``About``: what builds the network again and what its numbers mean), and nothing to unpickle.
+An export folder holds ``model.safetensors`` (weights and BatchNorm statistics of the plain segmentor) and
+``config.json`` (``ModelCard``: what builds the network again and what its numbers mean), and nothing to unpickle.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
-FORMAT = "mfm_dist segmenter 1"
+FORMAT = "mfm_dist segmentor 1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """Everything about a trained segmenter but its weights."""
+class ModelCard:
+    """Everything about a trained segmentor but its weights."""
 
     backbone: str
     backbone_options: dict[str, Any]
@@ -69,9 +69,9 @@ class About:
 
 
 class TrainedSegmentor(nn.Module):
-    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmenter's."""
+    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmentor's."""
 
-    def __init__(self, segmentor: Segmentor, about: About) -> None:
+    def __init__(self, segmentor: Segmentor, about: ModelCard) -> None:
         super().__init__()
         self.segmentor = segmentor
         self.about = about
@@ -88,13 +88,13 @@ class TrainedSegmentor(nn.Module):
     def predict(self, image: Tensor) -> Tensor:
         """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
 
-        As in evaluation: the image is taken whole, or in the windows of the segmenter, and at ``about.resize``.
+        As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``about.resize``.
         """
         device = next(self.parameters()).device
         return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.about.resize)
 
 
-def segmentor_of(about: About) -> Segmentor:
+def segmentor_of(about: ModelCard) -> Segmentor:
     """The network that is described, with random weights.
 
     Raises:
@@ -109,7 +109,7 @@ def segmentor_of(about: About) -> Segmentor:
     )
     if about.attention is None:
         return segmentor
-    return at_two_resolutions(
+    return build_hrda_segmentor(
         segmentor,
         attention=about.attention,
         options=about.attention_options,
@@ -119,7 +119,7 @@ def segmentor_of(about: About) -> Segmentor:
 
 
 def load_export(folder: Path) -> TrainedSegmentor:
-    """The segmenter of an export folder, on the CPU, in evaluation mode.
+    """The segmentor of an export folder, on the CPU, in evaluation mode.
 
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
@@ -133,7 +133,7 @@ def load_export(folder: Path) -> TrainedSegmentor:
     return TrainedSegmentor(segmentor, about).eval()
 
 
-def read_about(folder: Path) -> About:
+def read_about(folder: Path) -> ModelCard:
     """``config.json`` of an export folder.
 
     Raises:
@@ -148,7 +148,7 @@ def read_about(folder: Path) -> About:
         found = tree.get("format")
         if found != FORMAT:
             raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
-        about = from_tree(About, tree, problems, {})
+        about = from_tree(ModelCard, tree, problems, {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError([*problems, f"{file} cannot be read ({error}): export the run again"]) from error
     if problems:
@@ -164,4 +164,4 @@ def is_export(folder: Path) -> bool:
         tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(tree, dict) and str(tree.get("format")).startswith("mfm_dist segmenter")
+    return isinstance(tree, dict) and str(tree.get("format")).startswith("mfm_dist segmentor")

@@ -73,8 +73,8 @@ def _jitter_one(rgb: Tensor, factors: ColourFactors) -> Tensor:
         lambda x: adjust_saturation(x, factors.saturation),
         lambda x: adjust_hue(x, factors.turn),
     )
-    for which in factors.order:
-        rgb = changes[which](rgb)
+    for kind in factors.order:
+        rgb = changes[kind](rgb)
     return rgb
 
 
@@ -103,13 +103,13 @@ def adjust_hue(rgb: Tensor, turn: float) -> Tensor:
 def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[..., 3, H, W] in 0..1 to hue (in turns), saturation and value, each [..., H, W]."""
     red, green, blue = rgb.unbind(-3)
-    value, which = rgb.max(dim=-3)
+    value, brightest = rgb.max(dim=-3)
     span = value - rgb.amin(dim=-3)
     safe_span = torch.where(span > 0, span, 1.0)
     sector = torch.stack(
         [(green - blue) / safe_span % 6.0, (blue - red) / safe_span + 2.0, (red - green) / safe_span + 4.0], dim=-3
     )
-    hue = sector.gather(-3, which.unsqueeze(-3)).squeeze(-3) / 6.0
+    hue = sector.gather(-3, brightest.unsqueeze(-3)).squeeze(-3) / 6.0
     saturation = torch.where(value > 0, span / torch.where(value > 0, value, 1.0), 0.0)
     return torch.where(span > 0, hue, 0.0), saturation, value
 

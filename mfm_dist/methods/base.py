@@ -37,7 +37,7 @@ class StepInputs:
     """Position of each sample: key of what is drawn once per sample."""
 
 
-class Pass(IntEnum):
+class ForwardKind(IntEnum):
     """The student forwards of a step. The value is part of the key of what a forward draws for itself."""
 
     SOURCE = 0
@@ -85,7 +85,7 @@ class Classify(Protocol):
         self,
         student: Segmentor,
         inputs: StepInputs,
-        which: Pass,
+        kind: ForwardKind,
         image: Tensor,
         label: Tensor,
         weight: Tensor | None = None,
@@ -96,7 +96,7 @@ class Classify(Protocol):
 def classify(
     student: Segmentor,
     inputs: StepInputs,  # noqa: ARG001 - where two resolutions are trained, it keys a draw
-    which: Pass,
+    kind: ForwardKind,
     image: Tensor,
     label: Tensor,
     weight: Tensor | None = None,
@@ -104,7 +104,7 @@ def classify(
 ) -> Classified:
     """Cross-entropy at one resolution; it is the loss that enlarges the decoder's logits, once and in fp32."""
     features = student.encode(image)
-    return Classified({which.label: Loss(cross_entropy(student.decode(features), label, weight))}, features)
+    return Classified({kind.label: Loss(cross_entropy(student.decode(features), label, weight))}, features)
 
 
 class Method(ABC):
@@ -129,4 +129,4 @@ class Method(ABC):
 
     def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
         """L_sup: supervised cross-entropy on labelled images."""
-        return self.classify(student, inputs, Pass.SOURCE, inputs.source_image, inputs.source_label).losses
+        return self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, inputs.source_label).losses

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig, SelfTrainingSection
 from mfm_dist.methods.augment import strong_augment
-from mfm_dist.methods.base import Classify, Loss, Method, Pass, StepInputs, Term, classify
+from mfm_dist.methods.base import Classify, ForwardKind, Loss, Method, StepInputs, Term, classify
 from mfm_dist.methods.self_training import NUM_LABEL_VALUES, draw_class_masks, mix
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_generator
@@ -31,7 +31,7 @@ class DACS(Method):
         """L_mix: source i is pasted onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
         assert inputs.pseudo is not None
         image, label, weight = mixed_batch(inputs, self.settings)
-        return self.classify(student, inputs, Pass.MIXED, image, label, weight).losses
+        return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight).losses
 
 
 @torch.no_grad()

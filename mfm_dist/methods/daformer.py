@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.config.schema import DAFormerSection, RunConfig, SelfTrainingSection
-from mfm_dist.methods.base import Classify, Loss, Method, Pass, StepInputs, Term, classify
+from mfm_dist.methods.base import Classify, ForwardKind, Loss, Method, StepInputs, Term, classify
 from mfm_dist.methods.dacs import DACS
 from mfm_dist.models.segmentor import Segmentor
 
@@ -40,7 +40,7 @@ class DAFormer(Method):
         """L_sup, and L_fd on the same features."""
         assert inputs.initial_feature is not None
         label = inputs.source_label
-        losses, features = self.classify(student, inputs, Pass.SOURCE, inputs.source_image, label)
+        losses, features = self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, label)
         last = features[-1]
         mask = thing_mask(label, (last.shape[-2], last.shape[-1]), self.settings.feature_distance_share)
         distance = feature_distance(last, inputs.initial_feature, mask)

@@ -49,8 +49,8 @@ def colour_map(factors: ColourFactors) -> tuple[np.ndarray, np.ndarray]:
         (to_rgb @ hue @ RGB_TO_YIQ, np.zeros(3)),
     )
     matrix, offset = np.eye(3), np.zeros(3)
-    for which in factors.order:
-        step, shift = steps[which]
+    for kind in factors.order:
+        step, shift = steps[kind]
         matrix, offset = step @ matrix, step @ offset + shift
     return matrix, offset
 

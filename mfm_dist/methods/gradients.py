@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mfm_dist.models.layers import batch_norm_untracked
 
 
-def without_gradient(feature: Tensor) -> Tensor:
+def zero_gradient(feature: Tensor) -> Tensor:
     """The same values; the gradient that flows back from here is 0."""
     stopped: Tensor = _WithoutGradient.apply(feature)
     return stopped
@@ -33,7 +33,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 @contextmanager
-def fixed(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """In here gradients pass through a module to its input, and its own parameters get none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -45,7 +45,7 @@ def fixed(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def touched(heads: Sequence[nn.Module], features: list[Tensor]) -> Tensor:
+def zero_loss_through(heads: Sequence[nn.Module], features: list[Tensor]) -> Tensor:
     """The scalar 0, whose backward gives a gradient of 0 to every parameter of these decoders.
 
     They run on a corner of the encoder's maps, which costs next to nothing.

@@ -12,19 +12,19 @@ import numpy as np
 from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import Classified, Loss, Method, Pass, StepInputs
+from mfm_dist.methods.base import Classified, ForwardKind, Loss, Method, StepInputs
 from mfm_dist.methods.daformer import DAFormer
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.models.windows import Box
+from mfm_dist.models.windows import Window
 from mfm_dist.rng import Stream, keyed_generator
 
 
 def classify_at_two_resolutions(
     student: Segmentor,
     inputs: StepInputs,
-    which: Pass,
+    kind: ForwardKind,
     image: Tensor,
     label: Tensor,
     weight: Tensor | None = None,
@@ -34,30 +34,30 @@ def classify_at_two_resolutions(
 ) -> Classified:
     """(1 - w) * cross-entropy of the fused logits + w * that of the detail window's, one window for the batch."""
     assert isinstance(student, HRDASegmentor)
-    box = draw_detail_box(student, inputs, which)
-    seen = student.look(image, box)
+    box = draw_detail_box(student, inputs, kind)
+    seen = student.forward_crops(image, box)
     detail = cross_entropy(seen.detail, box.crop(label), None if weight is None else box.crop(weight))
     losses = {
-        which.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
+        kind.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
         f"{which.label}_detail": Loss(detail, detail_weight),
     }
     return Classified(losses, seen.features)
 
 
-def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, which: Pass) -> Box:
+def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, kind: ForwardKind) -> Window:
     """The detail window of one forward of one micro-batch."""
     height, width = inputs.target_image.shape[-2:]
-    generator = keyed_generator(inputs.seed, Stream.DETAIL_BOX, inputs.block, which)
+    generator = keyed_generator(inputs.seed, Stream.DETAIL_BOX, inputs.block, kind)
     return detail_box((height, width), student.detail_size, student.box_step, generator)
 
 
-def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Box:
+def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Window:
     """A window at a multiple of ``step`` pixels. As published, the last place of all is never drawn (UDA_FACTS 5)."""
     top, left = (
         step * int(generator.integers(max(1, (side - part + 1) // step)))
         for side, part in zip(size, window, strict=True)
     )
-    return Box(top, left, *window)
+    return Window(top, left, *window)
 
 
 def build(config: RunConfig) -> Method:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.config.schema import MFMSection
-from mfm_dist.methods.base import Pass, StepInputs
-from mfm_dist.methods.gradients import fixed, touched, without_gradient
+from mfm_dist.methods.base import ForwardKind, StepInputs
+from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
@@ -23,17 +23,20 @@ from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, torch_generator
 
 PATCH = 4
-"""Side in pixels of the patches that ``mfm.rebuilds: pixels`` regresses, the stride of the finest encoder map."""
+"""Side in pixels of the patches that ``mfm.reconstruction: pixels`` regresses, the stride of the finest encoder map."""
 
 Encode = Callable[[Tensor], list[Tensor]]
 """From an image [B, 3, H, W] to encoder maps."""
 
 
-def passes_of(settings: MFMSection) -> list[Pass]:
+def passes_of(settings: MFMSection) -> list[ForwardKind]:
     """The forwards of the term, each with the weight lambda: source before target, context before detail."""
-    target, source = [Pass.MFM], [Pass.MFM_SOURCE]
+    target, source = [ForwardKind.MFM], [ForwardKind.MFM_SOURCE]
     if settings.view == "both":
-        target, source = [Pass.MFM, Pass.MFM_DETAIL], [Pass.MFM_SOURCE, Pass.MFM_SOURCE_DETAIL]
+        target, source = (
+            [ForwardKind.MFM, ForwardKind.MFM_DETAIL],
+            [ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL],
+        )
     return {"target": target, "source": source, "both": [*source, *target]}[settings.domain]
 
 
@@ -56,7 +59,7 @@ def mfm_term(
     *,
     grid: tuple[int, int],
     teacher: Encode,
-    which: Pass = Pass.MFM,
+    kind: ForwardKind = ForwardKind.MFM,
 ) -> Tensor:
     """L_mfm: hide part of the target's features, rebuild it, and classify the result as the teacher does.
 
@@ -69,19 +72,19 @@ def mfm_term(
         teacher: the teacher's encoder, without gradients.
         which: one of ``passes_of(settings)``.
     """
-    view = view_of(student, inputs, settings, which)
+    view = view_of(student, inputs, settings, kind)
     features = student.encode(view.image)
-    mask = keyed_masks(inputs, grid, settings.mask_ratio, which)
-    if settings.rebuilds != "classes":
+    mask = keyed_masks(inputs, grid, settings.mask_ratio, kind)
+    if settings.reconstruction != "classes":
         assert rebuilder is not None
         loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
-        return loss + touched(student.heads, features)
+        return loss + zero_loss_through(student.heads, features)
 
-    if settings.trains == "decoder":
-        features = [without_gradient(feature) for feature in features]
+    if settings.trained_parts == "decoder":
+        features = [zero_gradient(feature) for feature in features]
     rebuilt = rebuild(student, rebuilder, features, mask)
-    if settings.trains == "encoder":
-        with fixed(student.decoder):
+    if settings.trained_parts == "encoder":
+        with frozen(student.decoder):
             logits = student.decode(rebuilt)
         not_reached = student.heads
     else:
@@ -92,28 +95,30 @@ def mfm_term(
         # Divided by the hidden share, so that lambda weighs a hidden pixel the same at any mask ratio.
         hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight.dtype)
         weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
-    return cross_entropy(logits, view.label, weight) + touched(not_reached, features)
+    return cross_entropy(logits, view.label, weight) + zero_loss_through(not_reached, features)
 
 
-def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, which: Pass) -> View:
+def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
     """Image, label and weight of a domain, the source's labels given; under HRDA of context or detail window."""
-    if which in (Pass.MFM_SOURCE, Pass.MFM_SOURCE_DETAIL):
+    if kind in (ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL):
         label = inputs.source_label.long()
         image, weight = inputs.source_image, torch.ones_like(label, dtype=torch.float32)
     else:
         assert inputs.pseudo is not None
         image, label, weight = inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight
-    if settings.view != "detail" and which not in (Pass.MFM_DETAIL, Pass.MFM_SOURCE_DETAIL):
+    if settings.view != "detail" and kind not in (ForwardKind.MFM_DETAIL, ForwardKind.MFM_SOURCE_DETAIL):
         return View(student.context(image), label, weight)
     assert isinstance(student, HRDASegmentor)
-    box = draw_detail_box(student, inputs, which)
+    box = draw_detail_box(student, inputs, kind)
     return View(box.crop(image), box.crop(label), box.crop(weight))
 
 
-def keyed_masks(inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, which: Pass = Pass.MFM) -> Tensor:
+def keyed_masks(
+    inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, kind: ForwardKind = ForwardKind.MFM
+) -> Tensor:
     """bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
     masks = [
-        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, which - Pass.MFM))
+        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
         for position in inputs.positions
     ]
     return torch.cat(masks).to(inputs.target_image.device)
@@ -151,10 +156,10 @@ def regression_loss(
     The paper does not say how its regression is normalised. Here each position of the target has mean 0 and deviation
     1 over its channels, as masked autoencoders regress pixels.
     """
-    if settings.rebuilds == "pixels":
+    if settings.reconstruction == "pixels":
         maps = targets = [F.pixel_unshuffle(view.image, PATCH)]  # [B, 3 x PATCH x PATCH, h, w]
     else:
-        complete = teacher(view.image) if settings.rebuilds == "teacher_features" else features
+        complete = teacher(view.image) if settings.reconstruction == "teacher_features" else features
         maps = [features[index] for index in student.decoder_inputs]
         targets = [complete[index] for index in student.decoder_inputs]
     rebuilt = rebuilder(features[-1], maps, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mfm_dist.config.schema import MICSection, RunConfig, SelfTrainingSection
 from mfm_dist.methods import dacs, daformer, hrda, source_only
 from mfm_dist.methods.augment import strong_augment
-from mfm_dist.methods.base import Loss, Method, Pass, StepInputs, Term
+from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
 from mfm_dist.methods.self_training import pseudo_weight
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
@@ -37,7 +37,7 @@ class MIC(Method):
     def masked_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
         """L_mask, over all pixels, masked or not."""
         image, label, weight = masked_batch(inputs, self.settings, self.self_training)
-        losses = self.classify(student, inputs, Pass.MASKED, image, label, weight).losses
+        losses = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight).losses
         # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
         return {name: Loss(loss.value, loss.weight * self.settings.loss_weight) for name, loss in losses.items()}
 
@@ -92,9 +92,9 @@ def chosen_images(batch: int, mode: str) -> tuple[int, int]:
 def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch.Generator) -> Tensor:
     """float32 [H, W], 1 where the image stays visible.
 
-    Blocks of about ``block`` x ``block`` pixels are hidden independently of one another, so the share varies.
+    Blocks of about ``mask_block_pixels`` a side are hidden independently of one another, so the share varies.
     """
-    block = settings.block or max(1, size[0] // BLOCKS)
+    block = settings.mask_block_pixels or max(1, size[0] // BLOCKS)
     grid = [max(1, round(side / block)) for side in size]
     kept = torch.rand(grid, generator=generator) > settings.mask_ratio
     return F.interpolate(kept[None, None].float(), size, mode="nearest")[0, 0]
@@ -111,4 +111,4 @@ def _target_weight(inputs: StepInputs, settings: MICSection) -> Tensor:
 def build(config: RunConfig) -> Method:
     """The method as configured."""
     bases = {"source_only": source_only, "dacs": dacs, "daformer": daformer, "hrda": hrda}
-    return MIC(config.mic, config.self_training, bases[config.mic.on].build(config))
+    return MIC(config.mic, config.self_training, bases[config.mic.base_method].build(config))

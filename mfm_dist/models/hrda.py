@@ -1,4 +1,4 @@
-"""HRDA's segmenter (Hoyer et al., ECCV 2022, arXiv 2204.13132): one encoder and decoder at two resolutions.
+"""HRDA's segmentor (Hoyer et al., ECCV 2022, arXiv 2204.13132): one encoder and decoder at two resolutions.
 
 The context is the whole image at half its resolution, the detail a window of it, a quarter of its area, at full
 resolution. A second decoder reads the context and says for each place and class which of both to believe.
@@ -17,7 +17,7 @@ from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 
 SCALE = 2
 """The context has one pixel for so many of the image, in each direction (HRDA)."""
@@ -35,9 +35,9 @@ class TwoResolutions(NamedTuple):
 
 
 class HRDASegmentor(Segmentor):
-    """A plain segmenter of which two resolutions of an image are asked, and the attention that fuses the answers.
+    """A plain segmentor of which two resolutions of an image are asked, and the attention that fuses the answers.
 
-    ``encode`` and ``decode`` are the plain segmenter's, at whatever resolution they are given. Which detail window is
+    ``encode`` and ``decode`` are the plain segmentor's, at whatever resolution they are given. Which detail window is
     looked at in training is an argument; nothing about it is kept here.
 
     Args:
@@ -88,7 +88,7 @@ class HRDASegmentor(Segmentor):
         """[B, 3, H, W] -> [B, 3, H / 2, W / 2]."""
         return resize(image, [side // SCALE for side in image.shape[-2:]])
 
-    def look(self, image: Tensor, box: Box) -> TwoResolutions:
+    def forward_crops(self, image: Tensor, box: Window) -> TwoResolutions:
         """An image [B, 3, H, W] at both resolutions, the detail in one window of it."""
         features = self.encode(self.context(image))
         coarse, attention = self.decode(features), self.attend(features)
@@ -123,7 +123,7 @@ class HRDASegmentor(Segmentor):
         return average_windows(list(logits.chunk(len(boxes))), cells, (size[0] // self.stride, size[1] // self.stride))
 
 
-def at_two_resolutions(
+def build_hrda_segmentor(
     segmentor: Segmentor,
     *,
     attention: str,
@@ -131,7 +131,7 @@ def at_two_resolutions(
     num_classes: int,
     window: tuple[int, int],
 ) -> HRDASegmentor:
-    """HRDA's segmenter from a plain one and the name and options of the decoder that is its attention.
+    """HRDA's segmentor from a plain one and the name and options of the decoder that is its attention.
 
     Raises:
         ConfigError: no such decoder, or what does not fit.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Box:
+class Window:
     """A window, in positions of the map it belongs to: pixels of an image, or cells of a coarser map."""
 
     top: int
@@ -27,21 +27,21 @@ class Box:
         right, bottom = size[1] - self.left - self.width, size[0] - self.top - self.height
         return F.pad(patch, (self.left, right, self.top, bottom))
 
-    def scaled_down(self, stride: int) -> Box:
+    def scaled_down(self, stride: int) -> Window:
         """The same window of a map that has one position for ``stride`` of these; all sides must be multiples."""
         sides = (self.top, self.left, self.height, self.width)
         assert all(side % stride == 0 for side in sides), f"{self} does not lie on a grid of {stride}"
-        return Box(*(side // stride for side in sides))
+        return Window(*(side // stride for side in sides))
 
 
-def sliding_boxes(size: tuple[int, int], window: tuple[int, int], step: tuple[int, int]) -> list[Box]:
+def sliding_boxes(size: tuple[int, int], window: tuple[int, int], step: tuple[int, int]) -> list[Window]:
     """Windows that cover a map of ``size``, row by row; the last of each row and column is moved back inside.
 
     A side that is shorter than the window makes the window shorter (mmsegmentation's rule, UDA_FACTS 5).
     """
     height, width = (min(side, full) for side, full in zip(window, size, strict=True))
     rows, columns = (_starts(*sides) for sides in zip(size, (height, width), step, strict=True))
-    return [Box(top, left, height, width) for top in rows for left in columns]
+    return [Window(top, left, height, width) for top in rows for left in columns]
 
 
 def _starts(length: int, window: int, step: int) -> list[int]:
@@ -49,7 +49,7 @@ def _starts(length: int, window: int, step: int) -> list[int]:
     return [min(index * step, length - window) for index in range(count)]
 
 
-def average_windows(patches: list[Tensor], boxes: list[Box], size: tuple[int, int]) -> Tensor:
+def average_windows(patches: list[Tensor], boxes: list[Window], size: tuple[int, int]) -> Tensor:
     """The mean, at each position, of the patches [..., height, width] that cover it: fp32 [..., *size]."""
     total = patches[0].new_zeros(*patches[0].shape[:-2], *size, dtype=torch.float32)
     count = torch.zeros(size, device=total.device)

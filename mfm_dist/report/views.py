@@ -132,8 +132,9 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel] | str:
     rebuilder, student, config = networks.trained.rebuilder, networks.trained.student, networks.config
     if rebuilder is None:
         return "There are no hidden cells and no rebuilt features: MFM is off in this run."
-    if config.mfm.rebuilds != "classes":
-        return f"Rebuilt features are not classified in this run: it rebuilds {config.mfm.rebuilds.replace('_', ' ')}."
+    if config.mfm.reconstruction != "classes":
+        rebuilt = config.mfm.reconstruction.replace("_", " ")
+        return f"Rebuilt features are not classified in this run: it rebuilds {rebuilt}."
     image = subject.sample.image
     box = _central_box((image.shape[1], image.shape[2]), config.data.crop)
     crop = image[:, box[0], box[1]]

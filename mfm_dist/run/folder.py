@@ -127,12 +127,12 @@ def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
         folder: the run folder.
         step: global batches consumed, -1 if training did not begin.
     """
-    text = json.dumps({"code": code, "reason": reason, "step": step, **whose()}) + "\n"
+    text = json.dumps({"code": code, "reason": reason, "step": step, **slurm_job_tag()}) + "\n"
     with suppress(OSError):
         write_atomically(folder / OUTCOME, text)
 
 
-def whose() -> dict[str, str]:
+def slurm_job_tag() -> dict[str, str]:
     """Which Slurm job says it, if any: one that is refused the folder of another leaves its word there too."""
     job = os.environ.get("SLURM_JOB_ID")
     return {"job": job} if job else {}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mfm_dist.checkpoint import Progress
-from mfm_dist.config.schema import StabilitySection
+from mfm_dist.config.schema import RecoverySection
 from mfm_dist.distributed.clipping import Ceilings
 from mfm_dist.distributed.engine import Engine, StepResult
 from mfm_dist.run.folder import RunFolder
 
 
-def ceilings(progress: Progress, settings: StabilitySection) -> Ceilings:
+def ceilings(progress: Progress, settings: RecoverySection) -> Ceilings:
     """Loss and gradient norm above which the next step is a spike; none while there is too little to compare with."""
     if not settings.spike_factor or len(progress.losses) < settings.spike_window:
         return Ceilings()
@@ -26,11 +26,11 @@ def ceilings(progress: Progress, settings: StabilitySection) -> Ceilings:
     )
 
 
-def note_applied(progress: Progress, settings: StabilitySection, result: StepResult) -> None:
+def note_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
     """The step that ends with ``progress.step`` was applied."""
     progress.applied += 1
     progress.skipped = 0
-    if progress.step > progress.trouble:
+    if progress.step > progress.furthest_failed_step:
         progress.rollbacks = 0
     if settings.spike_factor:
         progress.losses = [*progress.losses, float(result.loss)][-settings.spike_window :]
@@ -51,9 +51,9 @@ def why_skipped(loss: float, grad_norms: Mapping[str, float], limits: Ceilings, 
     if broken or not math.isfinite(grad_norms["total"]):
         return f"gradient of {', '.join(broken) or 'all parts together'} not finite (loss {loss:.4g})"
     if loss > limits.loss:
-        return f"loss {loss:.4g} above {limits.loss:.4g}, stability.spike_factor times the median of the last steps"
+        return f"loss {loss:.4g} above {limits.loss:.4g}, recovery.spike_factor times the median of the last steps"
     norm, limit = grad_norms["total"], limits.grad_norm
-    return f"gradient norm {norm:.4g} above {limit:.4g}, stability.spike_factor times the median of the last steps"
+    return f"gradient norm {norm:.4g} above {limit:.4g}, recovery.spike_factor times the median of the last steps"
 
 
 class SkippedSteps:
@@ -79,7 +79,7 @@ class SkippedSteps:
         self.run.event("skipped_step", step=step, reason=self.reason)
 
 
-def must_roll_back(progress: Progress, settings: StabilitySection) -> bool:
+def must_roll_back(progress: Progress, settings: RecoverySection) -> bool:
     """Whether so many steps in a row were not applied that the weights are no place to go on from."""
     return bool(settings.rollback_after) and progress.skipped >= settings.rollback_after
 
@@ -91,8 +91,8 @@ def gone_back(progress: Progress, saved: Progress) -> Progress:
         applied=saved.applied,
         block=progress.block,
         rollbacks=progress.rollbacks + 1,
-        trouble=max(progress.step, progress.trouble),
-        back_to=saved.step,
+        furthest_failed_step=max(progress.step, progress.furthest_failed_step),
+        rollback_step=saved.step,
         losses=saved.losses,
         grad_norms=saved.grad_norms,
     )
@@ -103,7 +103,7 @@ def diagnosis(progress: Progress, reason: str) -> str:
     return (
         f"step {progress.step}: {progress.skipped} steps in a row could not be applied, the last because: {reason}. "
         f"The run went back {progress.rollbacks} times, further each time as far as there were checkpoints, at last to "
-        f"step {progress.back_to}, and came here again, each time with other data. Try a lower optim.lr or "
+        f"step {progress.rollback_step}, and came here again, each time with other data. Try a lower optim.lr or "
         "optim.rebuilder_lr, train.clip_norm or train.clip_parts, a smaller mfm.loss_weight or a ramp, or "
         "train.precision=fp32; then start the same command again"
     )

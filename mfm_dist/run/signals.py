@@ -92,7 +92,8 @@ def end_with_launcher(launch: Launch) -> None:
     """Tie this process to its launcher, if it has one. Call early: a launcher may die while its ranks start.
 
     A rank that outlives its launcher would go on writing beside the one that is started in its place, and torchrun
-    gives each rank a session of its own. Linux sends a process a signal when its parent dies; elsewhere nothing is done.
+    gives each rank a session of its own. Linux sends a process a signal when its parent dies; elsewhere nothing is
+    done.
 
     A rank of torchrun is killed, as its peers are: none could take part in another exchange. A lone process below
     ``accelerate launch`` gets SIGTERM and so saves first, because that launcher dies of the same Ctrl-C or SIGTERM.

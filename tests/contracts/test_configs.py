@@ -94,7 +94,7 @@ def test_paper_run_keeps_the_published_network_and_schedule(path: Path) -> None:
     options = {"output_stride": 8, "out_indices": [1, 2, 3, 4]} if deeplab else {}
     assert (config.model.backbone_options, config.model.decoder_options) == (options, {})
     # All else is as the table of published defaults below has it.
-    for section in ("optim", "train", "hrda", "daformer", "mfm", "rebuilder", "stability"):
+    for section in ("optim", "train", "hrda", "daformer", "mfm", "rebuilder", "recovery"):
         assert getattr(config, section) == getattr(default, section), section
     changed = {"self_training": ["ema_decay", "pseudo_weight_ignore_top", "pseudo_weight_ignore_bottom"]}
     changed["mic"] = ["mode", "augment"]
@@ -125,7 +125,7 @@ PUBLISHED = {
     "mic.mode": "separatetrg",  # UDA_FACTS 6
     "mic.augment": True,  # UDA_FACTS 6
     "mic.mask_ratio": 0.7,  # UDA_FACTS 6
-    "mic.block": None,  # UDA_FACTS 6: 32 at 512, 64 at 1024
+    "mic.mask_block_pixels": None,  # UDA_FACTS 6: 32 at 512, 64 at 1024
     "mic.loss_weight": 1.0,  # UDA_FACTS 6
     "mic.pseudo_threshold": None,  # UDA_FACTS 6: that of the step
     "model.backbone": "mit_b5",  # UDA_FACTS 4.1
@@ -150,10 +150,10 @@ PUBLISHED = {
     "mfm.loss_on": "all",
     "mfm.ramp_from": 0,
     "mfm.ramp_to": 0,
-    "mfm.rebuilds": "classes",
-    "mfm.rebuild": True,
+    "mfm.reconstruction": "classes",
+    "mfm.use_rebuilder": True,
     "mfm.domain": "target",
-    "mfm.trains": "both",
+    "mfm.trained_parts": "both",
     "mfm.view": "context",
     "mfm.mask_ratio": 0.4,  # MFM_PAPER, the Rebuilder, as all of the next section
     "rebuilder.depth": 2,

@@ -24,20 +24,21 @@ from tests.conftest import tiny_overrides
 
 # A random teacher is sure of nothing: at the published threshold all that pseudo-labels weigh would be 0.
 EXTRA = [
-    "self_training.pseudo_threshold=0", "hrda.attention_options={width: 8}", "mic.block=16",
+    "self_training.pseudo_threshold=0", "hrda.attention_options={width: 8}", "mic.mask_block_pixels=16",
     "model.decoder_options={width: 8}",
 ]  # fmt: skip
 METHODS = {
     **{name: [f"method.name={name}"] for name in method_names()},
-    "mic": ["method.name=mic", "mic.on=hrda"],
-    "mic on daformer": ["method.name=mic", "mic.on=daformer", "mic.mode=separate"],
-    "mic on dacs": ["method.name=mic", "mic.on=dacs", "mic.augment=false"],
+    "mic": ["method.name=mic", "mic.base_method=hrda"],
+    "mic on daformer": ["method.name=mic", "mic.base_method=daformer", "mic.mode=separate"],
+    "mic on dacs": ["method.name=mic", "mic.base_method=dacs", "mic.augment=false"],
     "hrda, both views": ["method.name=hrda", "mfm.view=both", "mfm.domain=both"],
-    "mic on source_only": ["method.name=mic", "mic.on=source_only", "mic.mode=separatesrc"],
+    "mic on source_only": ["method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc"],
 }
 ABLATIONS = [
-    ["mfm.rebuilds=teacher_features"], ["mfm.rebuilds=student_features"], ["mfm.rebuilds=pixels"],
-    ["mfm.rebuild=false"], ["mfm.domain=source"], ["mfm.domain=both"], ["mfm.trains=encoder"], ["mfm.trains=decoder"],
+    ["mfm.reconstruction=teacher_features"], ["mfm.reconstruction=student_features"], ["mfm.reconstruction=pixels"],
+    ["mfm.use_rebuilder=false"], ["mfm.domain=source"], ["mfm.domain=both"],
+    ["mfm.trained_parts=encoder"], ["mfm.trained_parts=decoder"],
 ]  # fmt: skip
 
 
@@ -132,8 +133,8 @@ def test_ablation_of_mfm_reaches_every_parameter(
     assert not all(torch.equal(a, b) for a, b in zip(statistics, batch_norm_buffers(module.student), strict=True))
     if name == "dacs":
         encoder, decoder = (largest_gradient(part) for part in (module.student.backbone, module.student.decoder))
-        trains = {"decoder": (False, True), "encoder": (True, False)}.get(config.mfm.trains, (True, True))
-        if config.mfm.rebuilds != "classes":
+        trains = {"decoder": (False, True), "encoder": (True, False)}.get(config.mfm.trained_parts, (True, True))
+        if config.mfm.reconstruction != "classes":
             trains = (True, False)
         assert (encoder > 0, decoder > 0) == trains
 

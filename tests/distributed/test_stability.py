@@ -91,7 +91,7 @@ def test_going_back_restores_every_bit(scenes: Path, tmp_path: Path) -> None:
 def test_a_run_that_does_not_recover_ends_with_a_diagnosis(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     bad = ",".join(map(str, range(8, 100)))
-    completed = disturbed(run, scenes, bad, "loss", "stability.rollback_after=2", launch=None)
+    completed = disturbed(run, scenes, bad, "loss", "recovery.rollback_after=2", launch=None)
     assert completed.returncode == 5, completed.stderr[-3000:]
     assert [event["to_step"] for event in of_kind(run, "rollback")] == [4, 2, 2], "each time further"
     outcome = json.loads((run / "outcome.json").read_text())
@@ -102,12 +102,12 @@ def test_a_run_that_does_not_recover_ends_with_a_diagnosis(scenes: Path, tmp_pat
 
 def test_a_spike_is_skipped(scenes: Path, tmp_path: Path) -> None:
     """Ten times the median of the last three steps; the planted loss is a thousand times what it was."""
-    rule = ["stability.spike_factor=10", "stability.spike_window=3"]
+    rule = ["recovery.spike_factor=10", "recovery.spike_window=3"]
     run = tmp_path / "run"
     completed = disturbed(run, scenes, "2,11", "spike", *rule, launch=None)
     assert completed.returncode == 0, completed.stderr[-3000:]
     skipped = of_kind(run, "skipped_step")
     assert [event["step"] for event in skipped] == [6], "at block 2 there was too little to compare with"
-    assert "stability.spike_factor times the median" in skipped[0]["reason"]
+    assert "recovery.spike_factor times the median" in skipped[0]["reason"]
     state = json.loads((run / "checkpoints" / "step_00000012" / "state.json").read_text())["progress"]
     assert len(state["losses"]) == len(state["grad_norms"]) == 3

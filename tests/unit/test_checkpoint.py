@@ -91,12 +91,12 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         write_small(tmp_path, step, skipped=2 if step == 6 else 0, keep=9)
 
-    def back_to(before: int | None) -> int:
+    def rollback_step(before: int | None) -> int:
         found = find_sound(tmp_path, before, pytest.fail, lambda: None)
         assert found is not None
         return found.progress.step
 
-    assert [back_to(before) for before in (None, 8, 4, 2)] == [8, 4, 2, 2], "at last there is nothing further"
+    assert [rollback_step(before) for before in (None, 8, 4, 2)] == [8, 4, 2, 2], "at last there is nothing further"
     assert find_sound(tmp_path / "nothing", None, pytest.fail, lambda: None) is None
 
 

@@ -30,13 +30,13 @@ def test_buckets_give_every_bit_back(monkeypatch: pytest.MonkeyPatch) -> None:
     other = DeepSpeedEngine.__new__(DeepSpeedEngine)
     other.device = torch.device("cpu")
     other.sum = lambda values: sent.append(values) or values  # type: ignore[method-assign, func-returns-value]
-    list(other._assembled(of_rank(1)))
+    list(other._gather_full(of_rank(1)))
     assert [exchanged.numel() for exchanged in sent] == [10, 10, 25, 1]
 
     engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
     engine.device = torch.device("cpu")
     engine.sum = lambda values: values + sent.pop(0)  # type: ignore[method-assign]
-    found = list(engine._assembled(of_rank(0)))
+    found = list(engine._gather_full(of_rank(0)))
     assert [whole.shape for whole in found] == shapes
     for whole, expected in zip(found, wholes, strict=True):
         assert torch.equal(whole.view(-1).view(torch.int32), expected.view(-1).view(torch.int32))

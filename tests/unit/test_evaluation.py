@@ -210,7 +210,7 @@ def test_a_resized_image_is_scored_at_the_size_of_its_label(tiny_config: RunConf
     assert "fitted" not in stored.protocol
 
 
-def test_a_segmenter_with_a_window_predicts_by_the_mean_of_half_overlapping_ones(scenes: Path) -> None:
+def test_a_segmentor_with_a_window_predicts_by_the_mean_of_half_overlapping_ones(scenes: Path) -> None:
     student = hrda_student(scenes)
     student.eval()
     image = ShardReader(scenes / "camera_val").read(0).image[:, :32, :72]

@@ -1,4 +1,4 @@
-"""What leaves the trainer is the plain segmenter, bit for bit, in a folder that is whole or not there."""
+"""What leaves the trainer is the plain segmentor, bit for bit, in a folder that is whole or not there."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def flops_of(forward: Callable[[Tensor], object], image: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def test_it_has_exactly_the_parameters_of_the_plain_segmenter(exported: Path, trained_run: Path) -> None:
+def test_it_has_exactly_the_parameters_of_the_plain_segmentor(exported: Path, trained_run: Path) -> None:
     def shapes(module: nn.Module) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
@@ -79,7 +79,7 @@ def test_it_has_exactly_the_parameters_of_the_plain_segmenter(exported: Path, tr
         assert set(file.keys()) == set(plain.state_dict())
 
 
-def test_it_costs_exactly_the_operations_of_the_plain_segmenter(exported: Path, trained_run: Path) -> None:
+def test_it_costs_exactly_the_operations_of_the_plain_segmentor(exported: Path, trained_run: Path) -> None:
     image = torch.randn(1, 3, 64, 128)
     model, plain, trained = mfm_dist.load(exported), plain_segmentor(trained_run).eval(), trained_module(trained_run)
 
@@ -255,7 +255,7 @@ def _change(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps({**about, **values}))
 
 
-def test_a_segmenter_of_two_resolutions_is_exported_with_its_attention_and_window(
+def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_window(
     exported: Path, tmp_path: Path
 ) -> None:
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32", "model.backbone=test_resnet"]

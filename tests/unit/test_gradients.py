@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mfm_dist.distributed.clipping import Ceilings, clip_factors, part_of, refuse, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, part_of, sum_of_squares
 
 
 def test_parts_are_groups_with_and_without_decay() -> None:
@@ -54,6 +54,6 @@ def test_a_part_is_clipped_by_itself_and_then_with_all() -> None:
 )
 def test_what_is_not_finite_or_above_its_ceiling_is_refused(norms: list[float], loss: float, applied: bool) -> None:
     ones = torch.ones(2)
-    factors = refuse(ones, torch.tensor(norms), torch.tensor(loss), Ceilings(loss=1.0, grad_norm=3.0))
+    factors = nan_if_step_rejected(ones, torch.tensor(norms), torch.tensor(loss), Ceilings(loss=1.0, grad_norm=3.0))
     assert bool(factors.isfinite().all()) == applied
     assert applied or bool(factors.isnan().all()), "every part of the gradient has to carry the NaN"

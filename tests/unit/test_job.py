@@ -40,7 +40,7 @@ def ended(folder: Path, *, saved: int, outcome: dict[str, Any] | None, **told: A
     if outcome is not None:
         outcome = {"reason": "told", "step": saved, "job": "7"} | outcome
         (run_of(folder) / "outcome.json").write_text(json.dumps(outcome))
-    return job.verdict(folder, **({"signalled": False, "cancelled": False, "lost": []} | told))
+    return job.next_action(folder, **({"signalled": False, "cancelled": False, "lost": []} | told))
 
 
 def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_what_preflight_found(folder: Path, code: int, nodes: list[str], decisio
     job.plan(folder, nodes=2, processes=1)
     report = {"code": code, "problems": ["n2: its scratch is full: free some space"], "nodes": nodes, "job": "7"}
     (run_of(folder) / "preflight.json").write_text(json.dumps(report))
-    assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == decision
+    assert job.next_action(folder, signalled=False, cancelled=False, lost=[]) == decision
     assert "preflight: n2: its scratch is full" in (folder / "summary.log").read_text()
     job.plan(folder, nodes=2, processes=1)
     assert not (run_of(folder) / "preflight.json").exists()
@@ -212,7 +212,7 @@ def test_what_another_job_left_in_the_run_folder_says_nothing_of_this_one(folder
     job.plan(folder, nodes=2, processes=1)
     for name, report in (("outcome.json", {"reason": "in use"}), ("preflight.json", {"problems": ["x"], "nodes": []})):
         (run_of(folder) / name).write_text(json.dumps({"code": 2, "job": "8"} | report))
-    assert job.verdict(folder, signalled=False, cancelled=False, lost=[]) == ("again", 0)
+    assert job.next_action(folder, signalled=False, cancelled=False, lost=[]) == ("again", 0)
 
 
 def test_the_first_error_of_the_last_attempt_is_the_cause() -> None:

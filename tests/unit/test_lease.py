@@ -94,7 +94,7 @@ HOST = os.uname().nodename
 
 
 def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost: list[str], gone: int) -> None:
-    leave_behind(tmp_path, host=HOST, process=gone, place=lease._place(), began=1)
+    leave_behind(tmp_path, host=HOST, process=gone, place=lease._pid_namespace(), began=1)
     began = time.monotonic()
     take(tmp_path, told=lost).release()
     assert time.monotonic() - began < AT_ONCE
@@ -103,7 +103,7 @@ def test_a_killed_process_of_this_host_is_followed_at_once(tmp_path: Path, lost:
 def test_a_process_that_has_its_number_now_is_not_taken_for_it(tmp_path: Path, lost: list[str]) -> None:
     """Not even this one, as where every start is process 1 of a container that stays."""
     for process in (os.getpid(), os.getppid()):
-        leave_behind(tmp_path, host=HOST, process=process, place=lease._place(), began=1)
+        leave_behind(tmp_path, host=HOST, process=process, place=lease._pid_namespace(), began=1)
         began = time.monotonic()
         take(tmp_path, told=lost).release()
         assert time.monotonic() - began < AT_ONCE
@@ -111,7 +111,13 @@ def test_a_process_that_has_its_number_now_is_not_taken_for_it(tmp_path: Path, l
 
 def test_a_killed_process_that_nobody_waits_for_is_gone(tmp_path: Path, lost: list[str]) -> None:
     zombie = subprocess.Popen(["sleep", "60"])
-    leave_behind(tmp_path, host=HOST, process=zombie.pid, place=lease._place(), began=lease._began(zombie.pid))
+    leave_behind(
+        tmp_path,
+        host=HOST,
+        process=zombie.pid,
+        place=lease._pid_namespace(),
+        began=lease._process_start_time(zombie.pid),
+    )
     with pytest.raises(ConfigError, match="is in use by process"):
         take(tmp_path)
     os.kill(zombie.pid, signal.SIGKILL)

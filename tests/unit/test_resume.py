@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mfm_dist.checkpoint import Checkpoint, Progress, resume_problems
-from mfm_dist.checkpoint.resume import MUST_STAY
+from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
@@ -17,9 +17,9 @@ from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
 OTHER = {
     "seed": 1,
     "method.name": "daformer",
-    "mfm.rebuild": False,
-    "mfm.rebuilds": "pixels",
-    "mic.on": "dacs",
+    "mfm.use_rebuilder": False,
+    "mfm.reconstruction": "pixels",
+    "mic.base_method": "dacs",
     "hrda.attention": "daformer",
     "hrda.attention_options": {"width": 64},
     "mfm.enabled": False,
@@ -73,7 +73,7 @@ def config() -> RunConfig:
 
 
 def test_the_rule_names_settings_that_exist_and_the_table_here_has_all() -> None:
-    assert OTHER.keys() == MUST_STAY.keys()
+    assert OTHER.keys() == IMMUTABLE_KEYS.keys()
     assert not OTHER.keys() & FREE.keys()
 
 

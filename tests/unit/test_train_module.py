@@ -197,7 +197,7 @@ def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
 
 
 def test_mfm_changes_neither_the_students_start_nor_its_inference() -> None:
-    """The Rebuilder costs nothing at inference: parameters and logits are those of the plain segmenter."""
+    """The Rebuilder costs nothing at inference: parameters and logits are those of the plain segmentor."""
     plain = build_train_module(config_with("mfm.enabled=false")).student
     with_mfm = build_train_module(config_with()).student
     alone = build_student(config_with())
@@ -207,7 +207,7 @@ def test_mfm_changes_neither_the_students_start_nor_its_inference() -> None:
     assert torch.equal(plain.eval()(image), with_mfm.eval()(image))
 
 
-def test_inference_costs_the_flops_of_the_plain_segmenter() -> None:
+def test_inference_costs_the_flops_of_the_plain_segmentor() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(student: nn.Module) -> int:

@@ -68,7 +68,7 @@ def test_a_number_must_be_finite_and_no_bool(value: str) -> None:
 def test_contradictions_are_found() -> None:
     overrides = [
         "train.micro_batch=4", "train.global_batch=6", "mfm.ramp_from=5", "rebuilder.width=100", "mfm.mask_ratio=1.5",
-        "model.pretrained=true", "model.weights=x.pth", "stability.spike_window=100000",
+        "model.pretrained=true", "model.weights=x.pth", "recovery.spike_window=100000",
     ]  # fmt: skip
     text = "\n".join(problems_of(*overrides))
     assert "train.global_batch=6 is not a multiple of train.micro_batch=4" in text
@@ -76,7 +76,7 @@ def test_contradictions_are_found() -> None:
     assert "rebuilder.width=100 is not a multiple of rebuilder.heads=16" in text
     assert "mfm.mask_ratio=1.5: must lie between 0 and 1" in text
     assert "model.pretrained and model.weights" in text
-    assert "stability.spike_window=100000: at most 10000" in text
+    assert "recovery.spike_window=100000: at most 10000" in text
 
 
 def test_a_world_that_does_not_fit_is_refused_with_numbers_that_do() -> None:

@@ -50,7 +50,7 @@ def test_windows_are_shuffled() -> None:
 def test_a_far_position_is_found_at_once_and_alike() -> None:
     far = 10**12 + 3
     assert order()[far] == order()[far]
-    assert len({order().probe(far, attempt) for attempt in range(8)}) == 8
+    assert len({order().sample_at(far, attempt) for attempt in range(8)}) == 8
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

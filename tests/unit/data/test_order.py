@@ -61,9 +61,9 @@ def test_a_far_position_needs_no_walk() -> None:
 def test_probing_stays_in_the_epoch_and_meets_every_sample() -> None:
     order = make(10)
     position = 10 * 3 + 9  # the last place of an epoch: probing wraps to its first
-    assert order.probe(position, 0) == order[position]
-    assert order.probe(position, 1) == order[10 * 3]
-    assert sorted(order.probe(position, attempt) for attempt in range(10)) == list(range(10))
+    assert order.sample_at(position, 0) == order[position]
+    assert order.sample_at(position, 1) == order[10 * 3]
+    assert sorted(order.sample_at(position, attempt) for attempt in range(10)) == list(range(10))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 65, 2975, 24_966])

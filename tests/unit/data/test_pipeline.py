@@ -166,7 +166,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_epoch_and_named(folders: tu
             if not replaced:
                 assert torch.equal(after.source_image[place], before.source_image[place])
                 continue
-            sample = ShardReader(folders[0]).read(order.probe(position, 1))
+            sample = ShardReader(folders[0]).read(order.sample_at(position, 1))
             assert sample.label is not None
             crop, _ = source_crop(sample.image, sample.label, CROP, keyed_generator(3, Stream.SOURCE_CROP, position))
             assert torch.equal(after.source_image[place], crop)

@@ -16,7 +16,7 @@ from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import Manifest, is_complete, statistics_path
 from mfm_dist.data.order import RareClassOrder, class_probabilities
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, Wanted, source_crop
+from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, RareClassTarget, source_crop
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.shards.writer import ShardSetWriter
@@ -44,7 +44,7 @@ def test_probabilities_are_the_softmax_of_the_definition(temperature: float) -> 
 
 def test_a_position_draws_a_class_and_then_one_of_its_images_alike() -> None:
     order = order_of()
-    draws = Counter((order.wanted(p, 0), order.probe(p, 0)) for p in range(6000))
+    draws = Counter((order.wanted(p, 0), order.sample_at(p, 0)) for p in range(6000))
     candidates = {0: [0, 1, 2, 3], 1: [3], 2: [1, 2]}  # strictly more than 100 pixels
     expected = {(c, n): order.probabilities[c] / len(samples) for c, samples in candidates.items() for n in samples}
     assert set(draws) == set(expected)
@@ -63,8 +63,8 @@ def test_every_further_attempt_is_a_new_draw_that_knows_its_class() -> None:
     order = order_of()
     for position in range(50):
         for attempt in range(4):
-            assert PIXELS[order.probe(position, attempt), order.wanted(position, attempt)] > 100
-    assert any(order.probe(position, 1) != order.probe(position, 0) for position in range(50))
+            assert PIXELS[order.sample_at(position, attempt), order.wanted(position, attempt)] > 100
+    assert any(order.sample_at(position, 1) != order.sample_at(position, 0) for position in range(50))
 
 
 def test_a_class_without_an_image_is_told_with_the_most_that_one_holds() -> None:
@@ -117,7 +117,7 @@ def test_shards_made_before_statistics_get_them_from_their_labels(shard_folder: 
 
 
 def slow_crop(
-    image: np.ndarray, label: np.ndarray, size: tuple[int, int], draws: np.random.Generator, wanted: Wanted
+    image: np.ndarray, label: np.ndarray, size: tuple[int, int], draws: np.random.Generator, wanted: RareClassTarget
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The published loops, word for word: run the pipeline again until there is enough of the class."""
 
@@ -157,7 +157,7 @@ def test_the_crop_is_drawn_again_until_it_holds_enough_of_the_class() -> None:
     tensors = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
     tried: Counter[str] = Counter()
     for position in range(120):
-        wanted = Wanted(5, 150)
+        wanted = RareClassTarget(5, 150)
         keyed = keyed_generator(1, Stream.SOURCE_CROP, position)
         found = source_crop(*tensors, (24, 32), keyed, wanted=wanted)
         keyed = keyed_generator(1, Stream.SOURCE_CROP, position)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mfm_dist.build import build_train_module
-from mfm_dist.methods.base import Pass, classify
+from mfm_dist.methods.base import ForwardKind, classify
 from mfm_dist.models.preprocessing import normalise
 from tests.unit.test_train_module import block, config_with, inputs_of
 
@@ -24,7 +24,7 @@ def test_logits_are_enlarged_once_and_in_fp32(dtype: torch.dtype) -> None:
     assert small.shape[-1] < image.shape[-1]
     logits = F.interpolate(small.float(), image.shape[-2:], mode="bilinear")
     expected = (F.cross_entropy(logits, label.long(), reduction="none") * weight).mean()
-    classified = classify(student, inputs, Pass.SOURCE, image, label, weight)
+    classified = classify(student, inputs, ForwardKind.SOURCE, image, label, weight)
     assert torch.equal(classified.losses["source"].value, expected)
     assert classified.features[-1].dtype == dtype
     assert torch.equal(student(image), logits)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfm_dist.build import build_train_module
-from mfm_dist.methods.base import Pass
+from mfm_dist.methods.base import ForwardKind
 from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
@@ -36,7 +36,7 @@ def test_each_pass_of_each_block_has_a_window_of_its_own() -> None:
     def boxes(number: int) -> list[object]:
         assert isinstance(module.student, HRDASegmentor)
         inputs = inputs_of(module, block(number))
-        return [draw_detail_box(module.student, inputs, which) for which in Pass]
+        return [draw_detail_box(module.student, inputs, kind) for kind in ForwardKind]
 
     drawn = [tuple(boxes(number)) for number in range(8)]
     assert drawn == [tuple(boxes(number)) for number in range(8)]
@@ -51,8 +51,8 @@ def test_the_source_loss_is_fused_and_detail_in_their_shares(weight: float) -> N
     student, batch = module.student, block()
     assert isinstance(student, HRDASegmentor)
     inputs = inputs_of(module, batch)
-    box = draw_detail_box(student, inputs, Pass.SOURCE)
-    seen = student.look(normalise(batch.source_image), box)
+    box = draw_detail_box(student, inputs, ForwardKind.SOURCE)
+    seen = student.forward_crops(normalise(batch.source_image), box)
     label = batch.source_label
     detail = label[:, box.top : box.top + 32, box.left : box.left + 32]
     expected = (1 - weight) * cross_entropy(seen.fused, label) + weight * cross_entropy(seen.detail, detail)
@@ -68,10 +68,12 @@ def test_the_window_weighs_pixels_as_the_crop_does() -> None:
     image, label = normalise(batch.source_image), batch.source_label
     weight = torch.rand(label.shape, generator=torch.Generator().manual_seed(0)) ** 4  # uneven everywhere
     weight[:, :, :40] = 0.0
-    losses = classify_at_two_resolutions(student, inputs, Pass.MIXED, image, label, weight, detail_weight=0.1).losses
-    box = draw_detail_box(student, inputs, Pass.MIXED)
+    losses = classify_at_two_resolutions(
+        student, inputs, ForwardKind.MIXED, image, label, weight, detail_weight=0.1
+    ).losses
+    box = draw_detail_box(student, inputs, ForwardKind.MIXED)
     rows, columns = slice(box.top, box.top + 32), slice(box.left, box.left + 32)
-    seen = student.look(image, box)
+    seen = student.forward_crops(image, box)
     fused = cross_entropy(seen.fused, label, weight)
     detail = cross_entropy(seen.detail, label[:, rows, columns], weight[:, rows, columns])
     assert torch.allclose(losses["mixed"].value, fused)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.errors import ConfigError
-from mfm_dist.methods.base import Pass
-from mfm_dist.methods.gradients import fixed, touched, without_gradient
+from mfm_dist.methods.base import ForwardKind
+from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.mfm import enlarge_mask, hidden_error, keyed_masks, rebuild
@@ -33,7 +33,7 @@ def value_of(module: TrainModule, term: str = "mfm") -> float:
 
 
 def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder() -> None:
-    module = module_with("mfm.rebuild=false", "method.name=source_only")
+    module = module_with("mfm.use_rebuilder=false", "method.name=source_only")
     assert module.rebuilder is None
     value = value_of(module)
     inputs = module.step_inputs(block())
@@ -52,7 +52,7 @@ def test_the_source_is_classified_by_its_labels_without_a_pseudo_weight() -> Non
     value = value_of(module, "mfm_source")
     inputs = module.step_inputs(block())
     features = module.student.encode(inputs.source_image)
-    mask = keyed_masks(inputs, (4, 4), 0.4, Pass.MFM_SOURCE)
+    mask = keyed_masks(inputs, (4, 4), 0.4, ForwardKind.MFM_SOURCE)
     assert not torch.equal(mask, keyed_masks(inputs, (4, 4), 0.4))
     logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
     assert value == pytest.approx(cross_entropy(logits, inputs.source_label).item())
@@ -84,9 +84,9 @@ def test_regression_counts_hidden_places_alone() -> None:
     assert hidden_error(rebuilt, target, torch.zeros_like(mask)).item() == 0.0
 
 
-@pytest.mark.parametrize("rebuilds", ["teacher_features", "student_features", "pixels"])
-def test_what_is_regressed_is_what_was_hidden(rebuilds: str) -> None:
-    module = module_with(f"mfm.rebuilds={rebuilds}", "method.name=source_only")
+@pytest.mark.parametrize("reconstruction", ["teacher_features", "student_features", "pixels"])
+def test_what_is_regressed_is_what_was_hidden(reconstruction: str) -> None:
+    module = module_with(f"mfm.reconstruction={reconstruction}", "method.name=source_only")
     with torch.no_grad():
         for parameter in module.student.parameters():
             parameter.mul_(1.05)  # or the teacher's features would be the student's
@@ -101,15 +101,15 @@ def test_what_is_regressed_is_what_was_hidden(rebuilds: str) -> None:
         "student_features": features,
         "teacher_features": module.teacher.segmentor.encode(image),
         "pixels": [F.pixel_unshuffle(image, 4)],
-    }[rebuilds]
-    maps = targets if rebuilds == "pixels" else features
+    }[reconstruction]
+    maps = targets if reconstruction == "pixels" else features
     rebuilt = module.rebuilder(features[-1], maps, mask)
     errors = [hidden_error(ours, theirs, mask) for ours, theirs in zip(rebuilt, targets, strict=True)]
     assert value == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
 
 
 def test_pixels_are_rebuilt_in_patches_of_the_images_own_order() -> None:
-    module = module_with("mfm.rebuilds=pixels")
+    module = module_with("mfm.reconstruction=pixels")
     assert module.rebuilder is not None
     [projector] = module.rebuilder.projectors
     patches = F.pixel_unshuffle(normalise(block().target_image), 4)
@@ -124,7 +124,7 @@ def gradients(*overrides: str) -> dict[str, Tensor]:
 
 def test_what_the_term_trains_is_a_matter_of_gradients_alone() -> None:
     """Each part learns exactly what it would learn in the whole, or exactly nothing."""
-    both, encoder, decoder = (gradients(f"mfm.trains={part}") for part in ("both", "encoder", "decoder"))
+    both, encoder, decoder = (gradients(f"mfm.trained_parts={part}") for part in ("both", "encoder", "decoder"))
     assert both.keys() == encoder.keys() == decoder.keys()
     for name, gradient in both.items():
         part = name.removeprefix("student.").partition(".")[0]
@@ -138,11 +138,13 @@ def test_what_the_term_trains_is_a_matter_of_gradients_alone() -> None:
 
 
 def test_the_loss_is_the_same_whatever_it_trains() -> None:
-    values = {value_of(module_with(f"mfm.trains={part}")) for part in ("both", "encoder", "decoder")}
+    values = {value_of(module_with(f"mfm.trained_parts={part}")) for part in ("both", "encoder", "decoder")}
     assert len(values) == 1
 
 
-@pytest.mark.parametrize("overrides", [["mfm.trains=encoder"], ["mfm.rebuilds=pixels"], ["method.name=hrda"]])
+@pytest.mark.parametrize(
+    "overrides", [["mfm.trained_parts=encoder"], ["mfm.reconstruction=pixels"], ["method.name=hrda"]]
+)
 def test_reaching_every_parameter_counts_nothing_twice_in_batch_norm(overrides: list[str]) -> None:
     options = ["hrda.attention_options={width: 8}", "data.crop=64"]
     module = module_with(*overrides, *options)
@@ -150,14 +152,14 @@ def test_reaching_every_parameter_counts_nothing_twice_in_batch_norm(overrides: 
     for name, buffer in decoder.named_buffers():
         before.append((name, buffer, buffer.clone()))
     module(block(), 1.0, "mfm")
-    expected = 0 if "mfm.rebuilds=pixels" in overrides else 1
+    expected = 0 if "mfm.reconstruction=pixels" in overrides else 1
     counted = {int(b - a) for name, b, a in before if name.endswith("num_batches_tracked")}
     assert counted == {expected}
 
 
 def test_stopped_gradients_are_zero_and_values_stay() -> None:
     x = torch.randn(3, requires_grad=True)
-    y = without_gradient(x)
+    y = zero_gradient(x)
     assert torch.equal(x, y)
     (y * 2).sum().backward()
     assert x.grad is not None
@@ -166,7 +168,7 @@ def test_stopped_gradients_are_zero_and_values_stay() -> None:
 
 def test_a_fixed_module_passes_gradients_on() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
-    with fixed(layer):
+    with frozen(layer):
         layer(x).sum().backward()
     assert x.grad is not None
     assert x.grad.any()
@@ -178,7 +180,7 @@ def test_touching_gives_zero_gradients_and_leaves_statistics_alone() -> None:
     module = build_train_module(config_with())
     features = [feature.detach() for feature in module.student.encode(normalise(block().target_image))]
     before = [b.clone() for b in module.student.decoder.buffers()]
-    total = touched([module.student.decoder], features)
+    total = zero_loss_through([module.student.decoder], features)
     total.backward()
     assert total.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in module.student.decoder.parameters())
@@ -193,7 +195,7 @@ def test_the_detail_view_classifies_the_window_at_full_resolution() -> None:
     inputs = module.step_inputs(block())
     assert isinstance(module.student, HRDASegmentor)
     assert inputs.pseudo is not None
-    box = draw_detail_box(module.student, inputs, Pass.MFM)
+    box = draw_detail_box(module.student, inputs, ForwardKind.MFM)
     logits = module.student.decode(module.student.encode(box.crop(inputs.target_image)))
     assert value == pytest.approx(cross_entropy(logits, box.crop(inputs.pseudo.label)).item(), rel=1e-5)
 
@@ -210,23 +212,23 @@ def test_both_views_are_the_context_and_a_window_with_draws_of_its_own() -> None
     assert isinstance(student, HRDASegmentor)
     assert inputs.pseudo is not None
     images = {
-        Pass.MFM_SOURCE_DETAIL: (inputs.source_image, inputs.source_label.long()),
-        Pass.MFM_DETAIL: (inputs.target_image, inputs.pseudo.label),
+        ForwardKind.MFM_SOURCE_DETAIL: (inputs.source_image, inputs.source_label.long()),
+        ForwardKind.MFM_DETAIL: (inputs.target_image, inputs.pseudo.label),
     }
-    masks = {which: keyed_masks(inputs, (4, 4), 0.4, which) for which in Pass if which >= Pass.MFM}
+    masks = {kind: keyed_masks(inputs, (4, 4), 0.4, kind) for kind in ForwardKind if kind >= ForwardKind.MFM}
     assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == 4
-    for which, (image, label) in images.items():
-        box = draw_detail_box(student, inputs, which)
+    for kind, (image, label) in images.items():
+        box = draw_detail_box(student, inputs, kind)
         features = student.encode(box.crop(image))
-        logits = student.decode(rebuild(student, both.rebuilder, features, masks[which]))
-        assert value_of(both, which.label) == pytest.approx(cross_entropy(logits, box.crop(label)).item(), rel=1e-5)
+        logits = student.decode(rebuild(student, both.rebuilder, features, masks[kind]))
+        assert value_of(both, kind.label) == pytest.approx(cross_entropy(logits, box.crop(label)).item(), rel=1e-5)
 
 
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"mfm\.rebuild=false leaves nothing"):
-        load_config(None, ["mfm.rebuild=false", "mfm.rebuilds=pixels"])
+        load_config(None, ["mfm.use_rebuilder=false", "mfm.reconstruction=pixels"])
     with pytest.raises(ConfigError, match=r"mfm\.trains=encoder is about the decoder"):
-        load_config(None, ["mfm.trains=encoder", "mfm.rebuilds=student_features"])
+        load_config(None, ["mfm.trained_parts=encoder", "mfm.reconstruction=student_features"])
     with pytest.raises(ConfigError, match="leave some"):
         load_config(
             None, ["self_training.pseudo_weight_ignore_top=300", "self_training.pseudo_weight_ignore_bottom=212"]

@@ -77,7 +77,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_masked_batch_is_the_images_times_their_masks(mode: str, count: int) -> None:
     inputs = inputs_of(count)
-    config = load_config(None, ["mic.augment=false", f"mic.mode={mode}", "mic.block=8"])
+    config = load_config(None, ["mic.augment=false", f"mic.mode={mode}", "mic.mask_block_pixels=8"])
     image, label, weight = masked_batch(inputs, config.mic, config.self_training)
     source, target = chosen_images(count, mode)
     assert len(image) == source + target
@@ -99,7 +99,8 @@ def test_augmentation_comes_before_the_mask_and_leaves_the_batch_alone() -> None
     inputs = inputs_of()
     before = inputs.target_image.clone()
     config = load_config(
-        None, ["mic.block=8", "self_training.jitter_prob=1", "self_training.blur_prob=1", "mic.mask_ratio=0.5"]
+        None,
+        ["mic.mask_block_pixels=8", "self_training.jitter_prob=1", "self_training.blur_prob=1", "mic.mask_ratio=0.5"],
     )
     image, _, _ = masked_batch(inputs, config.mic, config.self_training)
     assert torch.equal(inputs.target_image, before)
@@ -125,8 +126,10 @@ def test_a_threshold_of_its_own_gives_a_weight_of_its_own() -> None:
 
 
 def test_the_weight_scales_every_loss_of_the_masked_pass() -> None:
-    options = ["method.name=mic", "mic.on=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false"]
-    module = build_train_module(config_with(*options, "data.crop=64", "mic.block=16", "mic.loss_weight=0.5"))
+    options = ["method.name=mic", "mic.base_method=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false"]
+    module = build_train_module(
+        config_with(*options, "data.crop=64", "mic.mask_block_pixels=16", "mic.loss_weight=0.5")
+    )
     output = module(block(), 0.0, "masked")
     losses = output.losses
     expected = 0.5 * (0.9 * losses["masked"] + 0.1 * losses["masked_detail"])
@@ -135,7 +138,7 @@ def test_the_weight_scales_every_loss_of_the_masked_pass() -> None:
 
 def test_masked_images_without_a_teacher() -> None:
     """Supervised use: masked labelled images, and nothing else."""
-    config = config_with("method.name=mic", "mic.on=source_only", "mic.mode=separatesrc", "mfm.enabled=false")
+    config = config_with("method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc", "mfm.enabled=false")
     module = build_train_module(config)
     assert module.teacher is None
     assert set(module(block(), 0.0).losses) == {"source", "masked"}
@@ -143,4 +146,4 @@ def test_masked_images_without_a_teacher() -> None:
 
 def test_a_base_that_does_not_exist_is_named() -> None:
     with pytest.raises(ConfigError, match=r"mic\.on: expected one of source_only, dacs, daformer, hrda"):
-        load_config(None, ["mic.on=hrd"])
+        load_config(None, ["mic.base_method=hrd"])

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import build_decoder
-from mfm_dist.models.hrda import HRDASegmentor, at_two_resolutions, fuse
+from mfm_dist.models.hrda import HRDASegmentor, build_hrda_segmentor, fuse
 from mfm_dist.models.segmentor import build_segmentor
-from mfm_dist.models.windows import Box
+from mfm_dist.models.windows import Window
 
 
 def small(decoder: str = "daformer", attention: str = "segformer", window: tuple[int, int] = (64, 64)) -> HRDASegmentor:
@@ -22,7 +22,7 @@ def small(decoder: str = "daformer", attention: str = "segformer", window: tuple
         backbone="test_resnet", decoder=decoder, num_classes=5, backbone_options=stages,
         decoder_options=options[decoder],
     )  # fmt: skip
-    return at_two_resolutions(plain, attention=attention, options=options[attention], num_classes=5, window=window)
+    return build_hrda_segmentor(plain, attention=attention, options=options[attention], num_classes=5, window=window)
 
 
 def doubled(map_: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ def test_the_fusion_is_the_published_one() -> None:
 def test_a_look_is_context_and_detail_put_together(decoder: str, attention: str) -> None:
     model = small(decoder, attention).eval()
     assert model.box_step == {"daformer": 8, "deeplabv2": 16}[decoder]
-    box = Box(model.box_step, 0, 32, 32)
+    box = Window(model.box_step, 0, 32, 32)
     image = torch.randn(2, 3, 64, 64)
-    seen = model.look(image, box)
+    seen = model.forward_crops(image, box)
 
     half = F.interpolate(image, size=(32, 32), mode="bilinear", align_corners=False)
     features = model.encode(half)
@@ -77,7 +77,7 @@ def test_a_look_is_context_and_detail_put_together(decoder: str, attention: str)
 def test_far_from_the_window_the_context_speaks_alone() -> None:
     model = small().eval()
     image = torch.randn(1, 3, 64, 64)
-    seen = model.look(image, Box(0, 0, 32, 32))
+    seen = model.forward_crops(image, Window(0, 0, 32, 32))
     alone = doubled(model.decode(seen.features))
     # One cell of the context beside the window still mixes, by interpolation.
     assert torch.allclose(seen.fused[..., 10:, :], alone[..., 10:, :], atol=1e-6)
@@ -132,4 +132,4 @@ def test_what_does_not_fit_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"data\.crop=64x72.*multiples of 16"):
         small(window=(64, 72))
     with pytest.raises(ConfigError, match=r"hrda\.attention=segfrmer"):
-        at_two_resolutions(small(), attention="segfrmer", options={}, num_classes=5, window=(64, 64))
+        build_hrda_segmentor(small(), attention="segfrmer", options={}, num_classes=5, window=(64, 64))

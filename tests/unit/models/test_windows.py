@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfm_dist.models.windows import Box, average_windows, sliding_boxes
+from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 
 
 def spans(length: int, window: int, step: int) -> list[tuple[int, int]]:
@@ -39,7 +39,7 @@ def test_the_average_is_that_of_all_windows_over_a_place(size: tuple[int, int]) 
 
 
 def test_what_is_cropped_and_pasted_is_the_image_inside_and_zero_outside() -> None:
-    image, box = torch.randn(2, 3, 8, 10), Box(2, 4, 4, 5)
+    image, box = torch.randn(2, 3, 8, 10), Window(2, 4, 4, 5)
     pasted = box.paste(box.crop(image), (8, 10))
     inside = torch.zeros(8, 10, dtype=torch.bool)
     inside[2:6, 4:9] = True
@@ -47,6 +47,6 @@ def test_what_is_cropped_and_pasted_is_the_image_inside_and_zero_outside() -> No
 
 
 def test_a_box_off_the_coarser_grid_is_our_own_mistake() -> None:
-    assert Box(16, 8, 32, 32).scaled_down(8) == Box(2, 1, 4, 4)
+    assert Window(16, 8, 32, 32).scaled_down(8) == Window(2, 1, 4, 4)
     with pytest.raises(AssertionError):
-        Box(4, 8, 32, 32).scaled_down(8)
+        Window(4, 8, 32, 32).scaled_down(8)

@@ -108,7 +108,7 @@ def randomised(segmentor: Segmentor) -> Segmentor:
 
 
 def published(segmentor: Segmentor, mit: dict[str, Tensor], heads: dict[str, tuple[str, dict[str, str]]]) -> dict:
-    """A segmenter's weights as the repositories name them; its encoder is made to be ``mit``.
+    """A segmentor's weights as the repositories name them; its encoder is made to be ``mit``.
 
     Args:
         heads: prefix in the file -> part of ours, their names to ours.

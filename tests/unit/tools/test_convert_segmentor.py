@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mfm_dist
 from mfm_dist.inference.segmentor import read_about
-from mfm_dist.models.hrda import at_two_resolutions
+from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.segmentor import build_segmentor
 from tests.unit.tools.published_encoders import (
     DIMS,
@@ -77,7 +77,7 @@ def test_hrda_with_its_scale_attention(
 ) -> None:
     plain = build_segmentor(backbone="mit_b0", decoder="daformer", num_classes=19, decoder_options={"width": 8})
     segmentor = randomised(
-        at_two_resolutions(plain, attention="segformer", options={"width": 6}, num_classes=19, window=(64, 128))
+        build_hrda_segmentor(plain, attention="segformer", options={"width": 6}, num_classes=19, window=(64, 128))
     )
     heads = {
         "decode_head.head.": ("decoder", daformer_names()),

@@ -130,7 +130,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "model.pretrained and model.weights are ignored" in printed
     assert "one image of 32x64" in printed
     found = json.loads(path.read_text())
-    assert found["segmenter"]["flop"] == found["segmenter"]["torch_counter_flop"] == 2 * found["segmenter"]["mac"]
+    assert found["segmentor"]["flop"] == found["segmentor"]["torch_counter_flop"] == 2 * found["segmentor"]["mac"]
     assert found["rebuilder"]["flop"] == found["rebuilder"]["torch_counter_flop"]
     assert found["rebuilder"]["modules"]["blocks"]["parameters"] > 0
     step = found["step"]

@@ -52,8 +52,8 @@ def test_every_row_is_a_configuration_of_its_own(row: Row) -> None:
 def test_mic_on_another_method_is_its_configuration_with_masked_images(base: str) -> None:
     row, plain = ROWS[f"gta2cs/mic_on_{base}"], load_config(Path(f"configs/gta2cs/{base}.yaml"))
     config = load_config(row.config, row.overrides)
-    assert (config.method_label, config.data.crop, config.mic.block) == (f"mic on {base}", (512, 512), None)
-    config.method.name, config.mic.on = base, "hrda"
+    assert (config.method_label, config.data.crop, config.mic.mask_block_pixels) == (f"mic on {base}", (512, 512), None)
+    config.method.name, config.mic.base_method = base, "hrda"
     assert config == plain
 
 
@@ -183,7 +183,7 @@ def test_every_row_builds(row: Row) -> None:
     config.model.weights = None  # what a user has to fetch
     with torch.device("meta"):
         module = build_train_module(config)
-    assert (module.rebuilder is None) == ("mfm.rebuild=false" in row.overrides)
+    assert (module.rebuilder is None) == ("mfm.use_rebuilder=false" in row.overrides)
     assert module.teacher is not None
 
 
