@@ -105,7 +105,8 @@ def _cross_field_problems(config: RunConfig) -> list[str]:
         )
     if not mfm.use_rebuilder and mfm.reconstruction != "classes":
         problems.append(
-            f"mfm.use_rebuilder=false leaves nothing to compare with mfm.reconstruction={mfm.reconstruction}: use classes"
+            f"mfm.use_rebuilder=false leaves nothing to compare with mfm.reconstruction={mfm.reconstruction}: "
+            "choose mfm.reconstruction=classes"
         )
     if mfm.reconstruction != "classes" and mfm.trained_parts != "both":
         problems.append(

@@ -39,7 +39,7 @@ def classify_at_two_resolutions(
     detail = cross_entropy(seen.detail, box.crop(label), None if weight is None else box.crop(weight))
     losses = {
         kind.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
-        f"{which.label}_detail": Loss(detail, detail_weight),
+        f"{kind.label}_detail": Loss(detail, detail_weight),
     }
     return Classified(losses, seen.features)
 

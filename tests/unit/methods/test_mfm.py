@@ -225,9 +225,9 @@ def test_both_views_are_the_context_and_a_window_with_draws_of_its_own() -> None
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mfm\.rebuild=false leaves nothing"):
+    with pytest.raises(ConfigError, match=r"mfm\.use_rebuilder=false leaves nothing"):
         load_config(None, ["mfm.use_rebuilder=false", "mfm.reconstruction=pixels"])
-    with pytest.raises(ConfigError, match=r"mfm\.trains=encoder is about the decoder"):
+    with pytest.raises(ConfigError, match=r"mfm\.trained_parts=encoder is about the decoder"):
         load_config(None, ["mfm.trained_parts=encoder", "mfm.reconstruction=student_features"])
     with pytest.raises(ConfigError, match="leave some"):
         load_config(

@@ -28,7 +28,7 @@ from tests.unit.test_train_module import block, config_with
 def test_the_grid_has_as_many_blocks_as_published(
     size: tuple[int, int], side: int | None, grid: tuple[int, int]
 ) -> None:
-    visible = visible_blocks(size, MICSection(block=side, mask_ratio=0.5), torch.Generator().manual_seed(0))
+    visible = visible_blocks(size, MICSection(mask_block_pixels=side, mask_ratio=0.5), torch.Generator().manual_seed(0))
     kept = torch.rand(grid, generator=torch.Generator().manual_seed(0)) > 0.5
     rows = torch.arange(size[0]) * grid[0] // size[0]
     columns = torch.arange(size[1]) * grid[1] // size[1]
@@ -37,7 +37,7 @@ def test_the_grid_has_as_many_blocks_as_published(
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.0, 1.0), (0.7, 0.3), (1.0, 0.0)])
 def test_blocks_are_hidden_with_the_mask_ratio_each_by_itself(ratio: float, share: float) -> None:
-    settings = MICSection(block=1, mask_ratio=ratio)
+    settings = MICSection(mask_block_pixels=1, mask_ratio=ratio)
     visible = torch.stack([visible_blocks((16, 16), settings, torch.Generator().manual_seed(n)) for n in range(200)])
     assert visible.mean().item() == pytest.approx(share, abs=0.01)
     if 0 < ratio < 1:
@@ -68,7 +68,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
             torch.randint(0, 19, shape, generator=generator), threshold_share * valid, confidence, valid
         ),
         seed=3,
-        block=5,
+        mask_block_pixels=5,
         positions=range(5 * count, 6 * count),
     )
 
@@ -145,5 +145,5 @@ def test_masked_images_without_a_teacher() -> None:
 
 
 def test_a_base_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"mic\.on: expected one of source_only, dacs, daformer, hrda"):
+    with pytest.raises(ConfigError, match=r"mic\.base_method: expected one of source_only, dacs, daformer, hrda"):
         load_config(None, ["mic.base_method=hrd"])
