@@ -157,7 +157,7 @@ class Watchdog:
             (self._heartbeats / _file(self.rank, "json")).write_text(text, encoding="utf-8")
 
     def _others_idle(self) -> float:
-        """Measure the seconds since any other rank moved, by the clock of the file system: those of machines may differ."""
+        """Measure the seconds since another rank moved, by the clock of the file system: machines may differ."""
         clock = self._heartbeats / _file(self.rank, "now")
         moved = [0.0]
         try:
