@@ -12,6 +12,107 @@ from typing import Any, Literal
 
 
 @dataclass(kw_only=True)
+class RunSection:
+    folder: Path = Path("runs/quickstart")
+    """Where everything of this run is written. The same folder again resumes the run."""
+
+
+STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
+
+
+def is_stream(name: str) -> bool:
+    """Whether a shard set is a URL and not a folder."""
+    return name.startswith(STREAM_SCHEMES)
+
+
+@dataclass(kw_only=True)
+class RareClassSection:
+    enabled: bool = False
+    """Draw source images for their rare classes, with replacement. DAFormer, HRDA, MIC: on; plain DACS: off."""
+    temperature: float = 0.01
+    """T: a class is drawn by the softmax of (1 - frequency) / T. DAFormer: 0.01."""
+    min_pixels: int = 3000
+    """An image stands for a class of which it holds more than this many stored pixels. DAFormer: 3000, for labels of
+    2 million pixels; smaller ones need less."""
+    min_crop_ratio: float = 0.5
+    """The crop should hold more than this share of `min_pixels` of that class; it is drawn again up to 10 times.
+    DAFormer: 0.5 for crops of 512 x 512; HRDA, MIC: 2 for 1024 x 1024."""
+
+
+@dataclass(kw_only=True)
+class DataSection:
+    root: Path = Path("data/scenes")
+    """Folder that holds the shard sets named below."""
+    source: str = "game_train"
+    """Shard set with labels that the student is supervised on."""
+    target: str = "camera_train"
+    """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
+    validation: str = "camera_val"
+    """Labelled shard set that evaluation scores."""
+    crop: tuple[int, int] = (512, 512)
+    """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
+    workers: int = 2
+    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
+    bad_sample_limit: float = 0.001
+    """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
+    render_scenes: bool = False
+    """Render the embedded scenes into `root` at the start if they are not there yet."""
+    decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
+    """What decodes JPEG. simplejpeg has to be installed."""
+    source_resize: tuple[int, int] | None = None
+    """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
+    720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
+    target_resize: tuple[int, int] | None = None
+    """The same for target images. UDA: 512x1024 for Cityscapes."""
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
+    target_margins: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
+    for Cityscapes at 1024x2048: [30, 240, 30, 30]; DAFormer at 512x1024: [15, 120, 0, 0]."""
+    rare_class_sampling: RareClassSection = field(default_factory=RareClassSection)
+    lanes: int = 0
+    """Read each epoch in this many sequential parts, for data on slow or remote disks; a multiple of every number of
+    processes that shall see the same order. 0: all of it in random order."""
+    lane_window: int = 1000
+    """Samples of a lane that are shuffled among themselves."""
+    scratch: Path | None = None
+    """Folder on a disk of each node to copy shards to before they are read. With `lanes` they are copied when their
+    turn comes, else before the training begins."""
+    scratch_gib: float = 0.0
+    """Size that `scratch` may grow to; shards that were not used for longest make room. 0: no limit."""
+    stream_samples: int = 0
+    """Samples of `source` or `target` where it is a URL (pipe:, s3:, hf:, http:); `bad_sample_limit` is a share."""
+
+
+@dataclass(kw_only=True)
+class ScenesSection:
+    train: int = 600
+    """Training images per domain."""
+    val: int = 100
+    """Validation images per domain."""
+    size: tuple[int, int] = (256, 512)
+    """Image (height, width) in pixels."""
+    seed: int = 0
+    """Seed of the streets, apart from the seed of the run: several runs share one data set."""
+
+
+@dataclass(kw_only=True)
+class ModelSection:
+    backbone: str = "mit_b5"
+    """`mit_b0` ... `mit_b5`, or any timm model that supports `features_only`. UDA: MiT-B5 or ResNet-101."""
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to timm, e.g. `{output_stride: 8, out_indices: [1, 2, 3, 4]}`."""
+    pretrained: bool = False
+    """Start from timm's ImageNet weights (downloaded by timm)."""
+    weights: Path | None = None
+    """Start from encoder weights in a local file (safetensors or torch) instead."""
+    decoder: str = "daformer"
+    """A file of mfm_dist/models/decoders."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the decoder, e.g. `{width: 256}` or `{dilations: [6, 12]}`."""
+
+
+@dataclass(kw_only=True)
 class MethodSection:
     name: str = "dacs"
     """A file of mfm_dist/methods: source_only, oracle, dacs, daformer, hrda, mic."""
@@ -125,113 +226,6 @@ class RebuilderSection:
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
 
 
-Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
-"""Those of Accelerate."""
-ClassSet = Literal["synthia16", "synthia13"]
-"""Those of ``classes.CLASS_SETS``."""
-
-
-STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
-
-
-def is_stream(name: str) -> bool:
-    """Whether a shard set is a URL and not a folder."""
-    return name.startswith(STREAM_SCHEMES)
-
-
-@dataclass(kw_only=True)
-class RunSection:
-    folder: Path = Path("runs/quickstart")
-    """Where everything of this run is written. The same folder again resumes the run."""
-
-
-@dataclass(kw_only=True)
-class RareClassSection:
-    enabled: bool = False
-    """Draw source images for their rare classes, with replacement. DAFormer, HRDA, MIC: on; plain DACS: off."""
-    temperature: float = 0.01
-    """T: a class is drawn by the softmax of (1 - frequency) / T. DAFormer: 0.01."""
-    min_pixels: int = 3000
-    """An image stands for a class of which it holds more than this many stored pixels. DAFormer: 3000, for labels of
-    2 million pixels; smaller ones need less."""
-    min_crop_ratio: float = 0.5
-    """The crop should hold more than this share of `min_pixels` of that class; it is drawn again up to 10 times.
-    DAFormer: 0.5 for crops of 512 x 512; HRDA, MIC: 2 for 1024 x 1024."""
-
-
-@dataclass(kw_only=True)
-class DataSection:
-    root: Path = Path("data/scenes")
-    """Folder that holds the shard sets named below."""
-    source: str = "game_train"
-    """Shard set with labels that the student is supervised on."""
-    target: str = "camera_train"
-    """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
-    validation: str = "camera_val"
-    """Labelled shard set that evaluation scores."""
-    crop: tuple[int, int] = (512, 512)
-    """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
-    workers: int = 2
-    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
-    bad_sample_limit: float = 0.001
-    """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
-    render_scenes: bool = False
-    """Render the embedded scenes into `root` at the start if they are not there yet."""
-    decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
-    """What decodes JPEG. simplejpeg has to be installed."""
-    source_resize: tuple[int, int] | None = None
-    """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
-    720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
-    target_resize: tuple[int, int] | None = None
-    """The same for target images. UDA: 512x1024 for Cityscapes."""
-    scale_range: tuple[float, float] = (1.0, 1.0)
-    """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
-    target_margins: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
-    for Cityscapes at 1024x2048: [30, 240, 30, 30]; DAFormer at 512x1024: [15, 120, 0, 0]."""
-    rare_class_sampling: RareClassSection = field(default_factory=RareClassSection)
-    lanes: int = 0
-    """Read each epoch in this many sequential parts, for data on slow or remote disks; a multiple of every number of
-    processes that shall see the same order. 0: all of it in random order."""
-    lane_window: int = 1000
-    """Samples of a lane that are shuffled among themselves."""
-    scratch: Path | None = None
-    """Folder on a disk of each node to copy shards to before they are read. With `lanes` they are copied when their
-    turn comes, else before the training begins."""
-    scratch_gib: float = 0.0
-    """Size that `scratch` may grow to; shards that were not used for longest make room. 0: no limit."""
-    stream_samples: int = 0
-    """Samples of `source` or `target` where it is a URL (pipe:, s3:, hf:, http:); `bad_sample_limit` is a share."""
-
-
-@dataclass(kw_only=True)
-class ScenesSection:
-    train: int = 600
-    """Training images per domain."""
-    val: int = 100
-    """Validation images per domain."""
-    size: tuple[int, int] = (256, 512)
-    """Image (height, width) in pixels."""
-    seed: int = 0
-    """Seed of the streets, apart from the seed of the run: several runs share one data set."""
-
-
-@dataclass(kw_only=True)
-class ModelSection:
-    backbone: str = "mit_b5"
-    """`mit_b0` ... `mit_b5`, or any timm model that supports `features_only`. UDA: MiT-B5 or ResNet-101."""
-    backbone_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to timm, e.g. `{output_stride: 8, out_indices: [1, 2, 3, 4]}`."""
-    pretrained: bool = False
-    """Start from timm's ImageNet weights (downloaded by timm)."""
-    weights: Path | None = None
-    """Start from encoder weights in a local file (safetensors or torch) instead."""
-    decoder: str = "daformer"
-    """A file of mfm_dist/models/decoders."""
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to the decoder, e.g. `{width: 256}` or `{dilations: [6, 12]}`."""
-
-
 @dataclass(kw_only=True)
 class OptimSection:
     name: Literal["adamw", "sgd"] = "adamw"
@@ -279,21 +273,6 @@ class TrainSection:
 
 
 @dataclass(kw_only=True)
-class DebugSection:
-    check_gradients: bool = False
-    """Stop at a trainable parameter that a backward did not reach, by name."""
-    audit_every: int = 1000
-    """Steps between comparisons of what several ranks hold, bit by bit; 0: never."""
-
-
-@dataclass(kw_only=True)
-class WatchdogSection:
-    seconds: float = 300.0
-    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
-    at the start, while the networks are compiled and while a checkpoint is waited for."""
-
-
-@dataclass(kw_only=True)
 class MemorySection:
     lean: bool = False
     """Run backward after each loss term instead of once for their sum: one term's activations are held at a time."""
@@ -301,6 +280,14 @@ class MemorySection:
     """Hold only the inputs of the encoder's blocks and compute the rest again in the backward pass. Costs time."""
     offload_optimizer: bool = False
     """Keep the optimiser's state and its step in main memory instead of the GPU's; under ZeRO 1 to 3. Costs time."""
+
+
+@dataclass(kw_only=True)
+class DebugSection:
+    check_gradients: bool = False
+    """Stop at a trainable parameter that a backward did not reach, by name."""
+    audit_every: int = 1000
+    """Steps between comparisons of what several ranks hold, bit by bit; 0: never."""
 
 
 @dataclass(kw_only=True)
@@ -317,6 +304,13 @@ class RecoverySection:
 
 
 @dataclass(kw_only=True)
+class WatchdogSection:
+    seconds: float = 300.0
+    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
+    at the start, while the networks are compiled and while a checkpoint is waited for."""
+
+
+@dataclass(kw_only=True)
 class CheckpointSection:
     every: int = 2000
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
@@ -324,6 +318,10 @@ class CheckpointSection:
     """Newest checkpoints to keep."""
     background: bool = True
     """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
+
+
+ClassSet = Literal["synthia16", "synthia13"]
+"""Those of ``classes.CLASS_SETS``."""
 
 
 @dataclass(kw_only=True)
@@ -338,6 +336,10 @@ class EvalSection:
     """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
     overlays: int = 4
     """Images to save as overlays (image, label, prediction) at each evaluation."""
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+"""Those of Accelerate."""
 
 
 @dataclass(kw_only=True)
