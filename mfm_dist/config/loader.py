@@ -123,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such configuration file{there}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -139,7 +139,7 @@ def _read_override(override: str, config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     return dict(_nested(key.split("."), value, config))
 

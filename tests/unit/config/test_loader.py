@@ -285,6 +285,11 @@ def test_files_that_are_missing_or_no_mapping(tmp_path: Path) -> None:
     assert "expected sections" in problems_of(path=tmp_path / "there.yaml")[0]
     (tmp_path / "broken.yaml").write_text("train: {steps: 3\n")
     assert "not valid YAML" in problems_of(path=tmp_path / "broken.yaml")[0]
+    (tmp_path / "broken.yaml").write_text("run: {folder: 2024-13-45}\n")
+    assert "not valid YAML: month must be in 1..12" in problems_of(path=tmp_path / "broken.yaml")[0]
+    assert problems_of("run.folder=2024-13-45") == [
+        "override 'run.folder=2024-13-45': '2024-13-45' is not a YAML value; quote it"
+    ]
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
