@@ -108,7 +108,7 @@ class Trainer:
         return EXIT_DONE
 
     def _train(self) -> str | None:
-        """Step by step to the last; the signal that asked to stop before it, if one did."""
+        """Train step by step to the last; return the signal that asked to stop before it, if one did."""
         try:
             config = self.config
             rank, world_size = self.engine.rank, self.engine.world_size
@@ -151,7 +151,7 @@ class Trainer:
         return self.watchdog.phase(name, self.progress.step)
 
     def train_step(self, batches: list[UDABatch]) -> None:
-        """One global batch: this rank's micro-batches, the update, the teacher."""
+        """Train on one global batch: this rank's micro-batches, the update, the teacher."""
         config, progress, module = self.config, self.progress, self.module
         self.engine.set_learning_rates(
             learning_rate_factor(
@@ -213,7 +213,7 @@ class Trainer:
         self.save()
 
     def log(self) -> None:
-        """One line on the steps since the last."""
+        """Log the steps since the last line."""
         with self.phase("log"):
             record = self.step_log.record(self.progress.step)
         if self.engine.is_main:
@@ -248,7 +248,7 @@ class Trainer:
         return scores
 
     def _before_turn(self, turn: int) -> None:
-        """Evaluation goes on in step on all ranks, and ends in the same turn when any was asked to stop."""
+        """Keep all ranks in step, and end the evaluation in the same turn when any was asked to stop."""
         self.watchdog.keep_alive()
         if turn % TURNS_BETWEEN_LOOKS == 0:
             asked = torch.tensor([self.asked_to_stop() is not None], dtype=torch.int32, device=self.engine.device)
@@ -307,7 +307,7 @@ class Trainer:
             self.console.line(problem)
 
     def _next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
-        """This rank's micro-batches of the next step, once every rank has its own.
+        """Take this rank's micro-batches of the next step, once every rank has its own.
 
         One small all-reduce makes every rank take the same turn, also when data fail on one of them.
 
@@ -338,7 +338,7 @@ class Trainer:
         return batches
 
     def _fetch(self, blocks: Iterator[UDABatch]) -> tuple[list[UDABatch], DataError | None]:
-        """This rank's micro-batches of the next step, or why there are none."""
+        """Fetch this rank's micro-batches of the next step, or say why there are none."""
         with self.phase("data"), self.step_log.waiting_for_data():
             try:
                 return [next(blocks) for _ in range(self.engine.accumulation)], None
