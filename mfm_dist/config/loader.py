@@ -219,9 +219,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         return None if value is None else _convert(value, options[0])
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ValueError
+    if origin is Literal and value in get_args(hint):
         return value
     if origin is tuple:
         return _convert_tuple(value, get_args(hint))
