@@ -166,11 +166,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"keys, defaults and meaning:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = f" (default: {QUICKSTART})"
-    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run" + default)
+    files = f"the run; given again, later files win key by key (default: {QUICKSTART})"
+    parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=files)
     parser.add_argument("--check", action="store_true", help="find mistakes without training, then end")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
-    return parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.config = arguments.config or [QUICKSTART]
+    return arguments
 
 
 if __name__ == "__main__":
