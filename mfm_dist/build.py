@@ -22,6 +22,7 @@ from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
+from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.train_module import TrainModule
 
 
@@ -156,6 +157,15 @@ def train_pipeline(
         blocks_per_step=config.blocks_per_step,
         first_block=first_block,
     )
+
+
+def render_scenes(config: RunConfig) -> None:
+    """Render the embedded data set, or what is missing of it, where the configuration asks for that."""
+    if config.data.render_scenes:
+        scenes = config.scenes
+        write_scenes(
+            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+        )
 
 
 def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:

@@ -72,7 +72,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     def step(batches: Sequence[UDABatch]) -> None:
         engine.set_learning_rates(1.0)
         for batch in batches:
-            engine.micro_batch(batch.to(engine.device), weight)
+            engine.forward_backward(batch.to(engine.device), weight)
         if engine.step().applied:
             engine.update_teacher(ema_decay_at(next(updates), config.self_training.ema_decay))
 
@@ -80,7 +80,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
 
     def save(folder: Path, number: int) -> None:
         if folder not in writers:
-            writers[folder] = CheckpointWriter(folder, engine, config, data={}, written=lambda _: None)
+            writers[folder] = CheckpointWriter(folder, engine, config, data_fingerprints={}, written=lambda _: None)
         writers[folder].save(module, Progress(step=number))
 
     return Loop(step, save)

@@ -75,7 +75,7 @@ def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
 
     def step() -> None:
         for batch in batches:
-            engine.micro_batch(batch, config.mfm.loss_weight)
+            engine.forward_backward(batch, config.mfm.loss_weight)
         engine.step()
 
     step()  # makes the optimiser's state

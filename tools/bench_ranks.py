@@ -76,7 +76,7 @@ def count_state(config: RunConfig) -> dict[str, Any] | None:
         batches = [random_batch(config, STEPS * number + i).to(engine.device) for i in range(engine.accumulation)]
         with peak:
             for batch in batches:
-                engine.micro_batch(batch, config.mfm.loss_weight)
+                engine.forward_backward(batch, config.mfm.loss_weight)
         del batches, batch
         found["after backward"] = count.now()
         engine.step()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
-from mfm_dist.config.loader import to_tree
+from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import ConfigError, StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
 _SHARDS = (
@@ -43,10 +43,8 @@ and workers change nothing but speed; rates, weights, crops, the global batch an
 Of the data sets not the name counts but the content."""
 
 
-def find_resumable(
-    folder: Path, report: Callable[[str], None], moving: Callable[[], object] = lambda: None
-) -> Checkpoint | None:
-    """The newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
+def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """Find the newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
 
     Raises:
         StorageError: if there are checkpoints and none is whole. A new run in their place would lose what may still
@@ -58,13 +56,30 @@ def find_resumable(
         damaged.append(line)
         report(line)
 
-    checkpoint = find_latest(folder, note, moving)
+    checkpoint = find_latest(folder, note)
     if checkpoint is None and damaged:
         raise StorageError(
             f"no checkpoint in {folder} is whole ({len(damaged)} damaged, see above), and nothing was started: put a "
             f"copy of one back, or choose another run.folder, or remove {folder} to start over from step 0"
         )
     return checkpoint
+
+
+def check_resumable(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    data_fingerprints: Mapping[str, str],
+    report: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Report what changed since a checkpoint was written.
+
+    Raises:
+        ConfigError: if the run cannot go on from it, with every reason.
+    """
+    for line in changed_keys(checkpoint.config, config):
+        report(f"  changed since: {line}")
+    if problems := resume_problems(checkpoint, config, data_fingerprints):
+        raise ConfigError(problems)
 
 
 FINGERPRINT_MISMATCH = {
@@ -80,7 +95,7 @@ def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints
     """Why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
-        rests_on: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
+        data_fingerprints: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
     """
     path, problems = checkpoint.path, []
     for key, reason in IMMUTABLE_KEYS.items():

@@ -49,23 +49,20 @@ class CheckpointWriter:
         engine: Engine,
         config: RunConfig,
         *,
-        data: Mapping[str, str],
+        data_fingerprints: Mapping[str, str],
         written: Callable[[Saved], None],
-        moving: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
             folder: where checkpoints go.
-            data: fingerprints of the training data.
+            data_fingerprints: of what the run has to find again when it goes on.
             written: told on rank 0, in the thread that trains, about every checkpoint that is on disk.
-            moving: called again and again while it writes, in whichever thread.
         """
         self.folder = folder
         self.engine = engine
         self.config = config
-        self.data = data
+        self.data_fingerprints = data_fingerprints
         self._written = written
-        self._moving = moving
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
         self._problem: str | None = None
@@ -129,9 +126,9 @@ class CheckpointWriter:
                 files,
                 progress=progress,
                 config=to_tree(self.config),
-                data=self.data,
+                data=self.data_fingerprints,
+                world_size=self.engine.world_size,
                 keep=self.config.checkpoint.keep,
-                moving=self._moving,
             )
         except (OSError, SafetensorError) as error:
             raise StorageError(

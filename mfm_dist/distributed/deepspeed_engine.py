@@ -37,13 +37,13 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
         self._check_gradients()
 
-    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         if self.config.memory.lean and self._pending == 0:
             # One exchange of gradients for all backwards of the step. Without it every backward would exchange, and
             # ZeRO-3 would silently add to an old gradient where a later one is the first to touch a parameter.
             self._exchange.enter_context(self._wrapped.coalesce_grad_reduction())  # type: ignore[operator]
         try:
-            losses = super().micro_batch(batch, mfm_weight)
+            losses = super().forward_backward(batch, mfm_weight)
         except BaseException:
             # Python leaves the block above on the way out, and with gradients to exchange it would wait there for the
             # other ranks, which do not come: the process could not end.

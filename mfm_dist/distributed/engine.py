@@ -65,7 +65,7 @@ class Engine:
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
 
-    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; its gradients are added to those of the step.
 
         With ``memory.lean`` the terms of the loss follow one another, each with a backward of its own, which frees
@@ -164,8 +164,19 @@ class Engine:
             raise own or errors[0]
         return result
 
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` on rank 0 and give all ranks what came out; a user's mistake is raised on all. Collective."""
+        found: Result | None = self.run_collectively(lambda: work() if self.is_main else None)
+        return cast(Result, self.gather_objects(found)[0])
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says of the processes."""
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {"gpus": gpus, "world_size": self.world_size, "device": str(self.device)}
+
     def inference_context(self) -> AbstractContextManager[Any]:
-        """What a forward outside ``micro_batch`` has to run in."""
+        """What a forward outside ``forward_backward`` has to run in."""
         return nullcontext()
 
     def barrier(self) -> None:

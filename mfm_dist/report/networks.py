@@ -46,7 +46,7 @@ def load_networks(run: Run, config: RunConfig) -> Networks:
         if checkpoint is None:
             reason = f"There is no complete checkpoint, so nothing trained can be shown. {' '.join(said)}".strip()
             return replace(networks, absent=reason)
-        load_modules(checkpoint, module, rank=0)
+        load_modules(checkpoint, module)
         # Evaluation's statistics: the mean over ranks rather than those of rank 0.
         load_student(checkpoint, module.student)
     except Exception as error:  # a damaged or foreign folder raises nearly every kind; the page says what

@@ -37,11 +37,11 @@ class BadSamples:
         named = _named_before(run) if engine.is_main else {}
         self.known: dict[Name, BadSample] = engine.gather_objects(named)[0]
 
-    def news(self, samples: Iterable[BadSample]) -> bool:
-        """Whether this rank has one that is not known yet. Not collective."""
+    def has_unseen(self, samples: Iterable[BadSample]) -> bool:
+        """Tell whether this rank has one that is not known yet. Not collective."""
         return any(_name(sample) not in self.known for sample in samples)
 
-    def note(self, samples: Iterable[BadSample], step: int) -> None:
+    def record(self, samples: Iterable[BadSample], step: int) -> None:
         """Name those of all ranks that are new. Collective.
 
         Raises:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import EXIT_DONE, StorageError
 from mfm_dist.storage import JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
@@ -82,10 +82,21 @@ class RunFolder:
         """Everything noted so far, by earlier starts too."""
         return iter(self._events)
 
-    def outcome(self, code: int, reason: str, step: int) -> None:
-        """Say how this start of the run ended."""
-        if self.writes:
-            write_outcome(self.path, code=code, reason=reason, step=step)
+    def end(self, code: int, reason: str, step: int, miou: float | None = None) -> None:
+        """Say how this start of the run ended: in outcome.json, and in the last line for whoever started it.
+
+        Args:
+            step: global batches consumed.
+            miou: the score of the last step in percent, where that was reached and measured.
+        """
+        if not self.writes:
+            return
+        if code == EXIT_DONE:
+            score = None if miou is None else round(miou, 4)
+            print("RESULT " + json.dumps({"run": str(self.path), "step": step, "miou": score}))
+        else:
+            print(f"{reason}; the same command goes on from step {step}")
+        write_outcome(self.path, code=code, reason=reason, step=step)
 
 
 def _environment() -> dict[str, Any]:

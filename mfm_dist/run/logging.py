@@ -19,17 +19,16 @@ from mfm_dist.distributed.engine import Engine
 class StepLog:
     """Collects what every rank knows of its steps, and gives one record of them all."""
 
-    def __init__(self, engine: Engine, *, step: int, images_per_step: int) -> None:
+    def __init__(self, engine: Engine, *, images_per_step: int) -> None:
         """
         Args:
-            step: global batches consumed so far.
             images_per_step: source and target images of a global batch.
         """
         self.engine = engine
         self.images_per_step = images_per_step
         self.grad_norms: Mapping[str, Tensor] = {}
         """Of the last step, by part."""
-        self.begin(step)
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """Forget what was collected, and count from ``step`` and now on."""
@@ -106,13 +105,17 @@ def peak_memory_gib(device: torch.device) -> float:
 class Console:
     """Rank 0's output; on other ranks every call does nothing."""
 
-    def __init__(self, *, enabled: bool, steps: int, start: int) -> None:
+    def __init__(self, *, enabled: bool, steps: int) -> None:
         self.enabled = enabled
         self.steps = steps
-        self.started = (time.perf_counter(), start)
         self.bar: tqdm[Any] | None = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self.begin(0, bar=False)
+
+    def begin(self, step: int, *, bar: bool = True) -> None:
+        """Count from ``step`` and now on."""
+        self.started = (time.perf_counter(), step)
+        if bar and self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
         """One step is done."""

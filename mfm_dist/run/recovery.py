@@ -26,7 +26,7 @@ def ceilings(progress: Progress, settings: RecoverySection) -> Ceilings:
     )
 
 
-def note_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
+def record_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
     """The step that ends with ``progress.step`` was applied."""
     progress.applied += 1
     progress.skipped = 0
@@ -65,7 +65,7 @@ class SkippedSteps:
         self.reason = ""
         """Of the last one."""
 
-    def note(self, result: StepResult, limits: Ceilings, own_losses: Sequence[Tensor], step: int) -> None:
+    def record(self, result: StepResult, limits: Ceilings, own_losses: Sequence[Tensor], step: int) -> None:
         """Say why the step that ends with ``step`` was not applied. Collective.
 
         Args:

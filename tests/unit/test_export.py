@@ -53,7 +53,7 @@ def trained_module(run: Path) -> TrainModule:
     module = build_train_module(load_config(run / "config.yaml"))
     checkpoint = find_latest(run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
-    load_modules(checkpoint, module, rank=0)
+    load_modules(checkpoint, module)
     load_student(checkpoint, module.student)  # BatchNorm: the mean over ranks in the place of rank 0's own
     return module.eval()
 
