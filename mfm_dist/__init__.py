@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> TrainedSegmentor:
-    """The trained segmentor of an export folder, or of a run folder (its newest checkpoint), in eval mode.
+    """Return the trained segmentor of an export folder, or of a run folder (its newest checkpoint), in eval mode.
 
     It is an ``nn.Module`` from normalised images, float [B, 3, H, W], to logits [B, classes, H, W], without the
     Rebuilder. ``model.predict(image)`` takes uint8 RGB [3, H, W] and gives train ids [H, W]; ``model.normalise`` is

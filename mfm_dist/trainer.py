@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import torch
 
@@ -89,17 +89,23 @@ class Trainer:
         self.saved_step = self.audited_step = self.progress.step
 
     def fit(self) -> int:
-        """Train to the end or to a stop signal; both end with a checkpoint. Return the exit code."""
-        config, step = self.config, self.progress.step
-        trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
-        self.console.begin(step)
-        self.step_log.begin(step)
-        try:
-            with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
-                stopped_by = self._train()
-        except UserError as error:
-            error.step = self.progress.step
-            raise
+        """Train to the last step or to a stop signal; both end with a checkpoint. Return the exit code."""
+        rank, world_size = self.engine.rank, self.engine.world_size
+        stopped_by = None
+        with self._running():
+            blocks = iter(train_pipeline(self.config, self.readers, rank, world_size, first_block=self.progress.block))
+            try:
+                if self._evaluation_is_missing():
+                    self.evaluate()
+                while self.progress.step < self.config.train.steps:
+                    self.train_step(self._next_batches(blocks))
+                    self._after_step()
+            except Stopped:
+                stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
+                self.run.event("signal", step=self.progress.step, signal=stopped_by)
+                self.save()
+            with self.phase("save"):
+                self.writer.wait()
         if stopped_by is not None:
             self.run.end(EXIT_STOPPED, f"stopped by {stopped_by}", self.progress.step)
             return EXIT_STOPPED
@@ -107,51 +113,8 @@ class Trainer:
         self.run.end(EXIT_DONE, "done", self.progress.step, miou=self.scores.miou)
         return EXIT_DONE
 
-    def _train(self) -> str | None:
-        """Step by step to the last; the signal that asked to stop before it, if one did."""
-        try:
-            config = self.config
-            rank, world_size = self.engine.rank, self.engine.world_size
-            blocks = iter(train_pipeline(config, self.readers, rank, world_size, first_block=self.progress.block))
-            if self._evaluation_is_missing():
-                self.evaluate()
-            while self.progress.step < config.train.steps:
-                self.train_step(self._next_batches(blocks))
-                self._after_step()
-            with self.phase("save"):
-                self.writer.wait()
-        except Stopped:
-            stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
-            self.run.event("signal", step=self.progress.step, signal=stopped_by)
-            self.save()
-            self.writer.wait()
-            return stopped_by
-        return None
-
-    def _after_step(self) -> None:
-        """Do what is due after a step: go back, log, compare, save, score."""
-        config, step = self.config, self.progress.step
-        last = step == config.train.steps
-        if must_roll_back(self.progress, config.recovery):
-            self.roll_back()
-            return
-        if step % config.log.every == 0 or last:
-            self.log()
-        if config.debug.audit_every and step % config.debug.audit_every == 0:
-            self.audit()
-        # Saved first: a kill during a long evaluation then loses nothing. Not amid steps that are not applied: a
-        # checkpoint that they begin with is no place to go back to.
-        if (step % config.checkpoint.every == 0 and not self.progress.skipped) or last:
-            self.save()
-        if step % config.eval.every == 0 or last:
-            self.evaluate()
-
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Tell the watchdog what this rank is about."""
-        return self.watchdog.phase(name, self.progress.step)
-
     def train_step(self, batches: list[UDABatch]) -> None:
-        """One global batch: this rank's micro-batches, the update, the teacher."""
+        """Train on one global batch: this rank's micro-batches, the update, the teacher."""
         config, progress, module = self.config, self.progress, self.module
         self.engine.set_learning_rates(
             learning_rate_factor(
@@ -184,6 +147,42 @@ class Trainer:
         self.step_log.grad_norms = result.grad_norms
         self.console.advance()
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Open what is written to while training, and close it whatever becomes of the run. Errors get their step."""
+        config, step = self.config, self.progress.step
+        trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
+        self.console.begin(step)
+        self.step_log.begin(step)
+        try:
+            with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
+                yield
+        except UserError as error:
+            error.step = self.progress.step
+            raise
+
+    def _after_step(self) -> None:
+        """Do what is due after a step: go back, log, compare, save, score."""
+        config, step = self.config, self.progress.step
+        last = step == config.train.steps
+        if must_roll_back(self.progress, config.recovery):
+            self.roll_back()
+            return
+        if step % config.log.every == 0 or last:
+            self.log()
+        if config.debug.audit_every and step % config.debug.audit_every == 0:
+            self.audit()
+        # Saved first: a kill during a long evaluation then loses nothing. Not amid steps that are not applied: a
+        # checkpoint that they begin with is no place to go back to.
+        if (step % config.checkpoint.every == 0 and not self.progress.skipped) or last:
+            self.save()
+        if step % config.eval.every == 0 or last:
+            self.evaluate()
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Tell the watchdog what this rank is about."""
+        return self.watchdog.phase(name, self.progress.step)
+
     def roll_back(self) -> None:
         """Go back to the last sound checkpoint, and on from there with the data that comes next. Collective.
 
@@ -213,7 +212,7 @@ class Trainer:
         self.save()
 
     def log(self) -> None:
-        """One line on the steps since the last."""
+        """Log the steps since the last line."""
         with self.phase("log"):
             record = self.step_log.record(self.progress.step)
         if self.engine.is_main:
@@ -248,7 +247,7 @@ class Trainer:
         return scores
 
     def _before_turn(self, turn: int) -> None:
-        """Evaluation goes on in step on all ranks, and ends in the same turn when any was asked to stop."""
+        """Keep all ranks in step, and end the evaluation in the same turn when any was asked to stop."""
         self.watchdog.keep_alive()
         if turn % TURNS_BETWEEN_LOOKS == 0:
             asked = torch.tensor([self.asked_to_stop() is not None], dtype=torch.int32, device=self.engine.device)
@@ -307,7 +306,7 @@ class Trainer:
             self.console.line(problem)
 
     def _next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
-        """This rank's micro-batches of the next step, once every rank has its own.
+        """Take this rank's micro-batches of the next step, once every rank has its own.
 
         One small all-reduce makes every rank take the same turn, also when data fail on one of them.
 
@@ -338,7 +337,7 @@ class Trainer:
         return batches
 
     def _fetch(self, blocks: Iterator[UDABatch]) -> tuple[list[UDABatch], DataError | None]:
-        """This rank's micro-batches of the next step, or why there are none."""
+        """Fetch this rank's micro-batches of the next step, or say why there are none."""
         with self.phase("data"), self.step_log.waiting_for_data():
             try:
                 return [next(blocks) for _ in range(self.engine.accumulation)], None

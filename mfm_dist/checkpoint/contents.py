@@ -19,13 +19,13 @@ PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
 
 
 def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
+    """Return everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
 
     Training may go on as soon as this returns: no tensor of it is shared with the module or the optimiser.
     """
 
     def keep(tensor: Tensor) -> Tensor:
-        """A copy where it is written, even of what lies on the CPU already; elsewhere nothing, as soon as possible."""
+        """Copy a tensor where it is written, also one that is on the CPU already; elsewhere drop it at once."""
         if not engine.is_main:
             return torch.empty(0)
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -49,7 +49,7 @@ def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]
 
 
 def parts(module: TrainModule) -> dict[nn.Module, str]:
-    """The modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
+    """Return the modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
     named: dict[nn.Module, str] = {module.student: "student"}
     if module.teacher is not None:
         named[module.teacher.segmentor] = "teacher.segmentor"

@@ -45,7 +45,7 @@ class Checkpoint:
     """Processes that wrote it."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one file, e.g. ``student``; empty if the run had no such part."""
+        """Read the tensors of one file, e.g. ``student``; empty if the run had no such part."""
         path = self.path / f"{name}.safetensors"
         return load_file(path) if path.exists() else {}
 
@@ -55,7 +55,7 @@ class DamagedError(Exception):
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The final name of a checkpoint in ``folder``."""
+    """Return the final name of a checkpoint in ``folder``."""
     return folder / f"step_{step:08d}"
 
 
@@ -99,12 +99,12 @@ def write_checkpoint(
 
 
 def find_latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest complete checkpoint of ``folder``, or None. A damaged one is reported and the one before it tried."""
+    """Find the newest complete checkpoint of ``folder``, or None; report damaged ones and try those before."""
     return next(_complete(folder, report), None)
 
 
 def find_sound(folder: Path, before: int | None, report: Callable[[str], None]) -> Checkpoint | None:
-    """Where a run can go back to: the newest complete checkpoint that was not saved amid steps not applied; or None.
+    """Find where a run can go back to: the newest complete checkpoint not saved amid steps not applied; or None.
 
     Args:
         before: look for one of an earlier step than this; the earliest there is where none is early enough.
@@ -121,7 +121,7 @@ def _complete(
     report: Callable[[str], None],
     wanted: Callable[[Checkpoint], bool] = lambda _: True,
 ) -> Iterator[Checkpoint]:
-    """Complete checkpoints from the newest to the oldest; damaged ones are reported."""
+    """Read complete checkpoints from the newest to the oldest; report damaged ones."""
     for path in reversed(_folders(folder)):
         try:
             checkpoint = read_checkpoint(path)
@@ -164,7 +164,7 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
 
 
 def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
-    """The parts of ``state.json``, checked by value: a checksum in the same folder does not vouch for them."""
+    """Read ``state.json``, each part checked by value: a checksum in the same folder does not vouch for them."""
     if state.get("format") != FORMAT:
         raise DamagedError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
     counts, config, data, world_size = (state[key] for key in ("progress", "config", "data", "world_size"))
@@ -214,7 +214,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """What may be a checkpoint, from the oldest to the newest.
+    """List what may be a checkpoint, from the oldest to the newest.
 
     One moved aside counts too, before the one of its name: a kill may have come before that one was in place.
     """

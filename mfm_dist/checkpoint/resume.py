@@ -92,7 +92,7 @@ FINGERPRINT_MISMATCH = {
 
 
 def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints: Mapping[str, str]) -> list[str]:
-    """Why the run cannot go on from ``checkpoint``, each with the way out.
+    """List why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
         data_fingerprints: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
@@ -118,7 +118,7 @@ def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints
 
 
 def _unused(key: str, config: RunConfig) -> bool:
-    """Whether a setting has no effect on this run."""
+    """Tell whether a setting has no effect on this run."""
     if key.startswith("rebuilder.") or key in ("mfm.use_rebuilder", "mfm.reconstruction"):
         return not config.mfm.enabled
     return (key == "mic.base_method" and config.method.name != "mic") or (
@@ -127,7 +127,7 @@ def _unused(key: str, config: RunConfig) -> bool:
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None where there is no such section or field."""
+    """Return the value at a dotted key; None where there is no such section or field."""
     section, _, name = key.rpartition(".")
     values = tree.get(section, {}) if section else tree
     return values.get(name) if isinstance(values, Mapping) else None

@@ -82,13 +82,13 @@ class CheckpointWriter:
             self.wait()
 
     def failed(self) -> bool:
-        """Whether a write has ended badly by now. Does not wait, and only rank 0 knows; ``wait`` then tells all."""
+        """Tell whether a write has failed by now, without waiting. Only rank 0 knows; ``wait`` then tells all."""
         if self._pending is not None and self._pending.done():
             self._finish()
         return self._problem is not None
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Collective.
+        """Wait until what was begun is on disk. Collective.
 
         Raises:
             StorageError: on every rank, if the disk is full or not writable. Nothing half is left under a final name.
@@ -118,7 +118,7 @@ class CheckpointWriter:
     def _write(
         self, files: Mapping[str, Mapping[str, Tensor]], progress: Progress, began: float, collected: float
     ) -> Saved:
-        """The part that may run beside training: it sees copies only."""
+        """Write; this may run beside training, for it sees copies only."""
         path = step_folder(self.folder, progress.step)
         try:
             write_checkpoint(

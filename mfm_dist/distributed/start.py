@@ -105,7 +105,7 @@ BUCKET = 50_000_000
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
-    """The whole of DeepSpeed's configuration: stage and speed from the launcher, everything mathematical from the run.
+    """Write DeepSpeed's whole configuration: stage and speed from the launcher, everything mathematical from the run.
 
     Clipping is the engine's own, so DeepSpeed's is off; left out, it would clip at 1.0 (0.19.8).
     """

@@ -64,12 +64,12 @@ class BadSamples:
 
 
 def _name(sample: BadSample) -> Name:
-    """The same for all that is said of one sample, and for each thing lost in a shard whose key is not known."""
+    """Return one name for all that is said of one sample, and for each thing lost in a shard whose key is not known."""
     return sample.shard, sample.key or sample.reason
 
 
 def _named_before(run: RunFolder) -> dict[Name, BadSample]:
-    """Samples that the run's events name since it was last stopped for them."""
+    """Collect the samples that the run's events name since it was last stopped for them."""
     named: dict[Name, BadSample] = {}
     for event in run.events():
         if event.get("event") == TOO_MANY:

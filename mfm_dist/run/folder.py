@@ -70,7 +70,7 @@ class RunFolder:
                 path.unlink()
 
     def evaluation(self, step: int) -> Path:
-        """The JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
+        """Return the JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
         return self.path / "eval" / f"step_{step:08d}.json"
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
@@ -79,7 +79,7 @@ class RunFolder:
             self._events.append({"step": step, "event": kind, **details})
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Everything noted so far, by earlier starts too."""
+        """Read everything noted so far, by earlier starts too."""
         return iter(self._events)
 
     def end(self, code: int, reason: str, step: int, miou: float | None = None) -> None:
@@ -110,7 +110,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """Git revision of the code, with a plus sign where files differ from it; None outside a clone."""
+    """Ask git for the revision of the code, with a plus sign where files differ from it; None outside a clone."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -144,6 +144,6 @@ def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
 
 
 def slurm_job_tag() -> dict[str, str]:
-    """Which Slurm job says it, if any: one that is refused the folder of another leaves its word there too."""
+    """Name the Slurm job that says it, if any: one that is refused the folder of another leaves its word there too."""
     job = os.environ.get("SLURM_JOB_ID")
     return {"job": job} if job else {}

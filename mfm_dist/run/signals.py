@@ -66,7 +66,7 @@ class StopRequested:
             self._leave(self.name)
 
     def training_begins(self) -> None:
-        """From here on there is something to lose: whoever trains looks at ``name``, saves and ends."""
+        """Leave signals to whoever trains, who looks at ``name``, saves and ends: now there is something to lose."""
         with self._lock:
             self.training = True
 
@@ -137,7 +137,7 @@ def _on_death_of_parent(number: signal.Signals) -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether a process that a launcher started now belongs to whoever adopts orphans."""
+    """Tell whether a process that a launcher started now belongs to whoever adopts orphans."""
     parent = os.getppid()
     name = _read(parent, "comm").strip()
     return name in REAPERS or (parent == 1 and "python" not in _read(parent, "cmdline"))  # in a container it may be 1

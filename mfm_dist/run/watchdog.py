@@ -57,7 +57,7 @@ class Report:
     process: int
 
     def place(self) -> str:
-        """E.g. 'data' of step 12."""
+        """Name the phase and the step, e.g. 'data' of step 12."""
         return f"'{self.phase}' of step {self.step}"
 
 
@@ -157,7 +157,7 @@ class Watchdog:
             (self._heartbeats / _file(self.rank, "json")).write_text(text, encoding="utf-8")
 
     def _others_idle(self) -> float:
-        """Seconds since any other rank moved. By the clock of the file system: those of machines may differ."""
+        """Measure the seconds since another rank moved, by the clock of the file system: machines may differ."""
         clock = self._heartbeats / _file(self.rank, "now")
         moved = [0.0]
         try:
@@ -199,7 +199,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _wait(self, enough: Callable[[Mapping[int, Report]], bool]) -> dict[int, Report]:
-        """The ranks' reports, after the grace or as soon as they are ``enough``."""
+        """Wait for the ranks' reports until after the grace or as soon as they are ``enough``."""
         deadline = time.monotonic() + self._grace
         while True:
             found = read_reports(self._reports, "txt", self._start, self.world_size)
@@ -228,7 +228,7 @@ def watch_run(run: RunFolder, engine: Engine, seconds: float) -> Watchdog:
 
 
 def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict[int, Report]:
-    """The newest report of each rank that wrote one since ``start``."""
+    """Read the newest report of each rank that wrote one since ``start``."""
     found: dict[int, Report] = {}
     for rank in range(world_size):
         with suppress(OSError):
@@ -241,7 +241,7 @@ def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict
 
 
 def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report], world_size: int) -> str:
-    """Who keeps the others waiting, in one sentence.
+    """Say who keeps the others waiting, in one sentence.
 
     Args:
         reports: of the ranks whose watchdog noticed the hang, at least one.

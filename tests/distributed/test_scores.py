@@ -1,4 +1,4 @@
-"""A score does not change by looking at it: started again, on as many processes or not, a run keeps what it measured."""
+"""A score does not change by looking at it: started again, on any number of processes, a run keeps what it measured."""
 
 from __future__ import annotations
 
