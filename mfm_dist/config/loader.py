@@ -25,8 +25,8 @@ from mfm_dist.errors import ConfigError
 Config = TypeVar("Config")
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``path`` (defaults only if None), apply ``section.key=value`` overrides, check everything.
+def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read files (defaults only if None), later ones win; apply ``section.key=value`` overrides, check everything.
 
     Raises:
         ConfigError: with every unknown key, wrong type, value out of range and contradiction found.
@@ -34,9 +34,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     tree: dict[str, Any] = {}
     origin: dict[str, str] = {}
     problems: list[str] = []
-    if path is not None:
-        tree = read_yaml(path)
-        origin = {key: str(path) for key in _leaf_paths(tree)}
+    for file in [path] if isinstance(path, Path) else path or ():
+        for key, value in flatten(read_yaml(file)).items():
+            problems.extend(_put(tree, key.split("."), value, key))
+            origin[key] = str(file)
     for override in overrides:
         key, found, text = override.partition("=")
         if not found or not key:
