@@ -31,7 +31,7 @@ DOORS = {
     "fvcore": ("tools/",),
     "jinja2": ("mfm_dist/report/",),
     "matplotlib": ("mfm_dist/report/",),
-    "torch.distributed": ("mfm_dist/distributed/", "tools/raw_loops.py"),
+    "torch.distributed": ("mfm_dist/distributed/", "mfm_dist/cluster/preflight.py", "tools/raw_loops.py"),
 }
 """Library -> the only places that may import it."""
 

@@ -32,7 +32,8 @@ from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EX
 from mfm_dist.run.folder import OUTCOME
 from mfm_dist.storage import JsonLines, write_atomically
 
-QUICKSTART, ATTEMPTS = "configs/quickstart.yaml", "attempts.jsonl"
+QUICKSTART = Path("configs/quickstart.yaml")
+ATTEMPTS = "attempts.jsonl"
 SAME_STEP_FAILURES = 3
 """Failures in a row without a new checkpoint after which a job gives up."""
 SAME_STEP_ATTEMPTS = 10
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("prepare")
     command.add_argument("--job", required=True, help="its number")
     command.add_argument("--restart", action="store_true", help="Slurm has started it before")
-    command.add_argument("--array-task", type=int, help="train with this seed, in a run folder of its own")
+    command.add_argument("--array-task", type=int, dest="seed", help="train with this seed, in a run folder of its own")
     command.add_argument("settings", nargs="*", metavar="FILE.yaml | section.key=value")
     command = commands.add_parser("plan")
     command.add_argument("--nodes", type=int, required=True, help="allocated")
@@ -63,34 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("next_action")
     command.add_argument("--signalled", action="store_true", help="the end of the job was announced")
     command.add_argument("--cancelled", action="store_true", help="the job is being ended from outside")
-    command.add_argument("--lost", default="", help="nodes that do not answer any more, separated by commas")
+    command.add_argument("--lost", type=_nodes, default=[], help="nodes that do not answer, separated by commas")
     command.add_argument("folder", type=Path)
+    given = vars(parser.parse_args(argv))
+    name = given.pop("command")
     try:
-        return _run(parser.parse_args(argv))
+        if name == "has_outcome":
+            return 0 if has_outcome(**given) else 1
+        if name == "next_action":
+            word, code = next_action(**given)
+            print(word)
+            return code
+        printed = [prepare(**given)] if name == "prepare" else plan(**given)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except OSError as error:  # what cannot be noted cannot be counted, and the training could not save either
         print(f"{error}: free some space, then submit the same command again", file=sys.stderr)
         return EXIT_STORAGE
+    print(*printed or ())
+    return 0 if printed else 1
 
 
-def _run(given: argparse.Namespace) -> int:
-    if given.command == "prepare":
-        print(prepare(given.settings, job=given.job, seed=given.array_task, restart=given.restart))
-    elif given.command == "plan":
-        planned = plan(given.folder, nodes=given.nodes, processes=given.processes)
-        if planned is None:
-            return 1
-        print(*planned)
-    elif given.command == "has_outcome":
-        return 0 if has_outcome(given.folder) else 1
-    else:
-        lost = [node for node in given.lost.split(",") if node]
-        word, code = next_action(given.folder, signalled=given.signalled, cancelled=given.cancelled, lost=lost)
-        print(word)
-        return code
-    return 0
+def _nodes(text: str) -> list[str]:
+    return [node for node in text.split(",") if node]
 
 
 def prepare(settings: Sequence[str], *, job: str, seed: int | None, restart: bool) -> Path:
@@ -106,7 +103,7 @@ def prepare(settings: Sequence[str], *, job: str, seed: int | None, restart: boo
     """
     files = [Path(text) for text in settings if "=" not in text and text.endswith((".yaml", ".yml"))]
     overrides = [text for text in settings if Path(text) not in files]
-    config = load_config(files or [Path(QUICKSTART)], overrides)
+    config = load_config(files or [QUICKSTART], overrides)
     if seed is not None:
         config.seed = seed
         config.run.folder = config.run.folder / f"seed_{seed}"
@@ -186,7 +183,8 @@ def next_action(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequenc
     config = load_config(folder / "config.yaml")
     attempt, away = _how_it_ended(config, folder.name, asked=signalled or cancelled, lost=lost)
     *before, _ = JsonLines(folder / ATTEMPTS)
-    attempts, kind, step = [*before, attempt], attempt["kind"], attempt["step"]
+    attempts = [*before, attempt]
+    kind, step = attempt["kind"], attempt["step"]
     _write_attempts(folder, attempts)
     say(folder, f"attempt {len(attempts)} {kind}, saved up to step {step}: {attempt['reason']}")
     if kind == "ended":

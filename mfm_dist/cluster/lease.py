@@ -22,15 +22,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from mfm_dist.errors import EXIT_CONFIG, ConfigError, StorageError
 
 LEASE = "lease.json"
-HEARTBEAT_SECONDS, STALE_SECONDS = 10.0, 100.0
-"""From one to the next; without one, more than the minute for which NFS may show an old time of a file."""
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 100.0
+"""More than the minute for which NFS may show an old time of a file."""
 
 
 def end_without_saving(reason: str) -> None:
@@ -39,7 +40,7 @@ def end_without_saving(reason: str) -> None:
     os._exit(EXIT_CONFIG)
 
 
-class Lease:
+class Lease(AbstractContextManager["Lease"]):
     """A run folder's lease, held from ``take`` to ``release``, which the end of a ``with`` calls."""
 
     def __init__(self, folder: Path, text: str, on_lost: Callable[[str], object]) -> None:
@@ -86,9 +87,6 @@ class Lease:
         except OSError as error:
             raise StorageError(f"run.folder={folder} cannot be written: {error}") from error
         return cls(folder, text, on_lost)
-
-    def __enter__(self) -> Lease:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -40,12 +40,14 @@ from mfm_dist.run.folder import RECORDED_PACKAGES, slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
 
-LOOK_SECONDS, MEET_SECONDS = 20.0, 35.0
-"""For what a process looks at by itself; for all to come and exchange what they saw. Together less than a minute."""
+LOOK_SECONDS = 20.0
+"""For what a process looks at by itself."""
+MEET_SECONDS = 35.0
+"""For all to come and exchange what they saw. Together less than a minute, whatever the nodes do."""
 CLOCK_SECONDS = 2.5
 """Clocks further off make log files and heartbeats misleading; NTP keeps them within milliseconds."""
-STEP, PROBE_BYTES = "step_00000000", 16 << 20
-"""The checkpoint written to each folder, and its size, the least that must be free; also the size of the all-reduce."""
+PROBE_BYTES = 16 << 20
+"""Size of the checkpoint written to each folder, the least that must be free; also of what is all-reduced."""
 NETWORK = "can the nodes reach one another? MFM_NETWORK in slurm/site.env names the interface between them"
 
 Finding = tuple[str | None, str]
@@ -141,7 +143,7 @@ def meet(run: Path, launch: Launch, device: torch.device, store: Any, said: dict
     said["figures"] = f"{len({one['node'] for one in everything})} node(s), {world} process(es) on {device.type}"
     if world > 1 and not found:
         what = f"reading what the first node wrote to run.folder={run}"
-        read = partial(read_checkpoint, run / everything[0]["probe"] / STEP)
+        read = partial(read_checkpoint, run / everything[0]["probe"] / "step_00000000")
         problems = run_checks([(what, read, "it must be on a file system that all nodes share")], LOOK_SECONDS / 2)
         dist.barrier()
         clock = time.time()
@@ -215,9 +217,10 @@ def look_at_gpus(launch: Launch) -> None:
 def write_probe(folder: Path, name: str) -> None:
     """Write a checkpoint, read it, and look for room for one as large as the largest there."""
     tensors = {"student": {"probe": torch.rand(PROBE_BYTES // 4)}}
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder / name / STEP, tensors, progress=Progress(), config={}, data={}, keep=1)
-    read_checkpoint(folder / name / STEP)
+    probe = folder / name / "step_00000000"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, keep=1)
+    read_checkpoint(probe)
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in folder.glob("checkpoints/step_*/")]
     free, needed = shutil.disk_usage(folder).free, max([PROBE_BYTES, *sizes])
     if free < needed:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -141,8 +142,15 @@ def test_a_check_that_fails_or_hangs_does_not_hide_the_others() -> None:
     def fails() -> None:
         raise RuntimeError("connection refused\nin C++")
 
-    checks = [("a disk", wait, "mend it"), ("the network", fails, "try another"), ("a folder", lambda: 7, "free it")]
-    assert preflight.run_checks(checks, 0.2) == [
+    hangs = threading.Event()
+    checks = [
+        ("a disk", hangs.wait, "mend it"),
+        ("the network", fails, "try another"),
+        ("a folder", lambda: 7, "free it"),
+    ]
+    found = preflight.run_checks(checks, 0.2)
+    hangs.set()
+    assert found == [
         "a disk failed (no answer in 0 s, it is very slow or hangs): mend it",
         "the network failed (connection refused in C++): try another",
     ]
