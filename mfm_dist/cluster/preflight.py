@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, figures = [(None, f"no word from the first process ({str(error)[:200]}): {NETWORK}")], ""
     if launch.rank == 0 or not figures:  # else the first process tells the same
         tell(config.run.folder, found, figures, launch)
-    elif found:
-        time.sleep(2)  # the launcher ends all processes when one has ended, and the first has to speak
+    if found and launch.rank > 0:  # the launcher ends all processes when one has ended, and the first has to speak
+        time.sleep(2 if figures else LOOK_SECONDS)
     return EXIT_CONFIG if found else 0
 
 
