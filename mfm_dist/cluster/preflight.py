@@ -101,8 +101,8 @@ def look(config: RunConfig, launch: Launch) -> tuple[list[Finding], str]:
     found: list[Finding] = []
     meeting = partial(meet, config.run.folder, launch, device, store, said)
     apart = run_checks([("the exchange of data", lambda: found.extend(meeting()), NETWORK)], MEET_SECONDS)
-    for folder in (config.run.folder, config.data.scratch or config.run.folder):
-        shutil.rmtree(folder / said["probe"], ignore_errors=True)
+    for folder in {config.run.folder, config.data.scratch or config.run.folder}:  # which may hang, too
+        run_checks([("removal", partial(shutil.rmtree, folder / said["probe"], ignore_errors=True), "")], 1)
     if not apart:
         return found, said["figures"]
     found = [(node, problem) for problem in said["problems"]]

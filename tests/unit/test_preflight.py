@@ -54,7 +54,7 @@ def miscount() -> None:
 
 TROUBLE: dict[str, Callable[[], object]] = {
     "nothing": lambda: None,
-    "slow disk": lambda: setattr(preflight, "write_probe", wait),
+    "slow disk": lambda: (setattr(preflight, "write_probe", wait), setattr(shutil, "rmtree", wait)),
     "hangs": freeze,
     "absent": lambda: os._exit(1),
     "no network": lambda: setattr(preflight, "all_reduce", wait),
@@ -119,6 +119,8 @@ def test_a_node_that_is_unwell_is_told_in_time(
     codes, printed, report = preflight_of_two_nodes(tmp_path, [f"data.root={scenes}"], trouble=trouble)
     assert time.monotonic() - began < 30
     assert codes[0] == 2
+    if trouble == "slow disk":
+        assert codes[1] == 2  # it does not wait for its disk
     assert told in printed
     assert report["nodes"] == nodes
     names_both = trouble in ("other torch", "clock")
