@@ -221,7 +221,8 @@ def write_probe(folder: Path, name: str) -> None:
     probe.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, keep=1)
     read_checkpoint(probe)
-    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in folder.glob("checkpoints/step_*/")]
+    checkpoints = [path for path in folder.glob("checkpoints/step_*") if path.is_dir()]
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints]
     free, needed = shutil.disk_usage(folder).free, max([PROBE_BYTES, *sizes])
     if free < needed:
         raise ValueError(f"{free / 2**30:.2f} GiB are free, {needed / 2**30:.2f} are needed")
