@@ -185,6 +185,32 @@ def test_a_mistake_is_told_at_once(cluster: Cluster, clone: Path, tmp_path: Path
 
 @needs_slurm
 @pytest.mark.slow
+def test_a_job_on_a_finished_run_ends_at_its_first_attempt_and_changes_nothing(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """Also on fewer nodes than trained it."""
+    run, settings = tmp_path / "run", tiny_overrides(scenes, tmp_path / "run")
+    first = Job(cluster, clone, run, *settings, nodes=2, MFM_PREFLIGHT="0")
+    assert first.end() == "COMPLETED", first.told()
+
+    def kept() -> dict[str, bytes]:
+        files = [run / "config.yaml", run / "environment.json", run / "events.jsonl", *run.glob("eval/**/*")]
+        return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+
+    before = kept()
+    assert {"config.yaml", "environment.json", "eval/step_00000004.json"} <= set(before)
+    second = Job(cluster, clone, run, *settings, nodes=1, MFM_PREFLIGHT="0")
+    assert second.end() == "COMPLETED", second.told()
+    assert cluster.job(second.number)["ExitCode"] == "0:0"
+    attempts = [json.loads(line) for line in (second.folder / "attempts.jsonl").read_text().splitlines()]
+    assert [(attempt["kind"], attempt["code"]) for attempt in attempts] == [("ended", 0)], second.told()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["code"], outcome["job"], outcome["step"]) == (0, str(second.number), 4)
+    assert kept() == before
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_of_two_jobs_with_one_run_folder_the_second_refuses(
     cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
 ) -> None:
