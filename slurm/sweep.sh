@@ -1,7 +1,7 @@
 #!/bin/bash
 # Submit one training job a seed, as a job array, and a report of all of them for when they are done.
 #
-#   slurm/sweep.sh SEEDS RUN CONFIG [section.key=value ...]
+#   slurm/sweep.sh SEEDS RUN CONFIG.yaml [CONFIG.yaml ...] [section.key=value ...]
 #   slurm/sweep.sh 0-4 runs/dacs configs/scenes/dacs.yaml mfm.enabled=false
 #
 # SEEDS as sbatch --array takes them: 0-4, 1,3,7, 0-8:2 or 0-9%2 (two at a time). Seed 3 trains in RUN/seed_3.
@@ -13,8 +13,8 @@ if [ $# -lt 3 ]; then
     exit 2
 fi
 cd "$(dirname "$0")/.."
-seeds=$1 run=$2 config=$3
-shift 3
+seeds=$1 run=$2
+shift 2
 # shellcheck source=/dev/null
 if [ -f slurm/site.env ]; then . slurm/site.env; fi
 
@@ -38,6 +38,6 @@ done
 list=$(IFS=, && echo "${!runs[*]}")
 
 # shellcheck disable=SC2086  # several options
-array=$(sbatch --parsable --array="$list$at_once" ${SBATCH_OPTIONS:-} slurm/train_mfm.sh "$config" "$@" "run.folder=$run")
+array=$(sbatch --parsable --array="$list$at_once" ${SBATCH_OPTIONS:-} slurm/train_mfm.sh "$@" "run.folder=$run")
 report=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:${array%;*}" slurm/report.sh "${runs[@]}")
 echo "training: job array $array, one job for each of ${runs[*]}; then the report: job $report"

@@ -1,11 +1,12 @@
 #!/bin/bash
 # Train on a Slurm cluster; preempted, out of time or with a node lost, the job requeues itself and goes on.
 #
-#   sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]       (the quickstart if nothing is said)
+#   sbatch slurm/train_mfm.sh [CONFIG.yaml ...] [section.key=value ...]      (the quickstart if nothing is said)
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml train.global_batch=64
 #
-# Submit it from the repository's folder. What differs between clusters stands in slurm/site.env (a copy of
-# slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest. It takes bash 4.4 or newer.
+# Of several files later ones win. Submit it from the repository's folder. What differs between clusters stands in
+# slurm/site.env (a copy of slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest. It takes
+# bash 4.4 or newer.
 #
 #SBATCH --job-name=mfm
 #SBATCH --requeue
@@ -16,7 +17,7 @@
 
 set -u
 cd "${MFM_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
-usage="submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG] [section.key=value ...]"
+usage="submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG.yaml ...] [section.key=value ...]"
 if [ -z "${SLURM_JOB_ID:-}" ]; then echo "$usage" >&2; exit 2; fi
 # How Slurm's commands call this job. The bare number of an array's last task is that of the whole array.
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -56,24 +57,20 @@ if [ -z "${MFM_PYTHON:-}" ]; then
 fi
 python=("${MFM_PREFIX[@]}" "$MFM_PYTHON")
 
-# ---- what this life of the job starts with ------------------------------------------------------------------------
+# ---- what this start of the job begins with ------------------------------------------------------------------------
 
-prepare() { # [CONFIG] [section.key=value ...]: prints the job's folder
-    local config=configs/quickstart.yaml of=(--job "$SLURM_JOB_ID")
+prepare() { # [CONFIG.yaml ...] [section.key=value ...]: prints the job's folder
+    local of=(--job "$SLURM_JOB_ID")
     if [ ! -f mfm_dist/train.py ]; then echo "$usage" >&2; return 2; fi
     if [ "$restarts" -gt 0 ]; then of+=(--restart); fi
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
-    if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
-        config=$1
-        shift
-    fi
     # Before the other settings, so that those win.
     if [ -n "${MFM_SCRATCH:-}" ]; then set -- "data.scratch=$MFM_SCRATCH" "$@"; fi
-    "${python[@]}" -m mfm_dist.cluster.job prepare "${of[@]}" "$config" "$@"
+    "${python[@]}" -m mfm_dist.cluster.job prepare "${of[@]}" "$@"
 }
 
 restarts=${SLURM_RESTART_COUNT:-0}
-# Where the first life put code and configuration; later ones ask the clone for nothing. With what was submitted, for a
+# Where the first start put code and configuration; a restart asks the clone for nothing. With what was submitted, for a
 # number that comes again on another cluster.
 note=runs/.jobs/${SLURM_CLUSTER_NAME:-slurm}-$SLURM_JOB_ID
 submitted=$(printf '%q ' "$@")
@@ -167,7 +164,7 @@ requeue() { # [NODES to stay away from]
 # ---- attempts, until it is done or not worth another ----------------------------------------------------------------
 
 starts=$((restarts * 100))
-say "job $me, life $((restarts + 1)), on ${nodes[*]}: $JOB"
+say "job $me, restarted $restarts time(s), on ${nodes[*]}: $JOB"
 while true; do
     planned=$(job plan --nodes "${#nodes[@]}" --processes "$processes" "$JOB") || exit
     read -r used each <<<"$planned"
@@ -182,13 +179,13 @@ while true; do
     fi
     if [ -n "$well" ] && [ -z "$signalled$cancelled" ]; then run_on_all_nodes mfm_dist.train; fi
     lost=
-    if ! job answered "$JOB"; then lost=$(lost_nodes); fi
+    if ! job has_outcome "$JOB"; then lost=$(lost_nodes); fi
     # shellcheck disable=SC2086  # each is one word or none
-    decision=$(job verdict $signalled $cancelled --lost "$lost" "$JOB")
+    action=$(job next_action $signalled $cancelled --lost "$lost" "$JOB")
     code=$?
-    case $decision in
+    case $action in
         again) ;;
-        requeue*) read -r _ away <<<"$decision" && requeue "$away" ;;
+        requeue*) read -r _ away <<<"$action" && requeue "$away" ;;
         *) exit "$code" ;;
     esac
 done

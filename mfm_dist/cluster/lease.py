@@ -17,11 +17,12 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ STALE_SECONDS = 100.0
 
 
 def end_without_saving(reason: str) -> None:
-    """Nothing is saved: whoever has the folder now goes on from the last checkpoint."""
+    """End this process at once: whoever has the folder now goes on from the last checkpoint."""
     os.write(sys.stderr.fileno(), f"{reason}\n".encode())
     os._exit(EXIT_CONFIG)
 
 
-class Lease:
+class Lease(AbstractContextManager["Lease"]):
     """A run folder's lease, held from ``take`` to ``release``, which the end of a ``with`` calls."""
 
     def __init__(self, folder: Path, text: str, on_lost: Callable[[str], object]) -> None:
@@ -75,8 +76,7 @@ class Lease:
             "began": _process_start_time(os.getpid()),
             "token": uuid.uuid4().hex,
         }
-        text = json.dumps(owner) + "\n"
-        path = folder / LEASE
+        path, text = folder / LEASE, json.dumps(owner) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _wait_until_free(path, owner, say)
@@ -87,9 +87,6 @@ class Lease:
         except OSError as error:
             raise StorageError(f"run.folder={folder} cannot be written: {error}") from error
         return cls(folder, text, on_lost)
-
-    def __enter__(self) -> Lease:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -117,26 +114,23 @@ class Lease:
 
 
 def _wait_until_free(path: Path, owner: Mapping[str, Any], say: Callable[[str], object]) -> None:
-    """Return when there is no lease any more; removes one that nobody keeps."""
-    patience = time.monotonic() + STALE_SECONDS
-    first, told = _heartbeat(path), False
-    while first is not None:
-        holder = _read(path)
-        same_job = owner["job"] is not None and holder.get("job") == owner["job"]
-        gone = _is_gone(holder, owner["place"])
-        if same_job or gone or time.monotonic() > patience or _age(path) > STALE_SECONDS:
-            path.unlink(missing_ok=True)
-            say(f"taking over {path.parent} from {_describe(holder)}")
-            return
-        now = _heartbeat(path)
-        if now is None:
-            return
-        if now != first or gone is False:
-            raise _in_use(path, holder)
-        if not told:
-            say(f"waiting up to {STALE_SECONDS:.0f} s to see whether {_describe(holder)} still holds {path.parent}")
-            told = True
-        time.sleep(0.5)
+    """Return when there is no lease any more; remove one that nobody keeps."""
+    patience, first = time.monotonic() + STALE_SECONDS, None
+    with suppress(FileNotFoundError):
+        while True:
+            holder, heartbeat = _read(path), path.stat().st_mtime_ns
+            gone = _is_gone(holder, owner["place"])
+            same_job = owner["job"] is not None and holder.get("job") == owner["job"]
+            if same_job or gone or time.monotonic() > patience or _age(path) > STALE_SECONDS:
+                path.unlink()
+                say(f"taking over {path.parent} from {_describe(holder)}")
+                return
+            if gone is False or heartbeat != (first or heartbeat):
+                raise _in_use(path, holder)
+            if first is None:
+                say(f"waiting up to {STALE_SECONDS:.0f} s to see whether {_describe(holder)} still holds {path.parent}")
+            first = heartbeat
+            time.sleep(0.5)
 
 
 def _in_use(path: Path, holder: Mapping[str, Any]) -> ConfigError:
@@ -154,7 +148,7 @@ def _describe(holder: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Whose lease it is; empty where that cannot be read."""
+    """Return whose lease it is; empty where that cannot be read."""
     with suppress(OSError, ValueError):
         holder = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(holder, dict):
@@ -162,27 +156,14 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _heartbeat(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
 def _age(path: Path) -> float:
-    """Seconds since the last heartbeat, by the clock of the file system."""
-    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-    finally:
-        probe.unlink(missing_ok=True)
+    """Return the seconds since the last heartbeat, by the clock of the file system."""
+    with tempfile.TemporaryFile(dir=path.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
 
 
 def _is_gone(holder: Mapping[str, Any], place: str | None) -> bool | None:
-    """Whether a holder's process has ended; None where that cannot be known, and its heartbeat has to tell."""
+    """Tell whether a holder's process has ended; None where that cannot be known, and its heartbeat has to tell."""
     process = holder.get("process")
     if place is None or holder.get("place") != place or not isinstance(process, int):
         return None
@@ -196,7 +177,7 @@ def _is_gone(holder: Mapping[str, Any], place: str | None) -> bool | None:
 
 
 def _pid_namespace() -> str | None:
-    """Where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
+    """Return where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
     with suppress(OSError):
         if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -205,7 +186,7 @@ def _pid_namespace() -> str | None:
 
 
 def _process_start_time(process: int) -> int | None:
-    """When a process began, in ticks since the machine did; None if it has ended, also if nobody has taken note yet."""
+    """Return when a process began, in ticks since the machine did; None if it has ended, also as a zombie."""
     with suppress(OSError):
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         fields = stat.rpartition(")")[2].split()  # from the third on; the second is its name

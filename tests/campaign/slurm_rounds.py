@@ -167,7 +167,7 @@ def node(job: Round) -> None:
     job.somewhere()
     victim = job.draw.choice(job.cluster.nodes)
     job.disturb(f"{victim} killed", lambda: job.cluster.kill_node(victim))
-    job.wait_for(lambda: job.state()["JobState"] in {"RUNNING", *ENDED}, "the next life")
+    job.wait_for(lambda: job.state()["JobState"] in {"RUNNING", *ENDED}, "the restart")
     job.finish()
     job.cluster.start_node(victim)
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -58,12 +58,12 @@ class Job:
         run: Path,
         *overrides: str,
         nodes: int = 2,
-        config: Path = REPOSITORY / "tests" / "defaults.yaml",
+        configs: Sequence[Path] = (REPOSITORY / "tests" / "defaults.yaml",),
         **environment: str,
     ) -> None:
         self.cluster, self.run = cluster, run
         options = [f"--nodes={nodes}", f"--output={run}-%j.out"]
-        self.number = cluster.submit(*options, SCRIPT, str(config), *overrides, cwd=clone, **environment)
+        self.number = cluster.submit(*options, SCRIPT, *map(str, configs), *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
@@ -102,14 +102,18 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert "preflight: all well, 2 node(s), 2 process(es) on cpu" in undisturbed.told()
 
     # As Slurm warns the script ahead of the time limit.
-    config = tmp_path / "mine.yaml"
-    config.write_text(f"train: {{steps: {STEPS}}}")
-    job = Job(cluster, clone, tmp_path / "run", *overrides("run"), config=config, MFM_PREFLIGHT="0")
+    configs = [tmp_path / "mine.yaml", tmp_path / "more.yml"]
+    configs[0].write_text("train: {steps: 7}\ncheckpoint: {every: 100}")
+    configs[1].write_text(f"train: {{steps: {STEPS}}}")
+    settings = tiny_overrides(scenes, tmp_path / "run")
+    settings = [text for text in settings if not text.startswith(("train.steps=", "checkpoint.every="))]
+    job = Job(cluster, clone, tmp_path / "run", *settings, configs=configs, MFM_PREFLIGHT="0")
     job.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
     job.wait_for(lambda: cluster.job(job.number).get("Restarts") == "1", "requeued")
     # Whoever edits the clone meanwhile does not disturb the job.
-    config.unlink()
+    for config in configs:
+        config.unlink()
     for name in ("mfm_dist", "configs"):
         (clone / name).rename(clone / f"no {name}")
     assert job.end() == "COMPLETED", job.told()
@@ -181,6 +185,32 @@ def test_a_mistake_is_told_at_once(cluster: Cluster, clone: Path, tmp_path: Path
 
 @needs_slurm
 @pytest.mark.slow
+def test_a_job_on_a_finished_run_ends_at_its_first_attempt_and_changes_nothing(
+    cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """Also on fewer nodes than trained it."""
+    run, settings = tmp_path / "run", tiny_overrides(scenes, tmp_path / "run")
+    first = Job(cluster, clone, run, *settings, nodes=2, MFM_PREFLIGHT="0")
+    assert first.end() == "COMPLETED", first.told()
+
+    def kept() -> dict[str, bytes]:
+        files = [run / "config.yaml", run / "environment.json", run / "events.jsonl", *run.glob("eval/**/*")]
+        return {str(file.relative_to(run)): file.read_bytes() for file in files if file.is_file()}
+
+    before = kept()
+    assert {"config.yaml", "environment.json", "eval/step_00000004.json"} <= set(before)
+    second = Job(cluster, clone, run, *settings, nodes=1, MFM_PREFLIGHT="0")
+    assert second.end() == "COMPLETED", second.told()
+    assert cluster.job(second.number)["ExitCode"] == "0:0"
+    attempts = [json.loads(line) for line in (second.folder / "attempts.jsonl").read_text().splitlines()]
+    assert [(attempt["kind"], attempt["code"]) for attempt in attempts] == [("ended", 0)], second.told()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["code"], outcome["job"], outcome["step"]) == (0, str(second.number), 4)
+    assert kept() == before
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_of_two_jobs_with_one_run_folder_the_second_refuses(
     cluster: Cluster, clone: Path, scenes: Path, tmp_path: Path
 ) -> None:
@@ -206,7 +236,7 @@ def sweep(clone: Path, seeds: str) -> subprocess.CompletedProcess[str]:
     sbatch.write_text('#!/bin/sh\necho "$@" >>submitted\necho 7\n')
     sbatch.chmod(0o755)
     (clone / "submitted").unlink(missing_ok=True)
-    command = [clone / "slurm" / "sweep.sh", seeds, "runs/my sweep", "my.yaml", "seed=1"]
+    command = [clone / "slurm" / "sweep.sh", seeds, "runs/my sweep", "my.yaml", "more.yaml", "seed=1"]
     environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -221,7 +251,7 @@ def test_a_sweep_reports_the_folders_it_trains_in(clone: Path, seeds: str, array
     assert done.returncode == 0, done.stderr
     folders = " ".join(f"runs/my sweep/seed_{seed}" for seed in expected)
     assert (clone / "submitted").read_text().splitlines() == [
-        f"--parsable --array={array} slurm/train_mfm.sh my.yaml seed=1 run.folder=runs/my sweep",
+        f"--parsable --array={array} slurm/train_mfm.sh my.yaml more.yaml seed=1 run.folder=runs/my sweep",
         f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:7 slurm/report.sh {folders}",
     ]
 

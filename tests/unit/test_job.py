@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mfm_dist.cluster import job
+from mfm_dist.config.loader import load_config
 from tests.conftest import REPOSITORY
 
 CONFIG = REPOSITORY / "tests" / "defaults.yaml"
@@ -24,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def prepare(overrides: list[str], *, config: Path = CONFIG, restart: bool = False) -> Path:
-    return job.prepare(config, overrides, job="7", seed=None, restart=restart)
+    return job.prepare([str(config), *overrides], job="7", seed=None, restart=restart)
 
 
 def run_of(folder: Path) -> Path:
@@ -43,7 +44,7 @@ def ended(folder: Path, *, saved: int, outcome: dict[str, Any] | None, **told: A
     return job.next_action(folder, **({"signalled": False, "cancelled": False, "lost": []} | told))
 
 
-def test_prepare_keeps_code_and_configuration_of_the_first_life(folder: Path, tmp_path: Path) -> None:
+def test_prepare_keeps_code_and_configuration_of_the_first_start(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mfm_dist" / "train.py").write_text("# edited")
     again = prepare([f"run.folder={tmp_path / 'my run'}", "train.global_batch=2"], restart=True)
     assert again == folder == tmp_path / "my run" / "jobs" / "7"
@@ -69,6 +70,19 @@ def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(
     other = tmp_path / "sweep" / "seed_3" / "jobs" / "8"
     assert capsys.readouterr().out == f"{other}\n"
     assert "seed: 3" in (other / "config.yaml").read_text().splitlines()
+
+
+def test_later_files_win_and_the_command_line_over_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("run: {folder: a}\ntrain: {steps: 5, micro_batch: 1}\nseed: 1\n")
+    (tmp_path / "b.yml").write_text("train: {steps: 6}\nseed: 2\n")
+    assert job.main(["prepare", "--job", "8", "run.name=x.yaml", "seed=3", str(CONFIG), "a.yaml", "b.yml"]) == 2
+    assert "run.name" in capsys.readouterr().err  # holds a =, so it is no file
+    assert job.main(["prepare", "--job", "8", "seed=3", str(CONFIG), "a.yaml", "b.yml"]) == 0
+    config = load_config(tmp_path / "a" / "jobs" / "8" / "config.yaml")
+    assert (config.train.steps, config.train.micro_batch, config.seed) == (6, 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +161,7 @@ def test_signals_in_between_do_not_hide_a_crash_loop_and_are_no_failures(folder:
 
 
 def killed_with_its_node(folder: Path, *, saved: int, outcome: dict[str, Any] | None = None) -> int:
-    """An attempt whose verdict nobody was left to give; returns the exit code of its plan."""
+    """An attempt after which nobody was left to say what comes next; returns the exit code of its plan."""
     code = job.main(["plan", "--nodes=2", "--processes=1", str(folder)])
     (run_of(folder) / "checkpoints").mkdir(exist_ok=True)
     (run_of(folder) / "checkpoints" / "latest").write_text(f"step_{saved:08d}\n")
@@ -186,10 +200,10 @@ def test_only_a_last_word_of_its_own_keeps_lost_nodes_from_being_looked_for(
     folder: Path, outcome: dict[str, Any] | None, code: int
 ) -> None:
     killed_with_its_node(folder, saved=1, outcome=outcome)
-    assert job.main(["answered", str(folder)]) == code
+    assert job.main(["has_outcome", str(folder)]) == code
 
 
-def test_ten_lives_that_end_before_their_first_step_are_enough(folder: Path) -> None:
+def test_ten_starts_that_end_before_their_first_step_are_enough(folder: Path) -> None:
     decisions = [ended(folder, saved=5, outcome={"code": 75})[0] for _ in range(job.SAME_STEP_ATTEMPTS)]
     assert decisions == ["requeue"] * (job.SAME_STEP_ATTEMPTS - 1) + ["stop"]
 

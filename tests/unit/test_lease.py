@@ -68,7 +68,7 @@ def test_a_second_start_is_refused(
         assert (tmp_path / LEASE).read_text() == before
 
 
-def test_a_requeued_job_takes_over_at_once_and_its_former_life_ends(tmp_path: Path) -> None:
+def test_a_requeued_job_takes_over_at_once_and_its_former_start_ends(tmp_path: Path) -> None:
     told: list[str] = []
     take(tmp_path, SLURM_7, told)
     began = time.monotonic()
