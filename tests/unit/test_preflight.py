@@ -297,7 +297,7 @@ def test_memory_errors_of_a_gpu_are_told(
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found = preflight.run_checks([("GPUs", lambda: preflight.look_at_gpus(Launch(1, 0, None)), "see")], 10)
+    found = preflight.run_checks([("GPUs", lambda: preflight.inspect_gpus(Launch(1, 0, None)), "see")], 10)
     assert found == ([f"GPUs failed (uncorrected memory errors, GPU and how many: {told}): see"] if told else [])
 
 
