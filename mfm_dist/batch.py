@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class BadSample(NamedTuple):
-    """A sample that could not be used; the trainer names it once in the run's events and counts it."""
-
-    shard: str
-    """Path of the tar."""
-    key: str
-    """Name of the sample in it."""
-    number: int
-    """Number of the sample in its folder."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}, sample {self.key!r}: {self.reason}"
+from mfm_dist.errors import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +39,11 @@ class UDABatch:
         return range(self.block * size, (self.block + 1) * size)
 
     def to(self, device: torch.device) -> UDABatch:
-        """The same block with every tensor on ``device``."""
+        """Return the same block with every tensor on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> UDABatch:
-        """The same block in page-locked memory; torch's DataLoader looks for a method of this name."""
+        """Return the same block in page-locked memory; torch's DataLoader looks for a method of this name."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:

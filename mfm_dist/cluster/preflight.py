@@ -30,13 +30,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mfm_dist.checkpoint import DamagedError, Progress, read_checkpoint, write_checkpoint
+from mfm_dist.checkpoint import Progress, read_checkpoint, write_checkpoint
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
 from mfm_dist.data.manifest import MANIFEST_FILE
-from mfm_dist.data.reader import SampleError, ShardReader
+from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, UserError
+from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, CorruptFileError, UserError
 from mfm_dist.run.folder import slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
@@ -316,19 +316,11 @@ def shard_problems(config: RunConfig) -> Iterator[str]:
             continue
         last = len(reader) - 1
         numbers = sorted({last * part // (SAMPLES_READ - 1) for part in range(SAMPLES_READ)} if last >= 0 else ())
-        bad = [problem for number in numbers if (problem := _unreadable(reader, number))]
+        bad = [one for number in numbers if isinstance(one := reader.read(number, with_label=False), BadSample)]
         if not numbers:
             yield f"data.{key}: {folder} holds no samples: make the shards again"
         elif len(bad) == len(numbers) or (bad and data.bad_sample_limit == 0):
             yield f"data.{key}: {len(bad)} of {len(numbers)} samples tried cannot be used, first {bad[0]}: {check}"
-
-
-def _unreadable(reader: ShardReader, number: int) -> str | None:
-    try:
-        reader.read(number, with_label=False)
-    except SampleError as error:
-        return str(error)
-    return None
 
 
 def write_probe(folder: Path) -> list[str]:
@@ -358,7 +350,7 @@ def read_probe(folder: Path) -> list[str]:
         time.sleep(0.1)
     try:
         same = torch.equal(read_checkpoint(folder / "step_00000000").tensors("student")["probe"], torch.arange(1000.0))
-    except (DamagedError, KeyError) as error:
+    except (CorruptFileError, KeyError) as error:
         return [f"cannot read a checkpoint that the first node wrote below {folder.parent} ({error}): is it shared?"]
     return [] if same else [f"reads other values below {folder.parent} than the first node wrote: do not use this disk"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
 from mfm_dist.data.order import RareClassOrder
-from mfm_dist.data.reader import Sample, SampleError, ShardReader
+from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.transforms import RareClassTarget, Resize, source_crop, target_crop
-from mfm_dist.errors import DataError, StorageError
+from mfm_dist.errors import BadSample, DataError, StorageError
 from mfm_dist.rng import Stream, keyed_generator
 
 REPLACEMENT_TRIES = 8
@@ -62,7 +62,7 @@ class IndexedSamples:
         """Raises DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
         refused: list[BadSample] = []
         for attempt in range(min(REPLACEMENT_TRIES, self.order.count)):
-            found = read(self.reader, self.order.sample_at(position, attempt), with_label=self.with_label)
+            found = self.reader.read(self.order.sample_at(position, attempt), with_label=self.with_label)
             if isinstance(found, Sample):
                 bad += refused
                 wanted = self.order.wanted(position, attempt) if isinstance(self.order, RareClassOrder) else None
@@ -71,15 +71,8 @@ class IndexedSamples:
         raise nothing_to_use(refused)
 
 
-def read(reader: ShardReader, number: int, *, with_label: bool) -> Sample | BadSample:
-    """The sample, or why it cannot be used."""
-    try:
-        return reader.read(number, with_label=with_label)
-    except SampleError as error:
-        return error.bad
-
-
 def nothing_to_use(refused: list[BadSample]) -> DataError:
+    """Say that the data is given up, and why."""
     listed = "\n".join(f"  {sample}" for sample in refused)
     return DataError(f"{len(refused)} samples in a row cannot be used, so none can stand in for another:\n{listed}")
 

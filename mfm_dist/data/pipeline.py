@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
-from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, PackedBlock, Samples, read
+from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, PackedBlock, Samples
 from mfm_dist.data.order import LaneOrder, RareClassOrder, SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream
 
 PREFETCHED_BLOCKS = 4
@@ -201,12 +201,10 @@ class EvaluationSet:
 
     def __iter__(self) -> Iterator[EvaluationItem]:
         for number in self._numbers:
-            yield self._turn(number)
+            found = self._reader.read(number)
+            if isinstance(found, Sample):
+                yield EvaluationItem(number, found, None)
+            else:
+                yield EvaluationItem(number, None, found)
         for _ in range(self._turns - len(self._numbers)):
             yield EvaluationItem(None, None, None)
-
-    def _turn(self, number: int) -> EvaluationItem:
-        found = read(self._reader, number, with_label=True)
-        if isinstance(found, Sample):
-            return EvaluationItem(number, found, None)
-        return EvaluationItem(number, None, found)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 
 MEMBER_BYTES = 1 << 28
 """Largest file read out of an archive; pictures are a hundredth of it, a zip bomb is more."""
@@ -42,22 +42,18 @@ class SourceFile(NamedTuple):
         return f"{self.archive}:{self.name}" if self.archive else self.name
 
 
-class UnreadableFileError(Exception):
-    """Why a file of the download cannot be read."""
-
-
 class SourceTree:
     """A downloaded tree, read only. Members of archives are read into memory: no name in one is a path to write."""
 
     def __init__(self, root: Path) -> None:
-        """Raises ConfigError where there is no such folder."""
+        """Raise ConfigError where there is no such folder."""
         if not root.is_dir():
             raise ConfigError(f"{root} is no folder; --input names the folder that holds the download")
         self.root = root
         self._archives: dict[str, zipfile.ZipFile] = {}
 
     def files(self) -> list[SourceFile]:
-        """Every file, those of zip archives included; what is hidden is passed over.
+        """List every file, those of zip archives included; what is hidden is passed over.
 
         Raises:
             DataError: an archive cannot be opened.
@@ -70,26 +66,26 @@ class SourceTree:
         return found
 
     def read(self, file: SourceFile) -> bytes:
-        """The content of a file.
+        """Read a file.
 
         Raises:
-            UnreadableFileError: it is gone, its checksum in the archive is wrong, or it is impossibly large.
+            CorruptFileError: it is gone, its checksum in the archive is wrong, or it is impossibly large.
         """
         if file.archive is None:
             try:
                 return (self.root / file.name).read_bytes()
             except OSError as error:
-                raise UnreadableFileError(f"cannot be read ({error.strerror})") from error
+                raise CorruptFileError(f"cannot be read ({error.strerror})") from error
         try:
             archive = self._archive(file.archive)
             if (size := archive.getinfo(file.name).file_size) > MEMBER_BYTES:
-                raise UnreadableFileError(f"would unpack to {size} bytes; {MEMBER_BYTES} are allowed")
+                raise CorruptFileError(f"would unpack to {size} bytes; {MEMBER_BYTES} are allowed")
             return archive.read(file.name)
         except _ZIP_DAMAGE as error:
-            raise UnreadableFileError(f"cannot be read out of the archive ({error})") from error
+            raise CorruptFileError(f"cannot be read out of the archive ({error})") from error
 
     def _walk(self, folder: Path, seen: set[str]) -> Iterator[str]:
-        """Paths below the root, through symbolic links too; ``seen`` ends loops of them."""
+        """Yield paths below the root, through symbolic links too; ``seen`` ends loops of them."""
         real = os.path.realpath(folder)
         if real in seen:
             return

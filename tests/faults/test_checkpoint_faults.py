@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mfm_dist.checkpoint import (
     CheckpointWriter,
-    DamagedError,
     Progress,
     find_latest,
     find_resumable,
@@ -34,7 +33,7 @@ from mfm_dist.checkpoint import (
 from mfm_dist.checkpoint import files as checkpoint_files
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import CorruptFileError, StorageError
 from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -342,7 +341,7 @@ def test_any_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path: P
     for _ in flips(path, range(path.stat().st_size)):
         try:
             read_checkpoint(path.parent)
-        except DamagedError:
+        except CorruptFileError:
             noticed += 1
         else:
             assert json.loads(path.read_bytes())["files"] == meaning["files"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from mfm_dist.config.schema import DataSection
 from mfm_dist.data import staging as staging_module
 from mfm_dist.data.manifest import Manifest, ShardRecord
 from mfm_dist.data.pipeline import TrainPipeline
-from mfm_dist.data.reader import SampleError, ShardReader, open_tar
+from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.errors import DataError, StorageError
 from tests.unit.data.small_shards import ShardFolder, flip_bit
@@ -159,8 +160,7 @@ def test_a_shard_that_differs_gets_no_copy_until_it_is_as_it_was_written(
     scratch.stage(folder)
     assert len(copies(scratch.folder)) == 2
     reader = ShardReader(folder, open_shard=scratch.open)
-    with pytest.raises(SampleError, match=r"000001\.tar, sample 'sample_0004': its image differs"):
-        reader.read(4)
+    assert re.search(r"000001\.tar, sample 'sample_0004': its image differs", str(reader.read(4)))
     assert reader.read(5).key == "sample_0005"
     assert len([line for line in lines if "000001.tar is read where it lies" in line]) == 1
     tar.write_bytes(whole)
@@ -208,8 +208,7 @@ def test_a_missing_origin_is_left_to_the_reader(shard_folder: ShardFolder, tmp_p
     assert len(copies(scratch.folder)) == 2
     reader = ShardReader(folder, open_shard=scratch.open, bad_limit=0.5)
     assert reader.read(3).key == "sample_0003"
-    with pytest.raises(SampleError, match=r"000001\.tar, sample 'sample_0005': its image cannot be read"):
-        reader.read(5)
+    assert re.search(r"000001\.tar, sample 'sample_0005': its image cannot be read", str(reader.read(5)))
     assert len([line for line in lines if "000001.tar" in line]) == 1
 
 
