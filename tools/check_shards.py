@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mfm_dist.data.index import open_manifest
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, remake_hint
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
-from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard, open_manifest
+from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole

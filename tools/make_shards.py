@@ -21,9 +21,8 @@ from typing import NoReturn
 from mfm_dist.config.loader import read_yaml
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.scenes import Gap
-from mfm_dist.shards.card import TRAIN_IDS, Card, card_names, read_card
+from mfm_dist.shards.card import IMAGE_SUFFIXES, TRAIN_IDS, Card, card_names, folder_card, read_card, read_mapping
 from mfm_dist.shards.convert import Conversion, convert
-from mfm_dist.shards.folder_card import IMAGE_SUFFIXES, folder_card, read_mapping
 from mfm_dist.shards.scene_shards import write_scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it

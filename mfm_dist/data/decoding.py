@@ -45,12 +45,12 @@ def jpeg_decoder(name: str) -> JpegDecoder:
     assert name == "simplejpeg"
     if find_spec("simplejpeg") is None:
         raise ConfigError("data.decoder=simplejpeg: it is not installed; pip install simplejpeg, or use torchvision")
-    decode = import_module("simplejpeg").decode_jpeg
+    return _simplejpeg
 
-    def simplejpeg(payload: Tensor) -> Tensor:
-        return torch.from_numpy(decode(payload.numpy(), colorspace="RGB")).permute(2, 0, 1)
 
-    return simplejpeg
+def _simplejpeg(payload: Tensor) -> Tensor:
+    decoded = import_module("simplejpeg").decode_jpeg(payload.numpy(), colorspace="RGB")
+    return torch.from_numpy(decoded).permute(2, 0, 1)
 
 
 def torchvision_jpeg(payload: Tensor) -> Tensor:

@@ -71,12 +71,12 @@ class DatasetIndex:
             DataError: it is unfinished, its manifest or an index is unreadable, or shards are missing or truncated
                 beyond the limit (all named).
         """
-        manifest = Manifest.read(_manifest_of(folder))
+        manifest = open_manifest(folder)
         problems: list[str] = []
         rows = [_open_index(folder, record, problems) for record in manifest.shards]
-        losses = [_lost(folder / one.file, one, part) for one, part in zip(manifest.shards, rows, strict=True)]
-        damaged = [reason for _, reason in losses if reason]
-        lost = sum(samples for samples, _ in losses)
+        parts = list(zip(manifest.shards, rows, strict=True))
+        damaged = [problem for one, _ in parts if (problem := size_problem(folder / one.file, one))]
+        lost = sum(_lost(folder / one.file, part) for one, part in parts if size_problem(folder / one.file, one))
         if damaged and (bad_limit == 0 or lost > bad_limit * manifest.samples):
             problems = sorted([*damaged, *problems])
         if problems:
@@ -96,11 +96,15 @@ class DatasetIndex:
         return shard, number - int(self.starts[shard])
 
 
-def _manifest_of(folder: Path) -> Path:
-    """Return the path of the manifest, or say why there is none."""
-    path = folder / MANIFEST_FILE
-    if path.is_file():
-        return path
+def open_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a finished folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+        DataError: it is unfinished, or its manifest is unreadable.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        return Manifest.read(folder / MANIFEST_FILE)
     if (folder / UNFINISHED_FILE).is_file():
         unfinished = Manifest.read(folder / UNFINISHED_FILE)
         raise DataError(f"{folder} is unfinished. Run it to its end: {remake_hint(folder, unfinished)}")
@@ -114,16 +118,22 @@ def _manifest_of(folder: Path) -> Path:
     )
 
 
-def _lost(tar: Path, record: ShardRecord, rows: np.ndarray) -> tuple[int, str]:
-    """Count the samples that are certainly gone from a shard, and say why; "" where it is the size it should be."""
+def size_problem(tar: Path, record: ShardRecord) -> str:
+    """Say what the size of a shard gives away: "" where it is the one that was written."""
     if not tar.is_file():
-        return record.samples, f"{tar} is missing"
+        return f"{tar} is missing"
     size = tar.stat().st_size
     if size == record.bytes:
-        return 0, ""
+        return ""
     state = "truncated" if size < record.bytes else "not the file that was written"
+    return f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
+
+
+def _lost(tar: Path, rows: np.ndarray) -> int:
+    """Count the samples that are certainly gone from a shard whose size is wrong."""
+    size = tar.stat().st_size if tar.is_file() else 0
     ends = np.maximum(*(rows[member]["offset"] + rows[member]["size"] for member in ("image", "label")))
-    return int((ends > size).sum()), f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
+    return int((ends > size).sum())
 
 
 def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.ndarray:

@@ -128,7 +128,6 @@ class ShardReader:
             What ``DatasetIndex.open`` and ``jpeg_decoder`` raise.
         """
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._decoder = decoder
         self._decode_jpeg = jpeg_decoder(decoder)
         self._open_shard = open_shard
         self.index = DatasetIndex.open(Path(folder), bad_limit=bad_limit)
@@ -202,11 +201,4 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "decoder": self._decoder, "open_shard": self._open_shard}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.index = state["index"]
-        self._files = OrderedDict()
-        self._decoder = state["decoder"]
-        self._decode_jpeg = jpeg_decoder(self._decoder)
-        self._open_shard = state["open_shard"]
+        return {**self.__dict__, "_files": OrderedDict()}

@@ -17,10 +17,9 @@ import numpy as np
 from mfm_dist.data.manifest import Recipe
 from mfm_dist.errors import BadSample, CorruptFileError
 from mfm_dist.shards.card import Card
+from mfm_dist.shards.download import Pair, SourceFile, SourceTree, find_pairs
 from mfm_dist.shards.packing import PackableSet, Report, pack
 from mfm_dist.shards.pictures import encode_png, lookup_table, read_ids, read_picture, resize_pair, to_train_ids
-from mfm_dist.shards.source_tree import SourceFile, SourceTree
-from mfm_dist.shards.survey import Pair, find_pairs
 
 if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample

@@ -8,12 +8,12 @@ scales it), and the orientation that cameras write into a JPEG instead of turnin
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from mfm_dist.data.photographs import opened
 from mfm_dist.errors import CorruptFileError
 
 LARGEST_PICTURE = 1 << 26
@@ -23,17 +23,6 @@ _ORIENTATION_TAG = 0x0112
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _UNKNOWN = -1
-_DAMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    RuntimeError,  # of AVIF, DDS and torchvision
-    TypeError,  # of tags of an unexpected type
-    IndexError,  # of a PNG without pixels
-    struct.error,  # of damaged EXIF data
-    Image.DecompressionBombError,
-)
-"""What Pillow and torchvision raise for damaged pictures."""
 
 
 def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
@@ -46,19 +35,13 @@ def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
     Raises:
         CorruptFileError: it cannot be decoded, has more than 8 bits a channel, or is impossibly large.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            _check_size(picture.size)
-            if picture.format == "PNG":
-                _check_chunks(content)
-            if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[24] > 8):
-                raise CorruptFileError("has more than 8 bits a channel; convert it first, so that you choose how")
-            upright = picture.getexif().get(_ORIENTATION_TAG, UPRIGHT) == UPRIGHT
-            plain = picture.mode in ("RGB", "L") and upright and "transparency" not in picture.info
-            stored = {"JPEG": "jpg", "PNG": "png"}.get(picture.format or "") if plain else None
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
-    except _DAMAGE as error:
-        raise CorruptFileError(f"cannot be decoded ({error})") from error
+    with opened(content, LARGEST_PICTURE) as picture:
+        if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[24] > 8):
+            raise CorruptFileError("has more than 8 bits a channel; convert it first, so that you choose how")
+        upright = picture.getexif().get(_ORIENTATION_TAG, UPRIGHT) == UPRIGHT
+        plain = picture.mode in ("RGB", "L") and upright and "transparency" not in picture.info
+        stored = {"JPEG": "jpg", "PNG": "png"}.get(picture.format or "") if plain else None
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
 
 
 def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
@@ -73,15 +56,10 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
     kind = png_kind(content)
     if kind is None or kind not in kinds:
         raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
-    _check_size((int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")))
-    try:
-        _check_chunks(content)
+    with opened(content, LARGEST_PICTURE) as picture:
         if kind.startswith("16-bit RGB"):
             return _red_of_16_bits(content)
-        with Image.open(io.BytesIO(content)) as picture:
-            ids = np.array(picture)
-    except _DAMAGE as error:
-        raise CorruptFileError(f"cannot be decoded ({error})") from error
+        ids = np.array(picture)
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
 
@@ -101,17 +79,6 @@ def _red_of_16_bits(content: bytes) -> np.ndarray:
     channels = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
     red: np.ndarray = channels[0].numpy()
     return red
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if not 0 < size[0] * size[1] <= LARGEST_PICTURE:
-        raise CorruptFileError(f"claims {size[0]} x {size[1]} pixels; 1 to {LARGEST_PICTURE} are decoded")
-
-
-def _check_chunks(content: bytes) -> None:
-    """Compare the checksums of a PNG's chunks, which decoding alone does not. Raises what Pillow raises."""
-    with Image.open(io.BytesIO(content)) as picture:
-        picture.verify()
 
 
 def lookup_table(train_ids: Mapping[int, int]) -> np.ndarray:

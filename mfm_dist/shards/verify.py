@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mfm_dist.data.class_statistics import PixelCounts
-from mfm_dist.data.index import scan_tar
+from mfm_dist.data.index import scan_tar, size_problem
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
-    UNFINISHED_FILE,
     Manifest,
     ShardRecord,
     index_path,
@@ -19,7 +18,7 @@ from mfm_dist.data.manifest import (
     statistics_path,
 )
 from mfm_dist.data.reader import decode_sample, read_member, reads_of
-from mfm_dist.errors import CorruptFileError, DataError
+from mfm_dist.errors import CorruptFileError
 from mfm_dist.storage import sha256_of
 
 
@@ -32,17 +31,6 @@ class ShardCheck:
     """What is wrong with its files and with what the manifest says of it."""
     bad: dict[str, str] = field(default_factory=dict)
     """Samples that cannot be used: key -> reason."""
-
-
-def open_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a finished folder.
-
-    Raises:
-        DataError: it is unreadable, or the folder is unfinished.
-    """
-    if not (folder / MANIFEST_FILE).is_file():
-        raise DataError(f"{folder} is unfinished: there is {UNFINISHED_FILE} but no {MANIFEST_FILE}")
-    return Manifest.read(folder / MANIFEST_FILE)
 
 
 def check_manifest(folder: Path, manifest: Manifest) -> list[str]:
@@ -65,12 +53,10 @@ def check_shard(folder: Path, record: ShardRecord, class_names: tuple[str, ...])
     """Compare a tar, its index, its class statistics and its record, and decode every sample."""
     tar = folder / record.file
     check = ShardCheck(record.file)
+    if problem := size_problem(tar, record):
+        check.problems.append(problem)
     if not tar.is_file():
-        check.problems.append(f"{tar} is missing")
         return check
-    if (size := tar.stat().st_size) != record.bytes:
-        state = "truncated" if size < record.bytes else "not the file that was written"
-        check.problems.append(f"{tar} is {state}: it has {size} bytes, {record.bytes} were written")
     if sha256_of(tar) != record.sha256:
         check.problems.append(f"{tar}: its SHA-256 is not the one in {MANIFEST_FILE}")
     scan = scan_tar(tar)
@@ -79,8 +65,8 @@ def check_shard(folder: Path, record: ShardRecord, class_names: tuple[str, ...])
         rows = read_sidecar(index_path(tar), record.index_sha256)
         if not np.array_equal(rows, scan.rows):
             check.problems.append(f"{tar}: its index differs from its contents")
-    except CorruptFileError:
-        check.problems.append(f"{index_path(tar)} is missing or not the one that was written (wrong SHA-256)")
+    except CorruptFileError as error:
+        check.problems.append(str(error))
         rows = scan.rows
     counts = _check_samples(tar, rows, record, class_names, check)
     if len(rows) != record.samples:
@@ -91,11 +77,10 @@ def check_shard(folder: Path, record: ShardRecord, class_names: tuple[str, ...])
         check.problems.append(f"{tar}: {MANIFEST_FILE} counts other pixels or sizes")
     if record.has_classes:
         try:
-            found = read_sidecar(statistics_path(tar), record.classes_sha256)
-        except CorruptFileError:
-            found = None
-        if found is None or not np.array_equal(found, counts.classes):
-            check.problems.append(f"{statistics_path(tar)} is missing or does not count the pixels of the labels")
+            if not np.array_equal(read_sidecar(statistics_path(tar), record.classes_sha256), counts.classes):
+                check.problems.append(f"{statistics_path(tar)} does not count the pixels of the labels")
+        except CorruptFileError as error:
+            check.problems.append(str(error))
     return check
 
 

@@ -19,7 +19,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
 from mfm_dist.shards.convert import Conversion, convert, sample_key
-from mfm_dist.shards.source_tree import SourceFile, SourceTree
+from mfm_dist.shards.download import SourceFile, SourceTree
 from tests.unit.data import downloads
 
 # The tables of the facts, typed again: Cityscapes ids (also of GTA5) and SYNTHIA ids to train ids.

@@ -9,8 +9,7 @@ import pytest
 
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
-from mfm_dist.shards.source_tree import SourceFile, SourceTree
-from mfm_dist.shards.survey import find_pairs
+from mfm_dist.shards.download import SourceFile, SourceTree, find_pairs
 from tests.unit.data import downloads
 
 
