@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Verifies shards byte by byte and sample by sample: python tools/check_shards.py data/scenes [...]
+"""Verify shards byte by byte and sample by sample: python tools/check_shards.py data/scenes [...]
 
 Takes folders of shards, or folders that hold several of them, changes nothing, and names the command that remakes what
 is damaged. Exit codes: 0 all is well, 2 wrong arguments, 3 something is damaged.
@@ -150,7 +150,7 @@ def print_table(reports: list[Report]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="check_shards.py", description="Verifies shards and every sample in them.")
+    parser = argparse.ArgumentParser(prog="check_shards.py", description="Verify shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
     parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     args = parser.parse_args(argv)

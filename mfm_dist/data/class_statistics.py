@@ -76,31 +76,27 @@ def read_statistics(folder: Path, manifest: Manifest) -> np.ndarray:
     Raises:
         DataError: shards without statistics, or with damaged ones; all are named, and the command that mends them.
     """
-    problems: list[str] = []
-    parts = [
-        _read_shard(folder / record.file, record, len(manifest.class_names), problems) for record in manifest.shards
-    ]
+    parts, problems = [np.empty((0, len(manifest.class_names)), dtype=np.uint32)], []
+    for record in manifest.shards:
+        try:
+            parts.append(_read_shard(folder / record.file, record, len(manifest.class_names)))
+        except CorruptFileError as error:
+            problems.append(str(error))
     if problems:
         raise DataError("\n".join([*problems, f"The command that adds them: {remake_hint(folder, manifest)}"]))
-    return np.concatenate(parts) if parts else np.empty((0, len(manifest.class_names)), dtype=np.uint32)
+    return np.concatenate(parts)
 
 
-def _read_shard(tar: Path, record: ShardRecord, num_classes: int, problems: list[str]) -> np.ndarray:
-    """Read the statistics of one shard; what is wrong with them is added to ``problems``."""
+def _read_shard(tar: Path, record: ShardRecord, num_classes: int) -> np.ndarray:
+    """Read the statistics of one shard. Raises CorruptFileError."""
     nothing = np.zeros((record.samples, num_classes), dtype=np.uint32)
     path = statistics_path(tar)
     if record.pixel_counts and not record.has_classes:
         return nothing
     if not record.classes_sha256:
         why = "its shard was made before they were counted" if record.has_classes else "its shard holds no labels"
-        problems.append(f"{path} does not exist: {why}")
-        return nothing
-    try:
-        counts = read_sidecar(path, record.classes_sha256)
-    except CorruptFileError as error:
-        problems.append(str(error))
-        return nothing
+        raise CorruptFileError(f"{path} does not exist: {why}")
+    counts = read_sidecar(path, record.classes_sha256)
     if counts.shape != nothing.shape or counts.dtype != nothing.dtype:
-        problems.append(f"{path} holds {counts.dtype} {counts.shape}, not uint32 {nothing.shape}")
-        return nothing
+        raise CorruptFileError(f"{path} holds {counts.dtype} {counts.shape}, not uint32 {nothing.shape}")
     return counts

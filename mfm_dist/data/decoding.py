@@ -17,13 +17,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.data.photographs import LARGEST_PICTURE, PNG_START
 from mfm_dist.errors import ConfigError, CorruptFileError
 
-LARGEST_IMAGE = 1 << 26
-"""Pixels of the largest image that is decoded, 64 Mi: twice the largest of any street data set. A header may claim
-four billion pixels in a file of a few bytes."""
-
-_PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers that start a frame (SOF0 to SOF15); the three left out mean something else."""
@@ -116,10 +112,10 @@ def check_ids(label: np.ndarray, num_classes: int) -> None:
 
 
 def check_size(what: str, size: tuple[int, int]) -> None:
-    """Raise CorruptFileError when a header claims no pixel or more than ``LARGEST_IMAGE``."""
+    """Raise CorruptFileError when a header claims no pixel or more than ``LARGEST_PICTURE``."""
     height, width = size
-    if not 0 < height * width <= LARGEST_IMAGE:
-        raise CorruptFileError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_IMAGE} are decoded")
+    if not 0 < height * width <= LARGEST_PICTURE:
+        raise CorruptFileError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_PICTURE} are decoded")
 
 
 def check_chunks(what: str, payload: np.ndarray) -> None:
@@ -127,7 +123,7 @@ def check_chunks(what: str, payload: np.ndarray) -> None:
 
     torchvision 0.29 does not survive most errors of libpng: the process ends with a segmentation fault.
     """
-    content, at, kind = payload.data, len(_PNG_START), b""
+    content, at, kind = payload.data, len(PNG_START), b""
     while kind != b"IEND":
         size = int.from_bytes(content[at : at + 4], "big")
         kind, end = bytes(content[at + 4 : at + 8]), at + 8 + size
@@ -151,7 +147,7 @@ def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int,
 
 def _png_size(content: memoryview) -> tuple[int, int] | None:
     """Read the first chunk of a PNG, which holds width and height."""
-    if len(content) < 24 or content[:8] != _PNG_START or content[12:16] != b"IHDR":
+    if len(content) < 24 or content[:8] != PNG_START or content[12:16] != b"IHDR":
         return None
     return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
 

@@ -141,11 +141,11 @@ def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.nd
     index = index_path(folder / record.file)
     try:
         rows = read_sidecar(index, record.index_sha256)
+        if len(rows) != record.samples:
+            raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
     except CorruptFileError as error:
         problems.append(str(error))
         return np.empty(0, dtype=index_dtype(1))
-    if len(rows) != record.samples:
-        problems.append(f"{index} has {len(rows)} samples, {record.samples} were written")
     return rows
 
 
@@ -285,17 +285,17 @@ def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
 
 
 def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:
+    """Read a member and take its checksum."""
+    nowhere = (info.offset_data, 0, 0)
     if info.size < 0:
-        return _Member(info.name, (info.offset_data, 0, 0), f"{info.name!r} claims {info.size} bytes")
-    if info.offset_data + info.size > length:
-        return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
-    file.seek(info.offset_data)
+        return _Member(info.name, nowhere, f"{info.name!r} claims {info.size} bytes")
     crc, left = 0, info.size
-    while left:
-        chunk = file.read(min(left, CHUNK_BYTES))
-        if not chunk:
-            return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
-        crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    if info.offset_data + info.size <= length:
+        file.seek(info.offset_data)
+        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    if left:
+        return _Member(info.name, nowhere, f"truncated inside {info.name!r}")
     return _Member(info.name, (info.offset_data, info.size, crc), "")
 
 

@@ -11,13 +11,18 @@ from PIL import Image
 
 from mfm_dist.errors import CorruptFileError
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
+LARGEST_PICTURE = 1 << 26
+"""Pixels of the largest picture that is decoded, 64 Mi: twice the largest of any street data set. A header may claim
+four billion pixels in a file of a few bytes."""
+
 
 @contextmanager
-def opened(content: bytes, most_pixels: int) -> Iterator[Image.Image]:
+def opened(content: bytes, most_pixels: int = LARGEST_PICTURE) -> Iterator[Image.Image]:
     """Open a picture of any format that Pillow knows; what fails to decode inside the block is an error of its file.
 
     Args:
-        most_pixels: of a picture that is decoded; a header may claim any number.
+        most_pixels: of a picture that is decoded.
 
     Raises:
         CorruptFileError: it cannot be decoded, or claims too many pixels.

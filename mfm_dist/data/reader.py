@@ -75,7 +75,7 @@ def read_member(read_into: ReadInto, place: Place, what: str) -> np.ndarray:
 
 
 def reads_of(file: BinaryIO) -> ReadInto:
-    """Read an open tar."""
+    """Return how to read an open tar."""
     return lambda payload, offset: os.preadv(file.fileno(), [payload], offset)
 
 

@@ -63,8 +63,9 @@ class ShardStream:
 
     @property
     def shards(self) -> list[str]:
-        """A URL for each shard, as webdataset opens it."""
-        return [_readable(url) for url in expand_urls(self.url)]
+        """A URL for each shard, as webdataset opens it: it has no client for s3, but Amazon's command does as well."""
+        urls = expand_urls(self.url)
+        return [f"pipe:aws s3 cp '{url}' -" if url.startswith("s3:") else url for url in urls]
 
     def decode(self, members: dict[str, Any], *, with_label: bool) -> Sample | BadSample:
         """Decode one sample of ``stream_samples``; a ``BadSample`` if it cannot be used."""
@@ -92,11 +93,6 @@ def _array(members: dict[str, Any], extension: str, what: str) -> np.ndarray:
     if not members[extension]:
         raise CorruptFileError(f"its {what} is empty")
     return np.frombuffer(bytearray(members[extension]), dtype=np.uint8)  # a copy that torch may write to, or it warns
-
-
-def _readable(url: str) -> str:
-    """Return a URL that webdataset can open: it has no client for s3, but the command of Amazon's does as well."""
-    return f"pipe:aws s3 cp '{url}' -" if url.startswith("s3:") else url
 
 
 def plain_webdataset(tars: list[str]) -> Iterator[dict[str, Any]]:
@@ -252,7 +248,7 @@ def _reason(error: Exception, stream: Any) -> str:
 
 
 def _tar_members(stream: IO[bytes]) -> Iterator[_Member]:
-    """Raises whatever ``tarfile`` and the stream raise."""
+    """Yield the members of a tar, and what is wrong with it. Raises whatever ``tarfile`` and the stream raise."""
     with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for info in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all

@@ -65,7 +65,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as uint8 RGB [3, H, W], upright as its EXIF orientation says.
+    """Read an image file as uint8 RGB [3, H, W], upright as its EXIF orientation says.
 
     Greyscale becomes three equal channels, 16 bits become 8, transparent pixels are laid over black, and of an
     animation the first picture is taken.

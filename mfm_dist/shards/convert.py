@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -186,8 +185,7 @@ def convert(card: Card, conversion: Conversion, *, report: Report, workers: int 
                 image_format=conversion.image_format,
             )
         )
-    cores = len(os.sched_getaffinity(0))
-    pack(sets, output=conversion.output, workers=workers or cores, overwrite=overwrite, report=report)
+    pack(sets, output=conversion.output, workers=workers, overwrite=overwrite, report=report)
 
 
 def _recipe(card: Card, split: str, pairs: list[Pair], box: tuple[int, int] | None, conversion: Conversion) -> Recipe:

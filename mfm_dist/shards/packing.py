@@ -28,7 +28,7 @@ from mfm_dist.data.manifest import Recipe, ShardRecord, conflict, is_complete
 from mfm_dist.errors import BadSample, ConfigError, DataError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from mfm_dist.shards.writer import PlannedShard, RawSample, ShardSetWriter
+    from mfm_dist.shards.writer import RawSample, ShardSetWriter
 
 Report = Callable[[str], object]
 """Takes one line for the person who waits."""
@@ -65,10 +65,11 @@ class PackableSet(ABC):
         """Make one sample, or say why it cannot be used; called in other processes."""
 
 
-def pack(sets: Sequence[PackableSet], *, output: Path, workers: int, overwrite: bool, report: Report) -> None:
+def pack(sets: Sequence[PackableSet], *, output: Path, workers: int | None, overwrite: bool, report: Report) -> None:
     """Write what is missing of some data sets, all of them folders of ``output``.
 
     Args:
+        workers: processes; None is one a core.
         overwrite: replace folders that hold other shards.
 
     Raises:
@@ -85,7 +86,7 @@ def pack(sets: Sequence[PackableSet], *, output: Path, workers: int, overwrite: 
         if conflicts and not overwrite:
             fix = "Choose another output folder, or replace it with --overwrite"
             raise ConfigError([f"{problem}. {fix}" for problem in conflicts.values()])
-        _write(sets, conflicts, workers, report)
+        _write(sets, conflicts, workers or len(os.sched_getaffinity(0)), report)
 
 
 def _write(sets: Sequence[PackableSet], replaced: Iterable[Path], workers: int, report: Report) -> None:
@@ -158,16 +159,26 @@ def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
     jobs = [(work, shard) for work in works for shard in work.writer.pending]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_end_with_the_parent) as pool:
         running = {pool.submit(_make_shard, work.source, *shard): work for work, shard in jobs}
-        progress = _Progress([shard for _, shard in jobs], report)  # after the fork, because a bar starts a thread
+        started, images = time.monotonic(), 0
+        # A bar on a terminal, a line for each shard elsewhere. After the fork, because a bar starts a thread.
+        total = sum(len(shard.samples) for _, shard in jobs)
+        bar = tqdm(total=total, unit="image", disable=not sys.stderr.isatty())
         try:
-            for future in as_completed(running):
+            for done, future in enumerate(as_completed(running), 1):
                 work, (record, mistakes) = running[future], future.result()
                 work.take(record, mistakes)
-                progress.advance(work.source.folder, record)
+                images += record.samples
+                bar.update(record.samples)
+                if bar.disable:
+                    rate = images / (time.monotonic() - started)
+                    report(
+                        f"{work.source.folder.name}/{record.file}: {record.samples} images, "
+                        f"{record.bytes / 2**20:.1f} MiB ({done} of {len(jobs)} shards, {rate:.0f} images/s)"
+                    )
         except BrokenProcessPool as error:
             raise UserError("a packing process was killed, by a signal or for want of memory; run it again") from error
         finally:
-            progress.close()
+            bar.close()
             pool.shutdown(wait=False, cancel_futures=True)
     refused = [work for work in works if work.mistakes > work.allowed]
     for work in works:
@@ -225,43 +236,10 @@ def _end_with_the_parent() -> None:
     """End a pool process at once on Ctrl-C, and within a second when the command is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
+    parent = os.getppid()  # before torch is loaded, which takes a while
+    from mfm_dist.data.pipeline import end_with
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Progress:
-    """A bar on a terminal, a line for each shard elsewhere."""
-
-    def __init__(self, shards: list[PlannedShard], report: Report) -> None:
-        self._report = report
-        self._shards = len(shards)
-        self._done = 0
-        self._images = 0
-        self._started = time.monotonic()
-        total = sum(len(shard.samples) for shard in shards)
-        self._bar = tqdm(total=total, unit="image", disable=not sys.stderr.isatty())
-
-    def advance(self, folder: Path, record: ShardRecord) -> None:
-        """Count a shard of a folder as finished."""
-        self._done += 1
-        self._images += record.samples
-        self._bar.set_description(folder.name)
-        self._bar.update(record.samples)
-        if self._bar.disable:
-            rate = self._images / (time.monotonic() - self._started)
-            self._report(
-                f"{folder.name}/{record.file}: {record.samples} images, {record.bytes / 2**20:.1f} MiB "
-                f"({self._done} of {self._shards} shards, {rate:.0f} images/s)"
-            )
-
-    def close(self) -> None:
-        self._bar.close()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 @contextmanager

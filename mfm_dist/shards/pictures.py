@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from mfm_dist.data.photographs import opened
+from mfm_dist.data.photographs import PNG_START, opened
 from mfm_dist.errors import CorruptFileError
 
-LARGEST_PICTURE = 1 << 26
-"""Pixels of the largest picture that is decoded, 64 Mi; a header may claim any number."""
 UPRIGHT = 1
 _ORIENTATION_TAG = 0x0112
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-_PNG_START = b"\x89PNG\r\n\x1a\n"
 _UNKNOWN = -1
 
 
@@ -35,7 +32,7 @@ def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
     Raises:
         CorruptFileError: it cannot be decoded, has more than 8 bits a channel, or is impossibly large.
     """
-    with opened(content, LARGEST_PICTURE) as picture:
+    with opened(content) as picture:
         if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[24] > 8):
             raise CorruptFileError("has more than 8 bits a channel; convert it first, so that you choose how")
         upright = picture.getexif().get(_ORIENTATION_TAG, UPRIGHT) == UPRIGHT
@@ -56,7 +53,7 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
     kind = png_kind(content)
     if kind is None or kind not in kinds:
         raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
-    with opened(content, LARGEST_PICTURE) as picture:
+    with opened(content) as picture:
         if kind.startswith("16-bit RGB"):
             return _red_of_16_bits(content)
         ids = np.array(picture)
@@ -66,7 +63,7 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
 
 def png_kind(content: bytes) -> str | None:
     """Tell from its header what a PNG is: ``8-bit palette``, ``16-bit RGB`` …; None for anything else."""
-    if len(content) < 33 or not content.startswith(_PNG_START) or content[25] not in _COLOURS:
+    if len(content) < 33 or not content.startswith(PNG_START) or content[25] not in _COLOURS:
         return None
     return f"{content[24]}-bit {_COLOURS[content[25]]}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -96,5 +95,4 @@ def write_scenes(
         recipe = Recipe(generator="scenes", version=GENERATOR_VERSION, arguments={**arguments, "gap": asdict(gap)})
         folder = output / f"{domain}_{split}"
         sets.append(SceneSplit(folder=folder, recipe=recipe, command=command, gap=gap, **arguments))
-    cores = len(os.sched_getaffinity(0))
-    pack(sets, output=output, workers=workers or cores, overwrite=overwrite, report=report)
+    pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)

@@ -36,13 +36,13 @@ from mfm_dist.data.manifest import (
     statistics_path,
     write_sidecar,
 )
+from mfm_dist.data.photographs import PNG_START
 from mfm_dist.data.reader import read_member, reads_of
 from mfm_dist.errors import CorruptFileError, DataError, StorageError
 from mfm_dist.storage import atomic_file, no_space_left, sha256_of, write_atomically
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def encode_label_png(label: np.ndarray) -> bytes:
     rows[:, 1:] = label
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, default methods, not interlaced
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
-    return _PNG_SIGNATURE + b"".join(
+    return PNG_START + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
