@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -226,3 +227,15 @@ def test_losses_within_the_limit_are_left_to_the_reader(shard_folder: ShardFolde
     with pytest.raises(DataError, match=r"000002\.tar is truncated"):
         ShardReader(folder, bad_limit=0.05)
     assert len(ShardReader(folder, bad_limit=0.2)) == 10
+
+
+def test_a_disk_that_fills_up_while_reading_is_no_bad_sample(
+    shard_folder: ShardFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    reader = ShardReader(shard_folder(), open_shard=Scratch(tmp_path / "scratch", lambda _: None).open)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left for"):
+        reader.read(0)
