@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class BadSample(NamedTuple):
-    """A sample that could not be used; the trainer names it once in the run's events and counts it."""
-
-    shard: str
-    """Path of the tar."""
-    key: str
-    """Name of the sample in it."""
-    number: int
-    """Number of the sample in its folder."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}, sample {self.key!r}: {self.reason}"
+from mfm_dist.errors import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,10 @@
-"""Errors meant for the person who started the run, each tied to an exit code of ``mfm_dist.train``."""
+"""Errors meant for the person who started the run, each tied to an exit code of ``mfm_dist.train``; and bad data.
+
+Bad data has three names. ``DataError``: the run stops. ``BadSample``: one sample is passed over, named and counted.
+``CorruptFileError``: a file is not what was written; whoever knows which one makes one of the other two of it.
+"""
+
+from typing import NamedTuple
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
@@ -7,8 +13,7 @@ EXIT_STORAGE = 4
 EXIT_UNSTABLE = 5  # training left the rails again and again; running it again would not help
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
-
-EXIT_CORRUPT = 77  # ranks disagree about a weight; run me again from the last checkpoint
+EXIT_MISMATCH = 77  # ranks disagree about a weight; run me again from the last checkpoint
 
 
 class UserError(Exception):
@@ -45,10 +50,35 @@ class DataError(UserError):
     exit_code = EXIT_DATA
 
 
+class BadSample(NamedTuple):
+    """A sample that could not be used; the trainer names it once in the run's events and counts it."""
+
+    shard: str
+    """Path of the tar, or of the folder it was to be packed into."""
+    key: str
+    """Name of the sample in it; empty where that is lost."""
+    number: int
+    """Number of the sample in its folder; -1 where it has none."""
+    reason: str
+    expected: bool = False
+    """Whether its data set is known to hold such samples."""
+
+    def __str__(self) -> str:
+        return f"{self.shard}{f', sample {self.key!r}' if self.key else ''}: {self.reason}"
+
+
+class CorruptFileError(Exception):
+    """Why a file, or a part of one, is not what was written or cannot be decoded."""
+
+
 class StorageError(UserError):
     """A folder that cannot be written (full, read-only, gone; what was written before is intact), or is damaged."""
 
     exit_code = EXIT_STORAGE
+
+
+class DiskFullError(StorageError, OSError):
+    """A disk that took a part of a file. An ``OSError`` too, as any other failure to write one."""
 
 
 class UnstableError(UserError):
@@ -57,7 +87,7 @@ class UnstableError(UserError):
     exit_code = EXIT_UNSTABLE
 
 
-class CorruptError(UserError):
+class RankMismatchError(UserError):
     """What several places hold is not the same any more; a memory or network fault. The last checkpoint is sound."""
 
-    exit_code = EXIT_CORRUPT
+    exit_code = EXIT_MISMATCH

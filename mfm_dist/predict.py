@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfm_dist import load
-from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, UserError
-from mfm_dist.inference.overlays import SUFFIXES, UnreadableImageError, overlay, read_image, save_ids, save_picture
+from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
+from mfm_dist.inference.overlays import SUFFIXES, overlay, read_image, save_ids, save_picture
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.storage import write_atomically
 
@@ -83,7 +83,7 @@ def predict_all(
         try:
             image = read_image(root / name)
             ids = model.predict(image).cpu()
-        except UnreadableImageError as error:
+        except CorruptFileError as error:
             done.bad[str(name)] = str(error)
             continue
         except torch.OutOfMemoryError:

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import DiskFullError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An empty temporary folder to fill. At the end of the block it takes the place of ``final``, all on disk.
+    """Give an empty temporary folder to fill. At the end of the block it takes the place of ``final``, all on disk.
 
     If the block raises, nothing of it is left, and a ``final`` that was there before still is.
     """
@@ -43,14 +46,46 @@ def whole_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old text or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write. It gets its name when it is whole and on the disk, and is gone if the block raises.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException as error:
+        written = temporary.stat().st_size if temporary.exists() else 0
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise DiskFullError(no_space_left(path, written, free, "run the same command again")) from error
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader sees the old content or the new, never half of it.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def no_space_left(where: Path, need: int, free: int, again: str) -> str:
+    """Say that a disk cannot take ``need`` bytes, and what to do."""
+    return (
+        f"no space left for {where}: it needs at least {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. "
+        f"Make room, then: {again}. What is finished is kept"
+    )
 
 
 def fsync(path: Path) -> None:
@@ -60,6 +95,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class JsonLines:
@@ -97,47 +141,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-CHUNK_BYTES = 1 << 20
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole and on the disk, and leaves nothing behind when it fails.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except BaseException as error:
-        written = temporary.stat().st_size if temporary.exists() else 0
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            free = shutil.disk_usage(path.parent).free
-            raise StorageError(no_space_left(path, written, free, "run the same command again")) from error
-        raise
-
-
-def no_space_left(where: Path, need: int, free: int, again: str) -> str:
-    """The message of a disk that cannot take ``need`` bytes."""
-    return (
-        f"no space left for {where}: it needs at least {need / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. "
-        f"Make room, then: {again}. Finished shards are kept"
-    )
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
 from mfm_dist.run.folder import RunFolder, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 
@@ -110,13 +110,13 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     Raises:
         ConfigError: if it is the run of another configuration.
     """
-    from mfm_dist.checkpoint import DamagedError, check_resumable, read_checkpoint, step_folder
+    from mfm_dist.checkpoint import check_resumable, read_checkpoint, step_folder
 
     step = config.train.steps
     try:
         miou = json.loads(run.evaluation(step).read_text(encoding="utf-8"))["miou"]
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
-    except (OSError, ValueError, KeyError, TypeError, DamagedError):
+    except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
         return False  # something is left to do, or to mend
     check_resumable(checkpoint, config, {})
     print(f"{run.path} has been trained to step {step} already; more steps: train.steps=N")

@@ -14,7 +14,7 @@ from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
-from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, CorruptError, DataError, UnstableError, UserError
+from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, DataError, RankMismatchError, UnstableError, UserError
 from mfm_dist.inference.evaluation import Scores, evaluate
 from mfm_dist.run.bad_samples import BadSamples
 from mfm_dist.run.folder import RunFolder
@@ -274,14 +274,14 @@ class Trainer:
         """Compare what several places hold of the weights, before they are trained on or saved. Collective.
 
         Raises:
-            CorruptError: on every rank, if anything differs.
+            RankMismatchError: on every rank, if anything differs.
         """
         with self.phase("save"):
             findings = audit(self.module, self.engine)
         for finding in findings:
             self.run.event("audit", step=self.progress.step, reason=finding)
         if findings:
-            raise CorruptError(
+            raise RankMismatchError(
                 f"step {self.progress.step}: weights that must be equal are not (faulty memory or network?): "
                 f"{'; '.join(findings[:5])}. The same command goes on from the last checkpoint, which was compared "
                 "before it was written"

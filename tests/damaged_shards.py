@@ -14,15 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.data.class_statistics import count_shard, write_statistics
-from mfm_dist.data.decoding import UnusableError
-from mfm_dist.data.index import Damage, scan_tar
+from mfm_dist.data.class_statistics import PixelCounts, write_statistics
+from mfm_dist.data.index import scan_tar
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
-from mfm_dist.data.reader import SampleError, ShardReader
+from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import ShardStream, stream_samples
-from mfm_dist.shards.writer import encode_jpeg, encode_label_png
+from mfm_dist.errors import BadSample
+from mfm_dist.shards.writer import count_shard, encode_jpeg, encode_label_png
 from mfm_dist.storage import sha256_of
 
 SAMPLES = 50
@@ -78,14 +77,14 @@ def write_tar(path: Path, samples: list[tuple[str, Members]]) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
-def adopt(tar: Path, *, counted: bool = False) -> tuple[Damage, ...]:
+def adopt(tar: Path, *, counted: bool = False) -> tuple[BadSample, ...]:
     """Makes a folder of shards of the one tar in it; returns what the scan could not use.
 
     Args:
         counted: with class statistics, as our writer leaves it; the reader then trusts the ids. Else as if by hand.
     """
     rows, bad = scan_tar(tar)
-    classes = count_shard(tar, rows, len(CLASS_NAMES)) if counted else np.zeros((0, len(CLASS_NAMES)), dtype=np.uint32)
+    counts = count_shard(tar, rows, CLASS_NAMES) if counted else PixelCounts(CLASS_NAMES)
     with open(index_path(tar), "wb") as file:
         np.save(file, rows, allow_pickle=False)
     record = ShardRecord(
@@ -95,8 +94,8 @@ def adopt(tar: Path, *, counted: bool = False) -> tuple[Damage, ...]:
         sha256=sha256_of(tar),
         index_sha256=sha256_of(index_path(tar)),
         image_sizes={},
-        pixel_counts=dict(zip(CLASS_NAMES, classes.sum(axis=0).tolist(), strict=True)) if counted else {},
-        classes_sha256=write_statistics(tar, classes),
+        pixel_counts=counts.pixel_counts,
+        classes_sha256=write_statistics(tar, counts.classes),
     )
     recipe = Recipe(generator="damaged", version=1, arguments={})
     manifest = Manifest(name="damaged", class_names=CLASS_NAMES, recipe=recipe, command="none", shards=(record,))
@@ -112,10 +111,9 @@ def outcome(damaged: Damaged) -> Outcome:
     reader = ShardReader(damaged.tar.parent, bad_limit=1.0)
     delivered = {}
     for number in range(len(reader)):
-        try:
-            sample = reader.read(number)
-        except SampleError as error:
-            named[error.bad.key] = error.bad.reason
+        sample = reader.read(number)
+        if isinstance(sample, BadSample):
+            named[sample.key] = sample.reason
             continue
         assert sample.label is not None
         delivered[sample.key] = (sample.image.contiguous().numpy().tobytes(), sample.label.numpy().tobytes())
@@ -156,10 +154,9 @@ def streamed(damaged: Damaged) -> Outcome:
         if isinstance(found, BadSample):
             named[found.key] = found.reason
             continue
-        try:
-            sample = origin.decode(found, with_label=True)
-        except UnusableError as error:
-            named[found["__key__"]] = str(error)
+        sample = origin.decode(found, with_label=True)
+        if isinstance(sample, BadSample):
+            named[sample.key] = sample.reason
             continue
         assert sample.label is not None
         assert sample.key not in delivered

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
-"""Verifies shards byte by byte and sample by sample: python tools/check_shards.py data/scenes [...]
+"""Verify shards byte by byte and sample by sample: python tools/check_shards.py data/scenes [...]
 
-Takes folders of shards, or folders that hold several of them. With --repair it mends what can be mended: indexes and
-counts are made anew, samples that cannot be used are taken out and named, and the damaged tar is kept aside. Exit
-codes: 0 all is well (after a repair: again), 2 wrong arguments, 3 something is damaged, 4 no room to repair.
+Takes folders of shards, or folders that hold several of them, changes nothing, and names the command that remakes what
+is damaged. Exit codes: 0 all is well, 2 wrong arguments, 3 something is damaged.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord
+from mfm_dist.data.index import open_manifest
+from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, remake_hint
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
-from mfm_dist.shards.packing import only_writer
-from mfm_dist.shards.repair import repair_folder
-from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard, open_manifest
+from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole
@@ -46,14 +44,24 @@ class Report:
     """Of the folder as a whole."""
 
     def lines(self) -> Iterator[str]:
-        """Every problem."""
+        """Name every problem."""
         yield from self.problems
         for check in self.checks:
             yield from check.problems
             yield from (f"{self.folder / check.file}, sample {key!r}: {why}" for key, why in check.bad.items())
 
+    def advice(self) -> Iterator[str]:
+        """Say what to do about damaged shards."""
+        damaged = [check.file for check in self.checks if check.problems or check.bad]
+        if self.manifest is not None and damaged:
+            yield (
+                f"{self.folder}: delete {', '.join(damaged)} in it, then remake what is missing (the rest is kept): "
+                f"{remake_hint(self.folder, self.manifest)}. Without what it is made of, train on it as it is: "
+                "samples that cannot be used are passed over, named and counted (data.bad_sample_limit)"
+            )
+
     def row(self) -> tuple[str, ...]:
-        """Its line of the table."""
+        """Make its line of the table."""
         bad = sum(len(check.bad) for check in self.checks)
         others = len(self.problems) + sum(len(check.problems) for check in self.checks)
         if self.manifest is None:
@@ -63,7 +71,7 @@ class Report:
 
 
 def check_folders(folders: Iterable[Path], workers: int) -> list[Report]:
-    """Verifies manifests, tars, indexes, class statistics and samples, the shards of all folders side by side."""
+    """Verify manifests, tars, indexes, class statistics and samples, the shards of all folders side by side."""
     reports = [_open(folder) for folder in folders]
     jobs = [
         (report, record, report.manifest.class_names)
@@ -90,7 +98,7 @@ def _open(folder: Path) -> Report:
 
 
 def _check(folder: Path, record: ShardRecord, class_names: tuple[str, ...]) -> ShardCheck:
-    """The unit of work of one process."""
+    """Check one shard, the unit of work of one process."""
     torch.set_num_threads(1)  # there are as many processes as cores
     try:
         return check_shard(folder, record, class_names)
@@ -100,7 +108,7 @@ def _check(folder: Path, record: ShardRecord, class_names: tuple[str, ...]) -> S
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once with this one."""
+    """Start processes that end at once with this one."""
     end = signal.SIG_DFL
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("fork"), initializer=signal.signal, initargs=(signal.SIGINT, end)
@@ -115,32 +123,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
 
 
-def repair(reports: list[Report], workers: int) -> list[Report]:
-    """Mends the folders that need it, says what was done, and checks them again."""
-    mended = [report for report in reports if any(not check.is_well() for check in report.checks)]
-    for report in mended:
-        assert report.manifest is not None
-        with only_writer(report.folder.parent, print):
-            for line in repair_folder(report.folder, report.manifest, report.checks):
-                print(line, flush=True)
-    again = {report.folder: report for report in check_folders([report.folder for report in mended], workers)}
-    for report in reports:
-        if report.manifest is not None and report.folder in again:
-            _say_what_changed(report.manifest, again[report.folder])
-    return [again.get(report.folder, report) for report in reports]
-
-
-def _say_what_changed(before: Manifest, report: Report) -> None:
-    after = report.manifest
-    if after is not None and after.fingerprint != before.fingerprint:
-        print(
-            f"{report.folder}: {before.samples} -> {after.samples} samples. Their numbers have changed: a run that was "
-            "begun on the old ones does not go on, it has to begin anew"
-        )
-
-
 def find_folders(given: list[Path]) -> list[Path]:
-    """The shard folders among ``given`` and directly below them. Raises ConfigError where there are none."""
+    """Find the shard folders among ``given`` and directly below them. Raises ConfigError where there are none."""
     found: list[Path] = []
     problems = []
     for root in given:
@@ -166,22 +150,19 @@ def print_table(reports: list[Report]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="check_shards.py", description="Verifies shards and every sample in them.")
+    parser = argparse.ArgumentParser(prog="check_shards.py", description="Verify shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
-    parser.add_argument("--repair", action="store_true", help="mend what can be mended, and say what was done")
     parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     args = parser.parse_args(argv)
     try:
         reports = check_folders(find_folders(args.folders), args.workers)
-        if args.repair:
-            reports = repair(reports, args.workers)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     print_table(reports)
     problems = [line for report in reports for line in report.lines()]
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    for line in (*problems, *(line for report in reports for line in report.advice())):
+        print(line, file=sys.stderr)
     return EXIT_DATA if problems else EXIT_DONE
 
 

@@ -29,7 +29,7 @@ from mfm_dist.data import reader as reader_module
 from mfm_dist.data.blocks import IndexedSamples
 from mfm_dist.data.decoding import jpeg_decoder
 from mfm_dist.data.pipeline import TrainPipeline
-from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.reader import ShardReader, read_member
 from mfm_dist.data.streaming import plain_webdataset
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.augment import strong_augment
@@ -96,7 +96,7 @@ class BareDecoder:
     def _members(samples: IndexedSamples, position: int) -> tuple[Tensor, Tensor | None]:
         shard, row = samples.reader.index.locate(samples.order.sample_at(position, 0))
         _, _, image, label, _ = samples.reader.index.rows[shard][row].item()
-        read = partial(samples.reader._bytes, shard)
+        read = partial(read_member, partial(samples.reader.read_into, shard))
         encoded = torch.from_numpy(read(image, "image"))
         return encoded, torch.from_numpy(read(label, "label")) if samples.with_label else None
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Packs data sets into shards: python tools/make_shards.py gta --input ~/downloads/gta --size 1280x720
+"""Pack data sets into shards: python tools/make_shards.py gta --input ~/downloads/gta --size 1280x720
 
 The input is the download as it came, in folders or zip archives. Run the command again to go on after an
 interruption; when everything is there it says so and ends. Exit codes: 0 done, 2 wrong arguments, 3 bad data,
@@ -21,9 +21,8 @@ from typing import NoReturn
 from mfm_dist.config.loader import read_yaml
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.scenes import Gap
-from mfm_dist.shards.card import TRAIN_IDS, Card, card_names, read_card
+from mfm_dist.shards.card import IMAGE_SUFFIXES, TRAIN_IDS, Card, card_names, folder_card, read_card, read_mapping
 from mfm_dist.shards.convert import Conversion, convert
-from mfm_dist.shards.folder_card import IMAGE_SUFFIXES, folder_card, read_mapping
 from mfm_dist.shards.scene_shards import write_scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -33,7 +32,7 @@ EXIT_INTERRUPTED = 130
 
 
 def make_scenes(args: argparse.Namespace) -> None:
-    """The ``scenes`` sub-command."""
+    """Carry out the ``scenes`` sub-command."""
     write_scenes(
         args.output,
         train=args.train,
@@ -49,7 +48,7 @@ def make_scenes(args: argparse.Namespace) -> None:
 
 
 def make_card_set(args: argparse.Namespace) -> None:
-    """The sub-command of a data set that has a card."""
+    """Carry out the sub-command of a data set that has a card."""
     card: Card = args.card
     if args.splits:
         card = card.only(args.splits)
@@ -57,7 +56,7 @@ def make_card_set(args: argparse.Namespace) -> None:
 
 
 def make_folder(args: argparse.Namespace) -> None:
-    """The ``folder`` sub-command."""
+    """Carry out the ``folder`` sub-command."""
     train_ids = TRAIN_IDS
     if args.mapping is not None:
         if args.labels is None:
@@ -93,7 +92,7 @@ def _convert(
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command that makes the same shards, without its ``--output``."""
+    """Return the command that makes the same shards, without its ``--output``."""
     words = ["python", "tools/make_shards.py", getattr(args, "data set")]
     for name in _REPEATED:
         value = vars(args).get(name)
@@ -119,14 +118,14 @@ def _words(value: object) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument like every other mistake: one message, exit code 2."""
+    """Report a wrong argument like every other mistake: one message, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. Try: {self.prog} --help")
 
 
 def box(text: str) -> tuple[int, int]:
-    """An argparse type: two sides such as ``1280x720``."""
+    """Read two sides such as ``1280x720``."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None or min(int(match[1]), int(match[2])) < 16:
         raise argparse.ArgumentTypeError(f"{text} is no size such as 1280x720, of at least 16 pixels a side")
@@ -134,7 +133,7 @@ def box(text: str) -> tuple[int, int]:
 
 
 def share(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
+    """Read a number from 0 to 1."""
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -142,14 +141,14 @@ def share(text: str) -> float:
 
 
 def name(text: str) -> str:
-    """An argparse type: the name of a folder."""
+    """Read the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_\-]+", text):
         raise argparse.ArgumentTypeError(f"{text} holds more than letters, digits, _ and -")
     return text
 
 
 def gap(text: str) -> Gap:
-    """An argparse type: causes of the domain gap, ``photometric,texture`` or ``none``."""
+    """Read causes of the domain gap, ``photometric,texture`` or ``none``."""
     known = list(asdict(Gap()))
     chosen = [] if text == "none" else text.split(",")
     unknown = [name for name in chosen if name not in known]
@@ -159,8 +158,8 @@ def gap(text: str) -> Gap:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """One sub-command for each data set."""
-    parser = _Parser(prog="make_shards.py", description="Packs data sets into WebDataset shards with an index.")
+    """Make one sub-command for each data set."""
+    parser = _Parser(prog="make_shards.py", description="Pack data sets into WebDataset shards with an index.")
     commands = parser.add_subparsers(dest="data set", required=True)
     scenes = commands.add_parser("scenes", help="the embedded street scenes: game (source) and camera (target)")
     scenes.set_defaults(make=make_scenes)
@@ -234,7 +233,7 @@ def _add_work(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     try:
         args = build_parser().parse_args(argv)
         args.make(args)

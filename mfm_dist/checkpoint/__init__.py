@@ -20,7 +20,6 @@ the ZeRO stage of the writer matters to the reader:
 from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_state, load_student, load_teacher
 from mfm_dist.checkpoint.files import (
     Checkpoint,
-    DamagedError,
     find_latest,
     find_sound,
     read_checkpoint,
@@ -34,7 +33,6 @@ from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
-    "DamagedError",
     "Progress",
     "Saved",
     "check_resumable",

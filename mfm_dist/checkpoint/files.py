@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.errors import CorruptFileError
 from mfm_dist.storage import whole_folder, write_atomically
 
 FORMAT = 2
@@ -48,10 +49,6 @@ class Checkpoint:
         """Read the tensors of one file, e.g. ``student``; empty if the run had no such part."""
         path = self.path / f"{name}.safetensors"
         return load_file(path) if path.exists() else {}
-
-
-class DamagedError(Exception):
-    """Why a folder is not a checkpoint as it was written."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -125,7 +122,7 @@ def _complete(
     for path in reversed(_folders(folder)):
         try:
             checkpoint = read_checkpoint(path)
-        except DamagedError as error:
+        except CorruptFileError as error:
             reason = " ".join(str(error).split())[:300]  # what a damaged file says may be anything
             report(f"{path} is damaged ({reason}); looking for an earlier one")
         else:
@@ -137,27 +134,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint, every byte of it, and read its state.
 
     Raises:
-        DamagedError: if a file is not as it was written, or says what no run of ours writes.
+        CorruptFileError: if a file is not as it was written, or says what no run of ours writes.
     """
     try:
         manifest = _read_json(path / "manifest.json")["files"]
         if foreign := [name for name in manifest if not _FILE.fullmatch(name)]:
-            raise DamagedError(f"manifest.json names {foreign[0]!r}, which is no file of a checkpoint")
+            raise CorruptFileError(f"manifest.json names {foreign[0]!r}, which is no file of a checkpoint")
         present = {entry.name for entry in path.glob("*.safetensors")}
         if unnamed := sorted((present | _NEEDED) - set(manifest)):
-            raise DamagedError(f"manifest.json does not name {' and '.join(unnamed)}")
+            raise CorruptFileError(f"manifest.json does not name {' and '.join(unnamed)}")
         for name, written in manifest.items():
             _verify_file(path / name, written["bytes"], written["sha256"])
         return _from_state(path, _read_json(path / "state.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise DamagedError(f"{type(error).__name__}: {error}") from error
+        raise CorruptFileError(f"{type(error).__name__}: {error}") from error
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
     if (actual := path.stat().st_size) != size:
-        raise DamagedError(f"{path.name} has {actual} bytes instead of {size}")
+        raise CorruptFileError(f"{path.name} has {actual} bytes instead of {size}")
     if _sha256(path) != sha256:
-        raise DamagedError(f"{path.name} differs from what was written")
+        raise CorruptFileError(f"{path.name} differs from what was written")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
             file.keys()
@@ -166,22 +163,22 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
 def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     """Read ``state.json``, each part checked by value: a checksum in the same folder does not vouch for them."""
     if state.get("format") != FORMAT:
-        raise DamagedError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
+        raise CorruptFileError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
     counts, config, data, world_size = (state[key] for key in ("progress", "config", "data", "world_size"))
     kinds = {entry.name: list if entry.default is MISSING else int for entry in fields(Progress)}
     if not {"step", "applied", "block"} <= set(counts) <= set(kinds) or not all(
         type(value) is kinds[name] and all(map(_is_number, value if isinstance(value, list) else [value]))
         for name, value in counts.items()
     ):
-        raise DamagedError(f"state.json: progress is not {', '.join(sorted(kinds))} as counts and lists of numbers")
+        raise CorruptFileError(f"state.json: progress is not {', '.join(sorted(kinds))} as counts and lists of numbers")
     if counts["step"] != _step_of(path):
-        raise DamagedError("state.json is of another step than the folder's name")
+        raise CorruptFileError("state.json is of another step than the folder's name")
     if not isinstance(config, dict) or not all(isinstance(value, dict | int) for value in config.values()):
-        raise DamagedError("state.json: config is not a configuration by section")
+        raise CorruptFileError("state.json: config is not a configuration by section")
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
-        raise DamagedError("state.json: data is not a fingerprint by name")
+        raise CorruptFileError("state.json: data is not a fingerprint by name")
     if type(world_size) is not int or world_size < 1:
-        raise DamagedError("state.json: world_size is not a number of processes")
+        raise CorruptFileError("state.json: world_size is not a number of processes")
     return Checkpoint(path, Progress(**counts), config, data, world_size)
 
 
@@ -193,10 +190,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:
-        raise DamagedError(f"{path.name} is larger than {JSON_LIMIT >> 20} MiB")
+        raise CorruptFileError(f"{path.name} is larger than {JSON_LIMIT >> 20} MiB")
     value = json.loads(content)
     if not isinstance(value, dict):
-        raise DamagedError(f"{path.name} is not a mapping")
+        raise CorruptFileError(f"{path.name} is not a mapping")
     return value
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_CORRUPT, EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_STORAGE, UserError
+from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_MISMATCH, EXIT_STOPPED, EXIT_STORAGE, UserError
 from mfm_dist.run.folder import OUTCOME
 from mfm_dist.storage import JsonLines, write_atomically
 
@@ -175,7 +175,7 @@ def _why_idle(config: RunConfig, processes: int) -> str:
 def has_outcome(folder: Path) -> bool:
     """Tell whether the training said how it ended, and it was not for want of an answer from some rank."""
     outcome = _report(load_config(folder / "config.yaml"), OUTCOME, folder.name)
-    return outcome.get("code") not in (None, EXIT_HUNG, EXIT_CORRUPT)
+    return outcome.get("code") not in (None, EXIT_HUNG, EXIT_MISMATCH)
 
 
 def next_action(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
@@ -206,7 +206,7 @@ def _how_it_ended(config: RunConfig, job: str, *, asked: bool, lost: Sequence[st
     """
     outcome, preflight, away = _report(config, OUTCOME, job), _report(config, PREFLIGHT, job), list(lost)
     code, reason = outcome.get("code"), str(outcome.get("reason", "ended without a word (killed, or a bug)"))
-    kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_CORRUPT, None) else "ended"
+    kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_MISMATCH, None) else "ended"
     if code is None and preflight.get("problems"):
         reason, away = "preflight: " + "; ".join(preflight["problems"]), away + preflight["nodes"]
         if not away and preflight["code"] != EXIT_HUNG:

@@ -33,9 +33,9 @@ from mfm_dist.checkpoint import Progress, read_checkpoint, write_checkpoint
 from mfm_dist.cluster.job import PREFLIGHT
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
-from mfm_dist.data.reader import SampleError, ShardReader
+from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, UserError
+from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, UserError
 from mfm_dist.run.folder import RECORDED_PACKAGES, slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
@@ -243,15 +243,12 @@ def read_samples(config: RunConfig, name: str) -> None:
     folder, limit = config.data.root / name, config.data.bad_sample_limit
     if is_stream(name) or config.data.render_scenes:
         return  # nothing but reading it all checks a stream; scenes the run makes, finishes or checks itself
-    reader, bad = ShardReader(folder, bad_limit=limit), []
+    reader = ShardReader(folder, bad_limit=limit)
     if not len(reader):
         raise ValueError("it holds no samples")
     numbers = sorted({(len(reader) - 1) * part // 4 for part in range(5)})
-    for number in numbers:
-        try:
-            reader.read(number, with_label=False)
-        except SampleError as error:
-            bad.append(error)
+    samples = [reader.read(number, with_label=False) for number in numbers]
+    bad = [sample for sample in samples if isinstance(sample, BadSample)]
     if len(bad) == len(numbers) or (bad and limit == 0):
         raise ValueError(f"{len(bad)} of {len(numbers)} samples tried cannot be used, first {bad[0]}")
 

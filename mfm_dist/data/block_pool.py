@@ -37,7 +37,7 @@ class BlockPool:
         self._owner = os.getpid()
 
     def take(self) -> int | None:
-        """A free slot of this process, from now on in use; None where all are."""
+        """Take a free slot of this process, from now on in use; None where all are."""
         worker = get_worker_info()
         first = (worker.id if worker else 0) * self._slots
         for slot in range(first, first + self._slots):
@@ -50,11 +50,11 @@ class BlockPool:
         self._state[slot] = _FREE
 
     def fill(self, slot: int) -> Tensor:
-        """uint8 [size], to write to."""
+        """View a slot to write to: uint8 [size]."""
         return torch.from_numpy(self._view(slot))
 
     def lend(self, slot: int) -> Tensor:
-        """uint8 [size], to read; the slot is given back when this tensor and all views of it are gone."""
+        """View a slot to read: uint8 [size]; the slot is given back when this tensor and all views of it are gone."""
         view = self._view(slot)
         weakref.finalize(view, self._give_back_here, slot).atexit = False
         return torch.from_numpy(view)
@@ -63,6 +63,6 @@ class BlockPool:
         return np.frombuffer(self._memory, dtype=np.uint8, count=self._size, offset=slot * self._size)
 
     def _give_back_here(self, slot: int) -> None:
-        """A process forked meanwhile has a copy of the view, whose end means nothing."""
+        """Give a slot back, but not when a process forked meanwhile is done with its copy of the view."""
         if os.getpid() == self._owner:
             self.give_back(slot)

@@ -10,30 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
-from mfm_dist.data.order import RareClassOrder
-from mfm_dist.data.reader import Sample, SampleError, ShardReader
+from mfm_dist.data.order import Order
+from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.transforms import RareClassTarget, Resize, source_crop, target_crop
-from mfm_dist.errors import DataError, StorageError
+from mfm_dist.errors import BadSample, DataError, StorageError
 from mfm_dist.rng import Stream, keyed_generator
 
 REPLACEMENT_TRIES = 8
 """Samples looked at for one place of a block, the first included, before the data is given up."""
 BYTES_PER_PIXEL = 3 + 1 + 3 + 1
 """Source image and label, target image and validity."""
-
-
-class Order(Protocol):
-    """Which sample stands at a position."""
-
-    @property
-    def count(self) -> int:
-        """Samples there are."""
-
-    def sample_at(self, position: int, attempt: int) -> int:
-        """The number of the sample; each further ``attempt`` names another one in its place."""
 
 
 class DrawnSample(NamedTuple):
@@ -47,7 +36,7 @@ class Samples(Protocol):
     """Where a block takes its samples from."""
 
     def take(self, position: int, bad: list[BadSample]) -> DrawnSample:
-        """The sample at ``position``, or the one in its place; those that cannot be used go into ``bad``."""
+        """Return the sample at ``position``, or the one in its place; those that cannot be used go into ``bad``."""
 
 
 class IndexedSamples:
@@ -59,27 +48,19 @@ class IndexedSamples:
         self.with_label = with_label
 
     def take(self, position: int, bad: list[BadSample]) -> DrawnSample:
-        """Raises DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
+        """Raise DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
         refused: list[BadSample] = []
         for attempt in range(min(REPLACEMENT_TRIES, self.order.count)):
-            found = read(self.reader, self.order.sample_at(position, attempt), with_label=self.with_label)
+            found = self.reader.read(self.order.sample_at(position, attempt), with_label=self.with_label)
             if isinstance(found, Sample):
                 bad += refused
-                wanted = self.order.wanted(position, attempt) if isinstance(self.order, RareClassOrder) else None
-                return DrawnSample(found, wanted)
+                return DrawnSample(found, self.order.wanted(position, attempt))
             refused.append(found)
         raise nothing_to_use(refused)
 
 
-def read(reader: ShardReader, number: int, *, with_label: bool) -> Sample | BadSample:
-    """The sample, or why it cannot be used."""
-    try:
-        return reader.read(number, with_label=with_label)
-    except SampleError as error:
-        return error.bad
-
-
 def nothing_to_use(refused: list[BadSample]) -> DataError:
+    """Say that the data is given up, and why."""
     listed = "\n".join(f"  {sample}" for sample in refused)
     return DataError(f"{len(refused)} samples in a row cannot be used, so none can stand in for another:\n{listed}")
 
@@ -96,7 +77,7 @@ class PackedBlock:
     bad_samples: tuple[BadSample, ...]
 
     def batch(self, pool: BlockPool, *, pinned: bool) -> UDABatch:
-        """The block, in page-locked memory if it is to be ``pinned``."""
+        """Return the block, in page-locked memory if it is to be ``pinned``."""
         pixels = self.pixels if isinstance(self.pixels, Tensor) else pool.lend(self.pixels)
         if pinned:
             pixels = pixels.pin_memory()
@@ -106,7 +87,7 @@ class PackedBlock:
 def unpacked(
     pixels: Tensor, shape: tuple[int, int, int], block: int, bad_samples: tuple[BadSample, ...] = ()
 ) -> UDABatch:
-    """Views of the pixels of a block; images are [B, 3, h, w] with their channels innermost in memory."""
+    """View the pixels of a block; images are [B, 3, h, w] with their channels innermost in memory."""
     size, height, width = shape
     plane = math.prod(shape)
     source_image, source_label, target_image, target_valid = pixels.split([3 * plane, plane, 3 * plane, plane])
@@ -150,7 +131,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         self.wanted_pixels = data.rare_class_sampling.min_pixels * data.rare_class_sampling.min_crop_ratio
 
     def __getitem__(self, block: int) -> PackedBlock | DataError:
-        """Errors are returned: an exception raised in a worker arrives with that worker's traceback as its text."""
+        """Return errors, too: an exception raised in a worker arrives with that worker's traceback as its text."""
         try:
             return self._build(block)
         except DataError as error:
@@ -159,7 +140,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
             return DataError(str(error))
 
     def put_into(self, pool: BlockPool) -> None:
-        """Where blocks go from now on; each gets memory of its own without a pool, and where all of it is in use."""
+        """Fill slots of a pool from now on; without one, or where all are in use, each block gets memory of its own."""
         self._pool = pool
         self._places_of = {}
 
@@ -178,7 +159,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         return PackedBlock(slot, self.shape, block, bad)
 
     def _places(self, pixels: Tensor) -> BlockViews:
-        """Views of the memory of a block, uint8 [B * h * w * ``BYTES_PER_PIXEL``]."""
+        """View the memory of a block, uint8 [B * h * w * ``BYTES_PER_PIXEL``]."""
         batch = unpacked(pixels, self.shape, block=0)
         return BlockViews(
             source=list(zip(batch.source_image, batch.source_label, strict=True)),
@@ -186,7 +167,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         )
 
     def _fill(self, block: int, places: BlockViews) -> tuple[BadSample, ...]:
-        """Puts the pixels of a block into their places; returns the samples that could not be used."""
+        """Put the pixels of a block into their places; return the samples that could not be used."""
         bad: list[BadSample] = []
         first = block * self.shape[0]
         for position, into in enumerate(places.source, first):

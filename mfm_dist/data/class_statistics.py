@@ -7,115 +7,96 @@ A shard without any label has no such file. ``ShardRecord.classes_sha256`` says 
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.manifest import Manifest, ShardRecord, remake_hint, statistics_path
-from mfm_dist.errors import DataError
-from mfm_dist.storage import atomic_file
+from mfm_dist.data.manifest import Manifest, ShardRecord, read_sidecar, remake_hint, statistics_path, write_sidecar
+from mfm_dist.errors import CorruptFileError, DataError
 
 
-def count_pixels(label: np.ndarray | None, num_classes: int) -> np.ndarray:
-    """uint32 [num_classes]: pixels of each class in a label, uint8 [H, W]; zeros where there is no label."""
-    if label is None:
-        return np.zeros(num_classes, dtype=np.uint32)
-    return np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1)[:num_classes].astype(np.uint32)
+class PixelCounts:
+    """Counts, sample by sample, what the manifest and the class statistics say of a shard."""
+
+    def __init__(self, class_names: tuple[str, ...]) -> None:
+        self._class_names = class_names
+        self._sizes: Counter[str] = Counter()
+        self._ids: list[np.ndarray] = []
+
+    def add(self, size: tuple[int, ...], label: np.ndarray | None) -> None:
+        """Count one sample by height and width, and the ids of its label, uint8 [H, W], if it has one."""
+        self._sizes["x".join(map(str, size))] += 1
+        none = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+        self._ids.append(none if label is None else np.bincount(label.ravel(), minlength=len(none)))
+
+    @property
+    def image_sizes(self) -> dict[str, int]:
+        """As in ``ShardRecord``."""
+        return dict(sorted(self._sizes.items()))
+
+    @property
+    def pixel_counts(self) -> dict[str, int]:
+        """As in ``ShardRecord``."""
+        pixels = np.array(self._ids, dtype=np.int64).reshape(-1, IGNORE_INDEX + 1).sum(axis=0)
+        if not pixels.any():
+            return {}
+        counts = {name: int(pixels[train_id]) for train_id, name in enumerate(self._class_names)}
+        return {**counts, "ignore": int(pixels[IGNORE_INDEX])}
+
+    @property
+    def classes(self) -> np.ndarray:
+        """uint32 [samples, classes], the class statistics."""
+        ids = np.array(self._ids, dtype=np.uint32).reshape(-1, IGNORE_INDEX + 1)
+        return np.ascontiguousarray(ids[:, : len(self._class_names)])
 
 
 def write_statistics(tar: Path, counts: np.ndarray) -> str:
-    """Writes the class statistics of a finished tar, if it has labels.
+    """Write the class statistics of a finished tar, if it has labels.
 
     Args:
-        counts: uint32 [samples, classes], rows of ``count_pixels`` in the order of the tar.
+        counts: uint32 [samples, classes], in the order of the tar.
 
     Returns:
         SHA-256 of the file, for ``ShardRecord.classes_sha256``; "" where no label was counted.
 
     Raises:
-        StorageError: the disk is full.
+        DiskFullError: the disk is full.
     """
-    path = statistics_path(tar)
-    if not counts.any():
-        path.unlink(missing_ok=True)
-        return ""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(counts, dtype=np.uint32), allow_pickle=False)
-    with atomic_file(path) as file:
-        file.write(buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    if counts.any():
+        return write_sidecar(statistics_path(tar), counts)
+    statistics_path(tar).unlink(missing_ok=True)
+    return ""
 
 
 def read_statistics(folder: Path, manifest: Manifest) -> np.ndarray:
-    """uint32 [samples, classes] of a whole folder, in the order of its sample numbers.
+    """Read the statistics of a whole folder, uint32 [samples, classes], in the order of its sample numbers.
 
     Raises:
         DataError: shards without statistics, or with damaged ones; all are named, and the command that mends them.
     """
-    problems: list[str] = []
-    parts = [
-        _read_shard(folder / record.file, record, len(manifest.class_names), problems) for record in manifest.shards
-    ]
+    parts, problems = [np.empty((0, len(manifest.class_names)), dtype=np.uint32)], []
+    for record in manifest.shards:
+        try:
+            parts.append(_read_shard(folder / record.file, record, len(manifest.class_names)))
+        except CorruptFileError as error:
+            problems.append(str(error))
     if problems:
         raise DataError("\n".join([*problems, f"The command that adds them: {remake_hint(folder, manifest)}"]))
-    return np.concatenate(parts) if parts else np.empty((0, len(manifest.class_names)), dtype=np.uint32)
+    return np.concatenate(parts)
 
 
-def _read_shard(tar: Path, record: ShardRecord, num_classes: int, problems: list[str]) -> np.ndarray:
-    """The statistics of one shard; what is wrong with them is added to ``problems``."""
+def _read_shard(tar: Path, record: ShardRecord, num_classes: int) -> np.ndarray:
+    """Read the statistics of one shard. Raises CorruptFileError."""
     nothing = np.zeros((record.samples, num_classes), dtype=np.uint32)
     path = statistics_path(tar)
     if record.pixel_counts and not record.has_classes:
         return nothing
     if not record.classes_sha256:
         why = "its shard was made before they were counted" if record.has_classes else "its shard holds no labels"
-        problems.append(f"{path} does not exist: {why}")
-        return nothing
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        problems.append(f"{path} cannot be read ({error.strerror})")
-        return nothing
-    if hashlib.sha256(content).hexdigest() != record.classes_sha256:
-        problems.append(f"{path} is damaged: it differs from what was written (wrong SHA-256)")
-        return nothing
-    try:
-        counts: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        problems.append(f"{path} is not a readable array ({error})")
-        return nothing
+        raise CorruptFileError(f"{path} does not exist: {why}")
+    counts = read_sidecar(path, record.classes_sha256)
     if counts.shape != nothing.shape or counts.dtype != nothing.dtype:
-        problems.append(f"{path} holds {counts.dtype} {counts.shape}, not uint32 {nothing.shape}")
-        return nothing
-    return counts
-
-
-def count_shard(tar: Path, rows: np.ndarray, num_classes: int) -> np.ndarray:
-    """The statistics of a tar from its labels: uint32 [samples, classes]. Decodes every label.
-
-    Args:
-        rows: the index of the tar, ``index_dtype``.
-
-    Raises:
-        DataError: a label cannot be decoded.
-    """
-    import torch  # here, because packing starts without torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    counts = np.zeros((len(rows), num_classes), dtype=np.uint32)
-    with open(tar, "rb") as file:
-        for number, row in enumerate(rows):
-            offset, size, _ = row["label"].tolist()
-            if offset < 0:
-                continue
-            payload = torch.frombuffer(bytearray(os.pread(file.fileno(), size, offset)), dtype=torch.uint8)
-            try:
-                label = decode_png(payload, mode=ImageReadMode.UNCHANGED)
-            except RuntimeError as error:
-                raise DataError(f"{tar}, sample {row['key'].decode()!r}: its label is no readable png") from error
-            counts[number] = count_pixels(label.numpy()[0], num_classes)
+        raise CorruptFileError(f"{path} holds {counts.dtype} {counts.shape}, not uint32 {nothing.shape}")
     return counts

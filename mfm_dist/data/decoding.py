@@ -17,13 +17,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.errors import ConfigError
+from mfm_dist.data.photographs import LARGEST_PICTURE, PNG_START
+from mfm_dist.errors import ConfigError, CorruptFileError
 
-LARGEST_IMAGE = 1 << 26
-"""Pixels of the largest image that is decoded, 64 Mi: twice the largest of any street data set. A header may claim
-four billion pixels in a file of a few bytes."""
-
-_PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers that start a frame (SOF0 to SOF15); the three left out mean something else."""
@@ -34,39 +30,35 @@ JpegDecoder = Callable[[Tensor], Tensor]
 """uint8 [size] -> uint8 [3, H, W], RGB. Raises RuntimeError or ValueError for bytes it cannot decode."""
 
 
-class UnusableError(Exception):
-    """Why a sample cannot be used; the reader adds which one it is."""
-
-
 def jpeg_decoder(name: str) -> JpegDecoder:
-    """The decoder that ``data.decoder`` names.
+    """Return the decoder that ``data.decoder`` names.
 
     Raises:
         ConfigError: it is not installed.
     """
     if name == "torchvision":
-        return _torchvision_jpeg
+        return torchvision_jpeg
     assert name == "simplejpeg"
     if find_spec("simplejpeg") is None:
         raise ConfigError("data.decoder=simplejpeg: it is not installed; pip install simplejpeg, or use torchvision")
-    decode = import_module("simplejpeg").decode_jpeg
-
-    def simplejpeg(payload: Tensor) -> Tensor:
-        return torch.from_numpy(decode(payload.numpy(), colorspace="RGB")).permute(2, 0, 1)
-
-    return simplejpeg
+    return _simplejpeg
 
 
-def _torchvision_jpeg(payload: Tensor) -> Tensor:
+def _simplejpeg(payload: Tensor) -> Tensor:
+    decoded = import_module("simplejpeg").decode_jpeg(payload.numpy(), colorspace="RGB")
+    return torch.from_numpy(decoded).permute(2, 0, 1)
+
+
+def torchvision_jpeg(payload: Tensor) -> Tensor:
     image: Tensor = decode_jpeg(payload, mode=ImageReadMode.RGB)
     return image
 
 
-def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = _torchvision_jpeg) -> Tensor:
-    """uint8 [size] -> uint8 [3, H, W], RGB, a view of rows of triples.
+def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = torchvision_jpeg) -> Tensor:
+    """Decode an image: uint8 [size] -> uint8 [3, H, W], RGB, a view of rows of triples.
 
     Raises:
-        UnusableError: the bytes are no 8-bit image of that format, or claim too many pixels.
+        CorruptFileError: the bytes are no 8-bit image of that format, or claim too many pixels.
     """
     check_size("image", header_size(payload, image_format, "image"))
     if image_format == "png":
@@ -75,93 +67,93 @@ def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = _
         encoded = torch.from_numpy(payload)
         image = decode(encoded) if image_format == "jpg" else decode_png(encoded, mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
-        raise UnusableError(f"its image is no readable {image_format} ({_first_line(error)})") from error
+        raise CorruptFileError(f"its image is no readable {image_format} ({_first_line(error)})") from error
     if image.dtype != torch.uint8:
-        raise UnusableError(f"its image has {image.dtype} pixels; 8 bits a channel are needed")
+        raise CorruptFileError(f"its image has {image.dtype} pixels; 8 bits a channel are needed")
     return image
 
 
 def decode_label(payload: np.ndarray, num_classes: int | None, image_size: tuple[int, int]) -> Tensor:
-    """uint8 [size] -> uint8 [H, W], checked.
+    """Decode a label and check it: uint8 [size] -> uint8 [H, W].
 
     Args:
         num_classes: None where its ids are known to be classes.
         image_size: height and width.
 
     Raises:
-        UnusableError: the bytes are no 8-bit grey PNG of ``image_size``, or an id is no class.
+        CorruptFileError: the bytes are no 8-bit grey PNG of ``image_size``, or an id is no class.
     """
     size = header_size(payload, "png", "label")
     check_size("label", size)
     if size != image_size:
         sizes = [f"{height}x{width}" for height, width in (size, image_size)]
-        raise UnusableError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
+        raise CorruptFileError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
     if num_classes is not None:  # nobody has looked at it before
         check_chunks("label", payload)
     try:
         label = decode_png(torch.from_numpy(payload), mode=ImageReadMode.UNCHANGED)
     except RuntimeError as error:
-        raise UnusableError(f"its label is no readable png ({_first_line(error)})") from error
+        raise CorruptFileError(f"its label is no readable png ({_first_line(error)})") from error
     if label.shape[0] != 1 or label.dtype != torch.uint8:
-        raise UnusableError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
+        raise CorruptFileError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
     if num_classes is not None:
         check_ids(label[0].numpy(), num_classes)
     return label[0]
 
 
 def check_ids(label: np.ndarray, num_classes: int) -> None:
-    """Raises UnusableError when a label, uint8 [H, W], holds an id that is neither a class nor ``IGNORE_INDEX``."""
+    """Raise CorruptFileError when a label, uint8 [H, W], holds an id that is neither class nor ``IGNORE_INDEX``."""
     signed = label.view(np.int8)  # 255 is -1 then, and what is allowed lies side by side; no copy is made
     if signed.min() >= IGNORE_INDEX - 256 and signed.max() < num_classes:
         return
     unknown = np.setdiff1d(np.unique(label), [*range(num_classes), IGNORE_INDEX])
     ids = ", ".join(map(str, unknown.tolist()))
-    raise UnusableError(f"its label holds class ids {ids}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX}")
+    raise CorruptFileError(f"its label holds class ids {ids}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX}")
 
 
 def check_size(what: str, size: tuple[int, int]) -> None:
-    """Raises UnusableError when a header claims no pixel or more than ``LARGEST_IMAGE``."""
+    """Raise CorruptFileError when a header claims no pixel or more than ``LARGEST_PICTURE``."""
     height, width = size
-    if not 0 < height * width <= LARGEST_IMAGE:
-        raise UnusableError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_IMAGE} are decoded")
+    if not 0 < height * width <= LARGEST_PICTURE:
+        raise CorruptFileError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_PICTURE} are decoded")
 
 
 def check_chunks(what: str, payload: np.ndarray) -> None:
-    """Raises UnusableError for a PNG with a chunk that is cut or whose CRC-32 is wrong.
+    """Raise CorruptFileError for a PNG with a chunk that is cut or whose CRC-32 is wrong.
 
     torchvision 0.29 does not survive most errors of libpng: the process ends with a segmentation fault.
     """
-    content, at, kind = payload.data, len(_PNG_START), b""
+    content, at, kind = payload.data, len(PNG_START), b""
     while kind != b"IEND":
         size = int.from_bytes(content[at : at + 4], "big")
         kind, end = bytes(content[at + 4 : at + 8]), at + 8 + size
         if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big") or not kind:
-            raise UnusableError(f"its {what} is no readable png (damaged or cut)")
+            raise CorruptFileError(f"its {what} is no readable png (damaged or cut)")
         at = end + 4
 
 
 def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int, int]:
-    """Height and width that the header of a PNG or JPEG claims; decodes nothing.
+    """Read height and width that the header of a PNG or JPEG claims; decode nothing.
 
     Raises:
-        UnusableError: it is no such file.
+        CorruptFileError: it is no such file.
     """
     content = payload.data
     size = _jpeg_size(content) if image_format == "jpg" else _png_size(content)
     if size is None:
-        raise UnusableError(f"its {what} is no readable {image_format} (no header)")
+        raise CorruptFileError(f"its {what} is no readable {image_format} (no header)")
     return size
 
 
 def _png_size(content: memoryview) -> tuple[int, int] | None:
-    """The first chunk of a PNG holds width and height."""
-    if len(content) < 24 or content[:8] != _PNG_START or content[12:16] != b"IHDR":
+    """Read the first chunk of a PNG, which holds width and height."""
+    if len(content) < 24 or content[:8] != PNG_START or content[12:16] != b"IHDR":
         return None
     return int.from_bytes(content[20:24], "big"), int.from_bytes(content[16:20], "big")
 
 
 def _jpeg_size(content: memoryview) -> tuple[int, int] | None:
-    """Goes from marker to marker, each with its length, up to the start of the frame."""
+    """Go from marker to marker, each with its length, up to the start of the frame."""
     if content[:2] != _JPEG_START:
         return None
     at = 2

@@ -11,8 +11,6 @@ WebDataset splits a file name at its first dot, so the label's extension is ``la
 
 from __future__ import annotations
 
-import hashlib
-import io
 import tarfile
 import zlib
 from bisect import bisect_right
@@ -24,12 +22,21 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, index_path, remake_hint
-from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.data.manifest import (
+    MANIFEST_FILE,
+    UNFINISHED_FILE,
+    Manifest,
+    ShardRecord,
+    index_path,
+    read_sidecar,
+    remake_hint,
+)
+from mfm_dist.errors import BadSample, ConfigError, CorruptFileError, DataError
+from mfm_dist.storage import CHUNK_BYTES
 
 
 def build_index(tar: Path) -> np.ndarray:
-    """The index of a tar that is whole, one row of ``index_dtype`` for each sample in the order of the file.
+    """Make the index of a tar that is whole, one row of ``index_dtype`` for each sample in the order of the file.
 
     Raises:
         DataError: the tar or its structure is damaged; ``scan_tar`` tells what can still be used.
@@ -53,7 +60,7 @@ class DatasetIndex:
 
     @classmethod
     def open(cls, folder: Path, *, bad_limit: float = 0.0) -> DatasetIndex:
-        """Opens a finished folder and checks everything that costs no read of the tars.
+        """Open a finished folder and check everything that costs no read of the tars.
 
         Args:
             bad_limit: share of the samples that may be lost with missing or truncated shards; reading one of them
@@ -64,12 +71,12 @@ class DatasetIndex:
             DataError: it is unfinished, its manifest or an index is unreadable, or shards are missing or truncated
                 beyond the limit (all named).
         """
-        manifest = Manifest.read(_manifest_of(folder))
+        manifest = open_manifest(folder)
         problems: list[str] = []
         rows = [_open_index(folder, record, problems) for record in manifest.shards]
-        losses = [_lost(folder / one.file, one, part) for one, part in zip(manifest.shards, rows, strict=True)]
-        damaged = [loss.reason for loss in losses if loss.reason]
-        lost = sum(loss.samples for loss in losses)
+        parts = list(zip(manifest.shards, rows, strict=True))
+        damaged = [problem for one, _ in parts if (problem := size_problem(folder / one.file, one))]
+        lost = sum(_lost(folder / one.file, part) for one, part in parts if size_problem(folder / one.file, one))
         if damaged and (bad_limit == 0 or lost > bad_limit * manifest.samples):
             problems = sorted([*damaged, *problems])
         if problems:
@@ -82,18 +89,22 @@ class DatasetIndex:
         return int(self.starts[-1])
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(shard, row inside it) of a sample number."""
+        """Find (shard, row inside it) of a sample number."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)} in {self.folder}")
         shard = bisect_right(self.starts, number) - 1
         return shard, number - int(self.starts[shard])
 
 
-def _manifest_of(folder: Path) -> Path:
-    """The path of the manifest, or a message on why there is none."""
-    path = folder / MANIFEST_FILE
-    if path.is_file():
-        return path
+def open_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a finished folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+        DataError: it is unfinished, or its manifest is unreadable.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        return Manifest.read(folder / MANIFEST_FILE)
     if (folder / UNFINISHED_FILE).is_file():
         unfinished = Manifest.read(folder / UNFINISHED_FILE)
         raise DataError(f"{folder} is unfinished. Run it to its end: {remake_hint(folder, unfinished)}")
@@ -107,39 +118,34 @@ def _manifest_of(folder: Path) -> Path:
     )
 
 
-class _Loss(NamedTuple):
-    """What is certainly gone from a shard, and why; nothing where the file is the size it should be."""
-
-    samples: int
-    reason: str
-
-
-def _lost(tar: Path, record: ShardRecord, rows: np.ndarray) -> _Loss:
+def size_problem(tar: Path, record: ShardRecord) -> str:
+    """Say what the size of a shard gives away: "" where it is the one that was written."""
     if not tar.is_file():
-        return _Loss(record.samples, f"{tar} is missing")
+        return f"{tar} is missing"
     size = tar.stat().st_size
     if size == record.bytes:
-        return _Loss(0, "")
+        return ""
     state = "truncated" if size < record.bytes else "not the file that was written"
+    return f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
+
+
+def _lost(tar: Path, rows: np.ndarray) -> int:
+    """Count the samples that are certainly gone from a shard whose size is wrong."""
+    size = tar.stat().st_size if tar.is_file() else 0
     ends = np.maximum(*(rows[member]["offset"] + rows[member]["size"] for member in ("image", "label")))
-    reason = f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
-    return _Loss(int((ends > size).sum()), reason)
+    return int((ends > size).sum())
 
 
 def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.ndarray:
-    """The index of one shard; what is wrong with it is added to ``problems``."""
+    """Read the index of one shard; what is wrong with it is added to ``problems``."""
     index = index_path(folder / record.file)
     try:
-        content = index.read_bytes()
-    except OSError as error:
-        problems.append(f"{index} cannot be read ({error.strerror})")
+        rows = read_sidecar(index, record.index_sha256)
+        if len(rows) != record.samples:
+            raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
+    except CorruptFileError as error:
+        problems.append(str(error))
         return np.empty(0, dtype=index_dtype(1))
-    if hashlib.sha256(content).hexdigest() != record.index_sha256:
-        problems.append(f"{index} is damaged: it differs from what was written (wrong SHA-256)")
-        return np.empty(0, dtype=index_dtype(1))
-    rows: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    if len(rows) != record.samples:
-        problems.append(f"{index} has {len(rows)} samples, {record.samples} were written")
     return rows
 
 
@@ -149,28 +155,15 @@ META_EXTENSION = "json"
 
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc32", "<u4")])
 _ABSENT = (-1, 0, 0)
-_CHUNK_BYTES = 1 << 20
 _LONGEST_KEY = 1000
 """Bytes; every row of an index is as long as the longest key of its shard."""
 
 
 def index_dtype(key_bytes: int) -> np.dtype:
-    """One row of a sidecar index. Offsets and sizes are bytes in the tar; an absent member has offset -1."""
+    """Describe one row of a sidecar index. Offsets and sizes are bytes in the tar; an absent member has offset -1."""
     return np.dtype(
         [("key", f"S{key_bytes}"), ("image_format", "S4"), ("image", _MEMBER), ("label", _MEMBER), ("meta", _MEMBER)]
     )
-
-
-class Damage(NamedTuple):
-    """Something in a tar that cannot be used."""
-
-    tar: Path
-    key: str
-    """Of the sample; empty where its name is lost."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.tar}{f', sample {self.key!r}' if self.key else ''}: {self.reason}"
 
 
 class Scan(NamedTuple):
@@ -178,7 +171,8 @@ class Scan(NamedTuple):
 
     rows: np.ndarray
     """One row of ``index_dtype`` for each sample whose members are all there, in the order of the file."""
-    bad: tuple[Damage, ...]
+    bad: tuple[BadSample, ...]
+    """What cannot be used."""
 
 
 class _Member(NamedTuple):
@@ -201,13 +195,13 @@ def scan_tar(tar: Path) -> Scan:
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     reasons: dict[str, str] = {}
-    nameless: list[Damage] = []
+    nameless: list[BadSample] = []
     current = ""
     with open(tar, "rb") as file:
         for member in _members(file, tar.stat().st_size):
             key, extension = split_name(member.name)
             if not key:
-                nameless.append(Damage(tar, "", member.trouble or f"a member without a key: {member.name!r}"))
+                nameless.append(_bad(tar, "", member.trouble or f"a member without a key: {member.name!r}"))
                 continue
             again = key != current and key in samples
             current = key
@@ -229,8 +223,12 @@ def scan_tar(tar: Path) -> Scan:
         if key not in reasons:
             rows.append(_row(key, images[0], members))
     longest = max((len(row[0]) for row in rows), default=1)
-    bad = [Damage(tar, key.rstrip("\0"), reason) for key, reason in reasons.items()]
+    bad = [_bad(tar, key.rstrip("\0"), reason) for key, reason in reasons.items()]
     return Scan(np.array(rows, dtype=index_dtype(longest)), tuple(bad + nameless))
+
+
+def _bad(tar: Path, key: str, reason: str) -> BadSample:
+    return BadSample(shard=str(tar), key=key, number=-1, reason=reason)
 
 
 def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tuple:
@@ -239,14 +237,14 @@ def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tupl
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset splits them: at the first dot of the file's own name."""
+    """Split key and extension as WebDataset does: at the first dot of the file's own name."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return (folder + slash + stem if stem else ""), extension
 
 
 def wrong_name(name: str, key: str) -> str:
-    """Why a key may not be used: whoever names a file by it would write outside their folder."""
+    """Say why a key may not be used: whoever names a file by it would write outside their folder."""
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
         return f"its path leads out of the folder: {name!r}"
     if len(key.encode(errors="surrogateescape")) > _LONGEST_KEY:
@@ -255,7 +253,7 @@ def wrong_name(name: str, key: str) -> str:
 
 
 def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
-    """Every regular file; after each damaged place the next sound header."""
+    """Yield every regular file; after each damaged place the next sound header."""
     start: int | None = 0
     while start is not None:
         end, behind, named = start, start, False
@@ -287,31 +285,31 @@ def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
 
 
 def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:
+    """Read a member and take its checksum."""
+    nowhere = (info.offset_data, 0, 0)
     if info.size < 0:
-        return _Member(info.name, (info.offset_data, 0, 0), f"{info.name!r} claims {info.size} bytes")
-    if info.offset_data + info.size > length:
-        return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
-    file.seek(info.offset_data)
+        return _Member(info.name, nowhere, f"{info.name!r} claims {info.size} bytes")
     crc, left = 0, info.size
-    while left:
-        chunk = file.read(min(left, _CHUNK_BYTES))
-        if not chunk:
-            return _Member(info.name, (info.offset_data, 0, 0), f"truncated inside {info.name!r}")
-        crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    if info.offset_data + info.size <= length:
+        file.seek(info.offset_data)
+        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+    if left:
+        return _Member(info.name, nowhere, f"truncated inside {info.name!r}")
     return _Member(info.name, (info.offset_data, info.size, crc), "")
 
 
 def _only_zeros(file: BinaryIO, start: int) -> bool:
-    """A broken header looks like the end of the archive to ``tarfile``; only zeros may follow the real one."""
+    """Tell the end of the archive from a broken header, which ``tarfile`` takes for it: only zeros may follow."""
     file.seek(start)
-    while chunk := file.read(_CHUNK_BYTES):
+    while chunk := file.read(CHUNK_BYTES):
         if chunk.count(0) != len(chunk):
             return False
     return True
 
 
 def _next_header(file: BinaryIO, start: int, length: int) -> int | None:
-    """Offset of the next block that is a tar header with the right checksum."""
+    """Find the offset of the next block that is a tar header with the right checksum."""
     for at in range(start, length - tarfile.BLOCKSIZE + 1, tarfile.BLOCKSIZE):
         file.seek(at)
         block = file.read(tarfile.BLOCKSIZE)

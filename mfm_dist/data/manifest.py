@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -10,7 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from mfm_dist.errors import DataError
+import numpy as np
+
+from mfm_dist.errors import CorruptFileError, DataError
+from mfm_dist.storage import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "dataset.json"
@@ -33,7 +37,7 @@ class Recipe:
     """Everything the generator was told that changes its output."""
 
     def differences(self, other: Recipe) -> list[str]:
-        """One line a difference, from this recipe to the other."""
+        """Return one line a difference, from this recipe to the other."""
         mine = {"generator": self.generator, "version": self.version, **self.arguments}
         theirs = {"generator": other.generator, "version": other.version, **other.arguments}
         names = [*mine, *(name for name in theirs if name not in mine)]
@@ -102,7 +106,7 @@ class Manifest:
         return _total([record.image_sizes for record in self.shards])
 
     def to_json(self) -> str:
-        """Text of the file; equal manifests give equal bytes."""
+        """Return the text of the file; equal manifests give equal bytes."""
         content = {"format": FORMAT_VERSION, **asdict(self)}
         shards = content.pop("shards")
         totals = {"samples": self.samples, "image_sizes": self.image_sizes, "pixel_counts": self.pixel_counts}
@@ -110,7 +114,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Raises DataError when the file is not a manifest of this format."""
+        """Read a manifest. Raise DataError when the file is not a manifest of this format."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format"]
@@ -129,7 +133,7 @@ class Manifest:
 
 
 def _shard(fields: dict[str, Any]) -> ShardRecord:
-    """A record out of a file that anybody may have written: its name and checksums become paths."""
+    """Make a record out of a file that anybody may have written: its name and checksums become paths."""
     record = _typed(ShardRecord(**fields))
     checksums = {"sha256": record.sha256, "index_sha256": record.index_sha256}
     if record.classes_sha256:
@@ -145,7 +149,7 @@ def _shard(fields: dict[str, Any]) -> ShardRecord:
 
 
 def _typed(instance: _Part) -> _Part:
-    """The same object. Raises TypeError for fields that are not of their type."""
+    """Return the same object. Raise TypeError for fields that are not of their type."""
     hints = get_type_hints(type(instance))
     wrong = [name for name, hint in hints.items() if not _is(getattr(instance, name), hint)]
     if wrong:
@@ -154,7 +158,7 @@ def _typed(instance: _Part) -> _Part:
 
 
 def _is(value: object, hint: Any) -> bool:
-    """Whether a value has a type, of which there are plain ones, ``dict[...]`` and ``tuple[..., ...]`` here."""
+    """Tell whether a value has a type, of which there are plain ones, ``dict[...]`` and ``tuple[..., ...]`` here."""
     if isinstance(value, dict) and get_origin(hint) is dict:
         of_keys, of_values = get_args(hint)
         return all(_is(key, of_keys) and _is(one, of_values) for key, one in value.items())
@@ -164,7 +168,7 @@ def _is(value: object, hint: Any) -> bool:
 
 
 def _total(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Sums dictionaries key by key, keeping keys whose count is 0."""
+    """Sum dictionaries key by key, keeping keys whose count is 0."""
     total: Counter[str] = Counter()
     for part in counts:
         total.update(part)
@@ -172,7 +176,7 @@ def _total(counts: list[dict[str, int]]) -> dict[str, int]:
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether ``folder`` is finished, was made by ``recipe``, and holds every shard with its size. Reads no shard."""
+    """Tell whether ``folder`` is finished, made by ``recipe``, and holds every shard with its size. Reads no shard."""
     if not (folder / MANIFEST_FILE).is_file():
         return False
     manifest = Manifest.read(folder / MANIFEST_FILE)
@@ -190,7 +194,7 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def started_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, finished or not; None where nothing was begun."""
+    """Return the manifest of a folder, finished or not; None where nothing was begun."""
     for name in (UNFINISHED_FILE, MANIFEST_FILE):
         if (folder / name).is_file():
             return Manifest.read(folder / name)
@@ -198,7 +202,7 @@ def started_manifest(folder: Path) -> Manifest | None:
 
 
 def conflict(folder: Path, recipe: Recipe) -> str | None:
-    """Why ``recipe`` may not write into ``folder``: it holds other shards. None when it may."""
+    """Say why ``recipe`` may not write into ``folder``: it holds other shards. None when it may."""
     try:
         started = started_manifest(folder)
     except DataError as error:
@@ -210,15 +214,46 @@ def conflict(folder: Path, recipe: Recipe) -> str | None:
 
 
 def index_path(tar: Path) -> Path:
-    """The sidecar index of a tar."""
+    """Return the path of the sidecar index of a tar."""
     return tar.with_name(f"{tar.stem}.index.npy")
 
 
 def statistics_path(tar: Path) -> Path:
-    """The class statistics of a tar."""
+    """Return the path of the class statistics of a tar."""
     return tar.with_name(f"{tar.stem}.classes.npy")
 
 
+def write_sidecar(path: Path, array: np.ndarray) -> str:
+    """Write an index or class statistics; return the SHA-256 of the file.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def read_sidecar(path: Path, sha256: str) -> np.ndarray:
+    """Read an index or class statistics.
+
+    Raises:
+        CorruptFileError: it is gone, or not what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CorruptFileError(f"{path} is damaged: it differs from what was written (wrong SHA-256)")
+    try:
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptFileError(f"{path} is not a readable array ({error})") from error
+    return array
+
+
 def remake_hint(folder: Path, manifest: Manifest) -> str:
-    """The command that repairs or finishes ``folder``; it keeps what is whole."""
+    """Return the command that remakes what is damaged in ``folder``, or finishes it; it keeps what is whole."""
     return f"{manifest.command} --output {folder.parent}"

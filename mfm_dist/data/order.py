@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from mfm_dist.errors import ConfigError
@@ -13,7 +15,25 @@ FEISTEL_ROUNDS = 6
 _WORD = 2**64 - 1
 
 
-class SampleOrder:
+class Order(ABC):
+    """Which sample stands at a position of an endless stream."""
+
+    count: int
+    """Samples there are."""
+
+    def __getitem__(self, position: int) -> int:
+        return self.sample_at(position, 0)
+
+    @abstractmethod
+    def sample_at(self, position: int, attempt: int) -> int:
+        """Return the number of the sample; each further ``attempt`` names another one in its place."""
+
+    def wanted(self, position: int, attempt: int) -> int | None:  # noqa: ARG002  no class is wanted in most orders
+        """Return the train id that ``sample_at`` drew its sample for, if it did."""
+        return None
+
+
+class SampleOrder(Order):
     """An endless, shuffled stream over ``count`` samples in which every epoch is an exact cover.
 
     ``order[position]`` is the number of the sample at a global position. Any position costs the same, so a run
@@ -28,11 +48,8 @@ class SampleOrder:
         self._epoch = -1
         self._permutation: np.ndarray | FeistelPermutation = np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, position: int) -> int:
-        return self.sample_at(position, 0)
-
     def sample_at(self, position: int, attempt: int) -> int:
-        """The sample number ``attempt`` places after ``position``, wrapping round inside the same epoch.
+        """Return the sample ``attempt`` places after ``position``, wrapping round inside the same epoch.
 
         Used in place of a damaged sample; attempt 0 is the sample itself.
         """
@@ -77,13 +94,13 @@ class FeistelPermutation:
 
 
 def _scramble(word: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
     return word ^ word >> 31
 
 
-class LaneOrder:
+class LaneOrder(Order):
     """An endless, shuffled stream over all samples, as ``SampleOrder`` is, but local in each lane: for data
     larger than the local disk.
 
@@ -120,18 +137,15 @@ class LaneOrder:
         self._ends = np.empty(0, dtype=np.int64)
         self._windows: dict[tuple[int, int, int], FeistelPermutation] = {}
 
-    def __getitem__(self, position: int) -> int:
-        return self.sample_at(position, 0)
-
     def sample_at(self, position: int, attempt: int) -> int:
-        """The sample number ``attempt`` places after ``position`` in its lane, wrapping round inside the epoch."""
+        """Return the sample ``attempt`` places after ``position`` in its lane, wrapping round inside the epoch."""
         block, place = divmod(position, self.micro_batch)
         turn, lane = divmod(block, self.lanes)
         epoch, depth = divmod(turn * self.micro_batch + place, self.length)
         return self._at(epoch, lane, (depth + attempt) % self.length)
 
     def _at(self, epoch: int, lane: int, depth: int) -> int:
-        """The sample at a depth of a lane."""
+        """Return the sample at a depth of a lane."""
         number, inside = divmod(depth, self.window)
         first = number * self.window
         key = (epoch, lane, number)
@@ -144,7 +158,7 @@ class LaneOrder:
         return self._sample_at(epoch, laid)
 
     def _sample_at(self, epoch: int, laid: int) -> int:
-        """The sample at a place of the shards laid end to end."""
+        """Return the sample at a place of the shards laid end to end."""
         if epoch != self._epoch:
             self._shards = keyed_generator(self.seed, self.stream, epoch).permutation(len(self._starts) - 1)
             self._ends = np.cumsum(np.diff(self._starts)[self._shards])
@@ -156,7 +170,7 @@ class LaneOrder:
 
 
 def class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
-    """Chance of each class: the softmax of (1 - frequency) / temperature over the classes that occur at all.
+    """Compute the chance of each class: the softmax of (1 - frequency) / temperature over the classes that occur.
 
     Args:
         pixels: [classes], pixels of each class in the whole data set.
@@ -171,7 +185,7 @@ def class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-class RareClassOrder:
+class RareClassOrder(Order):
     """An endless stream of draws with replacement: a class, then one of the samples that hold enough of it.
 
     Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
@@ -208,17 +222,14 @@ class RareClassOrder:
         self._cumulated = np.cumsum(self.probabilities)
         self._samples = [np.flatnonzero(enough[:, i]) for i in range(len(totals))]
 
-    def __getitem__(self, position: int) -> int:
-        return self.sample_at(position, 0)
-
     def sample_at(self, position: int, attempt: int) -> int:
-        """The sample number of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""
+        """Draw the sample of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""
         train_id, generator = self._draw_class(position, attempt)
         samples = self._samples[train_id]
         return int(samples[generator.integers(len(samples))])
 
     def wanted(self, position: int, attempt: int) -> int:
-        """The train id that ``sample_at`` drew its sample for."""
+        """Return the train id that ``sample_at`` drew its sample for."""
         return self._draw_class(position, attempt)[0]
 
     def _draw_class(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
-from mfm_dist.data.blocks import Blocks, IndexedSamples, Order, PackedBlock, Samples, read
-from mfm_dist.data.order import LaneOrder, RareClassOrder, SampleOrder
+from mfm_dist.data.blocks import Blocks, IndexedSamples, PackedBlock, Samples
+from mfm_dist.data.order import LaneOrder, Order, RareClassOrder, SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream
 
 PREFETCHED_BLOCKS = 4
@@ -100,7 +100,7 @@ class TrainPipeline:
         self._numbers = range(first_block + rank, _ENDLESS, world_size)
 
     def __iter__(self) -> Iterator[UDABatch]:
-        """Yields this rank's blocks from ``first_block`` on, for ever.
+        """Yield this rank's blocks from ``first_block`` on, for ever.
 
         Raises:
             DataError: ``REPLACEMENT_TRIES`` samples in a row cannot be used.
@@ -119,7 +119,7 @@ class TrainPipeline:
             yield block.batch(pool, pinned=pinned)
 
     def _by_workers(self) -> DataLoader[PackedBlock | DataError]:
-        """The same blocks in the same order, made by other processes."""
+        """Yield the same blocks in the same order, made by other processes."""
         return DataLoader(
             self._blocks,
             batch_size=None,  # the data set yields whole blocks
@@ -133,7 +133,7 @@ class TrainPipeline:
 
 
 def _order(reader: ShardReader, stream: Stream, *, seed: int, data: DataSection, micro_batch: int) -> Order:
-    """The order that the configuration asks for."""
+    """Make the order that the configuration asks for."""
     rare = data.rare_class_sampling
     if rare.enabled and stream is Stream.SOURCE_ORDER:
         return RareClassOrder(
@@ -156,18 +156,18 @@ def _order(reader: ShardReader, stream: Stream, *, seed: int, data: DataSection,
 
 
 def _obey_only_the_parent(worker: int) -> None:  # noqa: ARG001  the loader passes the worker's number
-    """Lets a worker outlive the signals that reach a whole process group or job (Ctrl-C, preemption by Slurm).
+    """Let a worker outlive the signals that reach a whole process group or job (Ctrl-C, preemption by Slurm).
 
     The process it works for needs it to finish the step and save. It ends when that process says so, or is gone.
     """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process on SIGTERM from ``parent``, or within a second of its death."""
+def end_with(parent: int) -> None:
+    """End this process on SIGTERM from ``parent``, or within a second of its death."""
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
         if received is not None and received.si_pid == parent:
@@ -201,12 +201,10 @@ class EvaluationSet:
 
     def __iter__(self) -> Iterator[EvaluationItem]:
         for number in self._numbers:
-            yield self._turn(number)
+            found = self._reader.read(number)
+            if isinstance(found, Sample):
+                yield EvaluationItem(number, found, None)
+            else:
+                yield EvaluationItem(number, None, found)
         for _ in range(self._turns - len(self._numbers)):
             yield EvaluationItem(None, None, None)
-
-    def _turn(self, number: int) -> EvaluationItem:
-        found = read(self._reader, number, with_label=True)
-        if isinstance(found, Sample):
-            return EvaluationItem(number, found, None)
-        return EvaluationItem(number, None, found)

@@ -7,18 +7,25 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
-from mfm_dist.batch import BadSample
 from mfm_dist.data.class_statistics import read_statistics
-from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
+from mfm_dist.data.decoding import (
+    JpegDecoder,
+    decode_image,
+    decode_label,
+    header_size,
+    jpeg_decoder,
+    torchvision_jpeg,
+)
 from mfm_dist.data.index import DatasetIndex
 from mfm_dist.data.manifest import ShardRecord
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, CorruptFileError
 
 OPEN_FILES = 128
 """Shards a reader keeps open; a process may usually hold 1024 files."""
@@ -35,23 +42,64 @@ class Sample:
     """uint8 [H, W], train ids or ``IGNORE_INDEX``; None where it was not asked for."""
 
 
-class SampleError(DataError):
-    """One sample cannot be used.
+ReadInto = Callable[[memoryview, int], int]
+"""Fills a buffer from an offset of a tar on, as ``os.preadv``; returns how many bytes there were."""
+Place = tuple[int, int, int]
+"""Offset, size and CRC-32 of a member, as in a row of the index."""
 
-    Attributes:
-        bad: which sample, and why.
+
+def read_member(read_into: ReadInto, place: Place, what: str) -> np.ndarray:
+    """Read a member of a tar and compare it with what was written: uint8 [size].
+
+    Args:
+        what: the member is, for the error.
+
+    Raises:
+        CorruptFileError: it is not there, or not as it was written.
     """
+    offset, size, crc32 = place
+    if offset < 0:
+        raise CorruptFileError(f"it has no {what}")
+    if size == 0:
+        raise CorruptFileError(f"its {what} is empty")
+    try:
+        payload = np.empty(size, dtype=np.uint8)
+        count = read_into(payload.data, offset)
+    except (OSError, MemoryError) as error:
+        raise CorruptFileError(f"its {what} cannot be read ({error})") from error
+    if count != size:
+        raise CorruptFileError(f"the shard ends inside its {what}: {count} of {size} bytes")
+    if zlib.crc32(payload.data) != crc32:
+        raise CorruptFileError(f"its {what} differs from what was written (wrong CRC-32)")
+    return payload
 
-    def __init__(self, bad: BadSample) -> None:
-        self.bad = bad
-        super().__init__(bad)
 
-    def __str__(self) -> str:
-        return str(self.bad)
+def reads_of(file: BinaryIO) -> ReadInto:
+    """Return how to read an open tar."""
+    return lambda payload, offset: os.preadv(file.fileno(), [payload], offset)
+
+
+def decode_sample(
+    key: str,
+    image_format: str,
+    image: np.ndarray,
+    label: np.ndarray | None,
+    num_classes: int | None,
+    decode: JpegDecoder = torchvision_jpeg,
+) -> Sample:
+    """Decode image and label of a sample, uint8 [size] each; no label where None. Raises CorruptFileError.
+
+    Args:
+        num_classes: None where the ids of the label are known to be classes.
+    """
+    decoded = None
+    if label is not None:
+        decoded = decode_label(label, num_classes, header_size(image, image_format, "image"))
+    return Sample(key=key, image=decode_image(image, image_format, decode), label=decoded)
 
 
 def open_tar(tar: Path, record: ShardRecord) -> int:  # noqa: ARG001  a copy would be found by it
-    """A descriptor of a shard where it lies. Raises OSError."""
+    """Open a shard where it lies; return its descriptor. Raises OSError."""
     return os.open(tar, os.O_RDONLY)
 
 
@@ -80,7 +128,6 @@ class ShardReader:
             What ``DatasetIndex.open`` and ``jpeg_decoder`` raise.
         """
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._decoder = decoder
         self._decode_jpeg = jpeg_decoder(decoder)
         self._open_shard = open_shard
         self.index = DatasetIndex.open(Path(folder), bad_limit=bad_limit)
@@ -98,62 +145,42 @@ class ShardReader:
         return self.index.manifest.fingerprint
 
     def class_statistics(self) -> np.ndarray:
-        """uint32 [samples, classes]: pixels of each class. Raises what ``read_statistics`` raises."""
+        """Count the pixels of each class: uint32 [samples, classes]. Raises what ``read_statistics`` raises."""
         return read_statistics(self.index.folder, self.index.manifest)
 
-    def read(self, number: int, *, with_label: bool = True) -> Sample:
-        """Reads, verifies and decodes sample ``number``.
+    def read(self, number: int, *, with_label: bool = True) -> Sample | BadSample:
+        """Read, verify and decode sample ``number``.
 
-        Raises:
-            SampleError: the bytes differ from those written, do not decode, or the label is missing or impossible.
+        Returns:
+            a ``BadSample`` if the bytes differ from those written, do not decode, or the label is missing or
+            impossible.
         """
         shard, row = self.index.locate(number)
+        record = self.index.manifest.shards[shard]
         # One call for the whole row; each field by itself would cost as much.
         name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
         key = name.decode(errors="replace")
+        # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
+        num_classes = None if record.pixel_counts else self.num_classes
+        read_into = partial(self.read_into, shard)
         try:
-            encoded, kind = self._bytes(shard, image_at, "image"), image_format.decode()
-            label = None
-            if with_label:
-                payload = self._bytes(shard, label_at, "label")
-                # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
-                counted = bool(self.index.manifest.shards[shard].pixel_counts)
-                num_classes = None if counted else self.num_classes
-                label = decode_label(payload, num_classes, header_size(encoded, kind, "image"))
-            image = decode_image(encoded, kind, self._decode_jpeg)
-        except UnusableError as error:
-            tar = self.index.folder / self.index.manifest.shards[shard].file
-            raise SampleError(BadSample(shard=str(tar), key=key, number=number, reason=str(error))) from error
-        return Sample(key=key, image=image, label=label)
+            image = read_member(read_into, image_at, "image")
+            label = read_member(read_into, label_at, "label") if with_label else None
+            return decode_sample(key, image_format.decode(), image, label, num_classes, self._decode_jpeg)
+        except CorruptFileError as error:
+            tar = self.index.folder / record.file
+            return BadSample(shard=str(tar), key=key, number=number, reason=str(error))
 
-    def _bytes(self, shard: int, member: tuple[int, int, int], what: str) -> np.ndarray:
-        """The payload of one member, given by offset, size and CRC-32: uint8 [size]."""
-        offset, size, crc32 = member
-        if offset < 0:
-            raise UnusableError(f"it has no {what}")
-        if size == 0:
-            raise UnusableError(f"its {what} is empty")
+    def read_into(self, shard: int, payload: memoryview, offset: int) -> int:
+        """Read a shard from ``offset`` on; return how many bytes there were. Raises OSError, the second time."""
         try:
-            payload = np.empty(size, dtype=np.uint8)
-            count = self._fill(shard, payload, offset)
-        except (OSError, MemoryError) as error:
-            raise UnusableError(f"its {what} cannot be read ({error})") from error
-        if count != size:
-            raise UnusableError(f"the shard ends inside its {what}: {count} of {size} bytes")
-        if zlib.crc32(payload.data) != crc32:
-            raise UnusableError(f"its {what} differs from what was written (wrong CRC-32)")
-        return payload
-
-    def _fill(self, shard: int, payload: np.ndarray, offset: int) -> int:
-        """Reads a shard from ``offset`` on; returns how many bytes there were. Raises OSError, the second time."""
-        try:
-            return os.preadv(self._file(shard), [payload.data], offset)
+            return os.preadv(self._file(shard), [payload], offset)
         except OSError:  # a disk on the network may be back, and its old descriptors stale
             self._close(shard)
-            return os.preadv(self._file(shard), [payload.data], offset)
+            return os.preadv(self._file(shard), [payload], offset)
 
     def _file(self, shard: int) -> int:
-        """The descriptor of a shard; the least recently used is closed when too many are open."""
+        """Return the descriptor of a shard; the least recently used is closed when too many are open."""
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 self._close(next(iter(self._files)))
@@ -174,11 +201,4 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "decoder": self._decoder, "open_shard": self._open_shard}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.index = state["index"]
-        self._files = OrderedDict()
-        self._decoder = state["decoder"]
-        self._decode_jpeg = jpeg_decoder(self._decoder)
-        self._open_shard = state["open_shard"]
+        return {**self.__dict__, "_files": OrderedDict()}

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mfm_dist.data.manifest import Manifest, ShardRecord
-from mfm_dist.errors import DataError, StorageError
+from mfm_dist.errors import CorruptFileError, DataError, DiskFullError, StorageError
 from mfm_dist.storage import CHUNK_BYTES, atomic_file, sha256_of
 
 Report = Callable[[str], object]
@@ -30,10 +30,6 @@ PROGRESS_SECONDS = 5.0
 """Between two lines on a copy that takes long."""
 _COPY = re.compile(r"[0-9a-f]{32}\.tar")
 _UNFINISHED = re.compile(rf"\.({_COPY.pattern})\.unfinished")
-
-
-class _DiffersError(Exception):
-    """A shard is not as it was written."""
 
 
 class _NoRoomError(Exception):
@@ -63,7 +59,7 @@ class Scratch:
             raise StorageError(f"data.scratch={folder} cannot be written to: {error.strerror}") from error
 
     def stage(self, origin: Path) -> None:
-        """Copies every shard of a folder that is not here yet; other processes of the node wait for that.
+        """Copy every shard of a folder that is not here yet; other processes of the node wait for that.
 
         Raises:
             StorageError: they do not fit.
@@ -91,7 +87,7 @@ class Scratch:
             self._report(f"staged {origin.name}: {done / 2**30:.2f} GiB in {seconds:.1f} s, to {self.folder}")
 
     def open(self, tar: Path, record: ShardRecord) -> int:
-        """A descriptor of the local copy of a shard, made now if there is none; the ``open_shard`` of ``ShardReader``.
+        """Open the local copy of a shard, made now if there is none; the ``open_shard`` of ``ShardReader``.
 
         A shard that cannot be copied as it was written, or finds no room beside copies under way, is opened where it
         lies, and that is reported: whoever reads it checks each of its samples.
@@ -112,14 +108,16 @@ class Scratch:
                 return self._copy(tar, record, local)
             except _NoRoomError as error:
                 reason = str(error)
-            except (_DiffersError, OSError) as error:
+            except DiskFullError as error:  # an OSError too, which a reader would take for one bad sample
+                raise StorageError(str(error)) from error
+            except (CorruptFileError, OSError) as error:
                 reason = str(error)
                 self._uncopied.add(record.sha256)
         self._report(f"{tar} is read where it lies, not from a copy in {self.folder}: {reason}")
         return os.open(tar, os.O_RDONLY)
 
     def _copy(self, tar: Path, record: ShardRecord, local: Path) -> int:
-        """A descriptor of a new copy; opened before others can remove it."""
+        """Make a copy and return a descriptor of it, opened before others can remove it."""
         digest = hashlib.sha256()
         with open(tar, "rb") as origin, atomic_file(local) as file:
             with self._locked(".lock"):
@@ -133,13 +131,13 @@ class Scratch:
             file.flush()
             os.fsync(file.fileno())
             if digest.hexdigest() != record.sha256:
-                raise _DiffersError("it differs from what was written (wrong SHA-256)")
+                raise CorruptFileError("it differs from what was written (wrong SHA-256)")
             if sha256_of(Path(file.name)) != record.sha256:
                 raise DataError(f"{self.folder} gives back other bytes than were written to it; is the disk sound?")
             return os.open(file.name, os.O_RDONLY)
 
     def _make_room(self, need: int) -> None:
-        """Removes the copies that were not used for longest until ``need`` more bytes fit the limit.
+        """Remove the copies that were not used for longest until ``need`` more bytes fit the limit.
 
         Raises:
             _NoRoomError: they do not, beside the copies that other processes are making.
@@ -159,7 +157,7 @@ class Scratch:
             raise _NoRoomError(f"data.scratch_gib={self.limit / 2**30:g} has no room beside the copies under way")
 
     def _reserved(self, unfinished: Path) -> int:
-        """Bytes that a copy under way has set aside; what a killed process left is removed."""
+        """Count the bytes that a copy under way has set aside; remove what a killed process left."""
         match = _UNFINISHED.fullmatch(unfinished.name)
         assert match is not None
         with open(self.folder / f".{match[1]}.lock", "w") as lock:
@@ -177,7 +175,7 @@ class Scratch:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process of the node at a time; the others wait. The kernel frees the lock of a process that is killed."""
+        """Let one process of the node in at a time. The kernel frees the lock of one that is killed."""
         with open(self.folder / name, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

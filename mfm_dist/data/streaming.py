@@ -23,12 +23,11 @@ from webdataset import WebDataset
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
-from mfm_dist.batch import BadSample
 from mfm_dist.data.blocks import REPLACEMENT_TRIES, DrawnSample, nothing_to_use
-from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size, jpeg_decoder
+from mfm_dist.data.decoding import jpeg_decoder
 from mfm_dist.data.index import IMAGE_EXTENSIONS, LABEL_EXTENSION, split_name, wrong_name
-from mfm_dist.data.reader import Sample
-from mfm_dist.errors import DataError
+from mfm_dist.data.reader import Sample, decode_sample
+from mfm_dist.errors import BadSample, CorruptFileError, DataError
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.storage import CHUNK_BYTES
 
@@ -64,38 +63,40 @@ class ShardStream:
 
     @property
     def shards(self) -> list[str]:
-        """A URL for each shard, as webdataset opens it."""
-        return [_readable(url) for url in expand_urls(self.url)]
+        """A URL for each shard, as webdataset opens it: it has no client for s3, but Amazon's command does as well."""
+        urls = expand_urls(self.url)
+        return [f"pipe:aws s3 cp '{url}' -" if url.startswith("s3:") else url for url in urls]
 
-    def decode(self, members: dict[str, bytes], *, with_label: bool) -> Sample:
-        """One sample from its members by extension. Raises UnusableError."""
+    def decode(self, members: dict[str, Any], *, with_label: bool) -> Sample | BadSample:
+        """Decode one sample of ``stream_samples``; a ``BadSample`` if it cannot be used."""
+        key = str(members["__key__"])
         formats = [extension for extension in IMAGE_EXTENSIONS if extension in members]
-        if len(formats) != 1:
-            raise UnusableError("it needs exactly one image (.jpg or .png)")
-        encoded = _array(members[formats[0]], "image")
-        label = None
-        if with_label:
-            if LABEL_EXTENSION not in members:
-                raise UnusableError("it has no label")
-            payload = _array(members[LABEL_EXTENSION], "label")
-            label = decode_label(payload, self.num_classes, header_size(encoded, formats[0], "image"))
-        image = decode_image(encoded, formats[0], jpeg_decoder(self.decoder))
-        return Sample(key=str(members["__key__"]), image=image, label=label)
+        try:
+            if len(formats) != 1:
+                raise CorruptFileError("it needs exactly one image (.jpg or .png)")
+            image = _array(members, formats[0], "image")
+            label = _array(members, LABEL_EXTENSION, "label") if with_label else None
+            return decode_sample(key, formats[0], image, label, self.num_classes, jpeg_decoder(self.decoder))
+        except CorruptFileError as error:
+            return _bad(members["__url__"], key, str(error))
 
 
-def _array(payload: bytes, what: str) -> np.ndarray:
-    if not payload:
-        raise UnusableError(f"its {what} is empty")
-    return np.frombuffer(bytearray(payload), dtype=np.uint8)  # a copy that torch may write to, or it warns
+def _bad(url: str, key: str, reason: str) -> BadSample:
+    """Name what is wrong in a stream; its samples have no numbers, so their keys make some."""
+    return BadSample(shard=url, key=key, number=zlib.crc32(key.encode()) if key else -1, reason=reason)
 
 
-def _readable(url: str) -> str:
-    """webdataset has no client for s3; the command of Amazon's does as well."""
-    return f"pipe:aws s3 cp '{url}' -" if url.startswith("s3:") else url
+def _array(members: dict[str, Any], extension: str, what: str) -> np.ndarray:
+    """Return a member as uint8 [size]. Raises CorruptFileError."""
+    if extension not in members:
+        raise CorruptFileError(f"it has no {what}")
+    if not members[extension]:
+        raise CorruptFileError(f"its {what} is empty")
+    return np.frombuffer(bytearray(members[extension]), dtype=np.uint8)  # a copy that torch may write to, or it warns
 
 
 def plain_webdataset(tars: list[str]) -> Iterator[dict[str, Any]]:
-    """The members of every sample as webdataset itself gives them, in the order of the tars; to compare with."""
+    """Yield the members of every sample as webdataset itself gives them, in the order of the tars; to compare with."""
     yield from WebDataset(tars, shardshuffle=False)
 
 
@@ -129,7 +130,7 @@ class StreamedSamples:
         self._members: Iterator[dict[str, Any] | BadSample] | None = None
 
     def take(self, position: int, bad: list[BadSample]) -> DrawnSample:  # noqa: ARG002  a stream has no positions
-        """The next sample of this consumer that can be used.
+        """Return the next sample of this consumer that can be used.
 
         Raises:
             DataError: ``REPLACEMENT_TRIES`` samples one after the other cannot be used, or a pass yields none.
@@ -143,18 +144,16 @@ class StreamedSamples:
             if isinstance(found, BadSample):
                 bad.append(found)
                 continue
-            try:
-                sample = self.origin.decode(found, with_label=self.with_label)
-            except UnusableError as error:
-                key, shard = found["__key__"], found["__url__"]
-                refused.append(BadSample(shard=shard, key=key, number=zlib.crc32(key.encode()), reason=str(error)))
+            sample = self.origin.decode(found, with_label=self.with_label)
+            if isinstance(sample, BadSample):
+                refused.append(sample)
                 continue
             bad += refused
             return DrawnSample(sample, None)
         raise nothing_to_use(refused)
 
     def _shuffled(self, consumer: int) -> Iterator[dict[str, Any] | BadSample]:
-        """All passes, through the buffer."""
+        """Yield all passes, through the buffer."""
         draws = keyed_generator(self.seed, Stream.STREAM_ORDER, self.start, consumer)
         passes = self._passes(consumer)
         buffer = list(islice(passes, SHUFFLE_BUFFER))
@@ -177,8 +176,10 @@ class StreamedSamples:
                 raise DataError(f"{self.origin.url}: not one sample in a whole pass; does the command work by itself?")
 
     def _one_pass(self, shards: list[str], consumer: int, epoch: int) -> Iterator[dict[str, Any] | BadSample]:
-        """Whole shards where there are enough, else every n-th sample of one; which n-th changes with the epoch, so
-        that no consumer is without for long."""
+        """Take whole shards where there are enough, else every n-th sample of one.
+
+        Which n-th changes with the epoch, so that no consumer is without for long.
+        """
         group = consumer % len(shards)
         step = len(range(group, self.consumers, len(shards))) if self.consumers > len(shards) else 1
         own = [shards[group]] if step > 1 else shards[consumer :: self.consumers]
@@ -207,7 +208,7 @@ class _Member(NamedTuple):
 
 
 def stream_samples(url: str) -> Iterator[dict[str, Any] | BadSample]:
-    """Every sample as webdataset gives it: members by extension, ``__key__`` and ``__url__``.
+    """Yield every sample as webdataset gives it: members by extension, ``__key__`` and ``__url__``.
 
     ``webdataset`` opens the source. It is not asked for the samples, because it takes a damaged header for the end of
     the shard and says nothing of what lies behind. Raises nothing: what cannot be read is a ``BadSample``, with the
@@ -225,7 +226,7 @@ def stream_samples(url: str) -> Iterator[dict[str, Any] | BadSample]:
         if not troubles:
             yield {"__key__": key, "__url__": url, **contents}
         for trouble in troubles:
-            yield BadSample(shard=url, key=key, number=zlib.crc32(key.encode()) if key else -1, reason=trouble)
+            yield _bad(url, key, trouble)
         seen.add(key)
 
 
@@ -240,14 +241,14 @@ def _members(url: str) -> Iterator[_Member]:
 
 
 def _reason(error: Exception, stream: Any) -> str:
-    """The same for the same failure. The message of a command holds its process id and may hold secrets."""
+    """Say the same for the same failure. The message of a command holds its process id and may hold secrets."""
     if isinstance(error, OSError) and (status := getattr(stream, "status", None)):
         return f"the command behind it ended with exit code {status}"
     return f"{type(error).__name__}: {error}"
 
 
 def _tar_members(stream: IO[bytes]) -> Iterator[_Member]:
-    """Raises whatever ``tarfile`` and the stream raise."""
+    """Yield the members of a tar, and what is wrong with it. Raises whatever ``tarfile`` and the stream raise."""
     with tarfile.open(fileobj=stream, mode="r|*") as archive:
         for info in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
@@ -268,7 +269,7 @@ def _tar_members(stream: IO[bytes]) -> Iterator[_Member]:
 
 
 def _bytes_but_zeros(stream: IO[bytes]) -> int:
-    """Reads to the end; bytes up to the last that is not zero. Only zeros may follow the end mark."""
+    """Read to the end; count the bytes up to the last that is not zero. Only zeros may follow the end mark."""
     count = last = 0
     while chunk := stream.read(CHUNK_BYTES):
         if kept := len(chunk.rstrip(b"\0")):

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.data.geometry import Slices, box_factor, resize_box, resize_label, scaled_size
 
 FLIP_PROBABILITY = 0.5
 CROP_TRIES = 10
@@ -31,9 +31,6 @@ PAD_COLOUR = (124, 116, 104)
 MIRRORED_ROWS = 128
 """Rows mirrored at a time. torch mirrors into new memory, and that of a few rows stays in the cache."""
 
-Slices = tuple[slice, slice]
-"""Rows and columns."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resize:
@@ -45,16 +42,11 @@ class Resize:
     """Range of a further factor, drawn uniformly for each sample."""
 
     def size(self, stored: tuple[int, int], generator: np.random.Generator) -> tuple[int, int]:
-        """Height and width for an image of ``stored`` height and width (mmcv's rule for a kept aspect)."""
-        factor = 1.0
-        if self.box is not None:
-            factor = min(max(self.box) / max(stored), min(self.box) / min(stored))
+        """Draw height and width for an image of ``stored`` height and width."""
+        factor = 1.0 if self.box is None else box_factor(stored, self.box)
         if self.scale != (1.0, 1.0):
             factor *= generator.uniform(*self.scale)
-        if factor == 1.0:
-            return stored
-        height, width = (max(int(side * factor + 0.5), 1) for side in stored)
-        return height, width
+        return scaled_size(stored, factor)
 
 
 AS_STORED = Resize()
@@ -78,7 +70,7 @@ def source_crop(
     wanted: RareClassTarget | None = None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A random crop of more than one class, none of them above ``LARGEST_CLASS_SHARE``, flipped half of the time.
+    """Crop at random: more than one class, none of them above ``LARGEST_CLASS_SHARE``, flipped half of the time.
 
     After ``CROP_TRIES`` redraws the last box is taken unchecked. If that crop has too little of a wanted class, crop
     and flip are drawn again, up to ``RARE_CLASS_TRIES`` times, and the last one is kept.
@@ -116,7 +108,7 @@ def target_crop(
     margins: tuple[int, int, int, int] = (0, 0, 0, 0),
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A plain random crop, flipped half of the time; no label of the target is ever looked at.
+    """Crop plainly at random, flipped half of the time; no label of the target is ever looked at.
 
     Args:
         image: uint8 [3, H, W].
@@ -145,50 +137,8 @@ def target_crop(
     return image_crop, valid_crop
 
 
-def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [H, W] -> uint8 [H', W'], the nearest pixel by the floor rule, as published."""
-    if label.shape == size:
-        return label
-    return F.interpolate(label[None, None], size, mode="nearest")[0, 0]
-
-
-def resize_box(image: Tensor, size: tuple[int, int], box: Slices) -> Tensor:
-    """A box of the resized image, computed from the pixels it needs and no other.
-
-    Bilinear without antialiasing, as published: equal to resizing the whole image with torch's ``interpolate`` and
-    cutting the box out of it.
-
-    Args:
-        image: uint8 [3, H, W].
-        size: height and width of the whole resized image.
-        box: in that.
-
-    Returns:
-        uint8 [3, h', w'].
-    """
-    if image.shape[1:] == size:
-        return image[:, box[0], box[1]]
-    (top, below, down), (left, right, across) = (
-        _neighbours(stored, new, part) for stored, new, part in zip(image.shape[1:], size, box, strict=True)
-    )
-    first = (int(top[0]), int(left[0]))
-    pixels = image.permute(1, 2, 0)[first[0] : int(below[-1]) + 1, first[1] : int(right[-1]) + 1].to(torch.float32)
-    down, across = down.view(-1, 1, 1), across.view(1, -1, 1)
-    rows = torch.lerp(pixels.index_select(0, top - first[0]), pixels.index_select(0, below - first[0]), down)
-    resized = torch.lerp(rows.index_select(1, left - first[1]), rows.index_select(1, right - first[1]), across)
-    return resized.round_().to(torch.uint8).permute(2, 0, 1)
-
-
-def _neighbours(stored: int, new: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """For output pixels ``part`` of one axis: the stored pixel before, the one after, and the weight of the latter."""
-    places = torch.arange(new, dtype=torch.float32)[part]
-    places = ((places + 0.5) * (stored / new) - 0.5).clamp(min=0)
-    before = places.to(torch.int64)
-    return before, (before + 1).clamp(max=stored - 1), places - before
-
-
 def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Slices, bool]:
-    """A box that passes the rule of ``source_crop``, and whether to flip."""
+    """Draw a box that passes the rule of ``source_crop``, and whether to flip."""
     shape = (label.shape[0], label.shape[1])
     box = _draw_box(shape, size, generator)
     for _ in range(CROP_TRIES):
@@ -199,7 +149,7 @@ def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Gene
 
 
 def _draw_box(shape: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> Slices:
-    """A uniform box of ``size`` inside a plane of ``shape`` [H, W], or all of a side that is shorter."""
+    """Draw a uniform box of ``size`` inside a plane of ``shape`` [H, W], or all of a side that is shorter."""
     top, left = (
         int(generator.integers(max(have - want, 0), endpoint=True)) for have, want in zip(shape, size, strict=True)
     )
@@ -213,12 +163,12 @@ def _is_varied(label: Tensor) -> bool:
 
 
 def _empty_image(size: tuple[int, int]) -> Tensor:
-    """uint8 [3, h, w], a view of rows of triples."""
+    """Return uint8 [3, h, w], a view of rows of triples."""
     return torch.empty((*size, 3), dtype=torch.uint8).permute(2, 0, 1)
 
 
 def _put_image(image: Tensor, into: Tensor, flips: bool) -> None:
-    """uint8 [3, h', w'] into [3, h, w], mirrored if it ``flips``, ``PAD_COLOUR`` on the right and at the bottom.
+    """Put uint8 [3, h', w'] into [3, h, w], mirrored if it ``flips``, ``PAD_COLOUR`` on the right and at the bottom.
 
     Mirrored after it was copied: torch flips what lies in one piece several times faster than a part of an image.
     """
@@ -232,7 +182,7 @@ def _put_image(image: Tensor, into: Tensor, flips: bool) -> None:
 
 
 def _put_plane(plane: Tensor, into: Tensor, flips: bool, padding: int | bool) -> None:
-    """[h', w'] into [h, w], mirrored if it ``flips``, ``padding`` on the right and at the bottom."""
+    """Put [h', w'] into [h, w], mirrored if it ``flips``, ``padding`` on the right and at the bottom."""
     if plane.shape != into.shape:
         into.fill_(padding)
         into = into[: plane.shape[0], : plane.shape[1]]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
 from mfm_dist.data.pipeline import EvaluationItem
+from mfm_dist.errors import BadSample
 from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of

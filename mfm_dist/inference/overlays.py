@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mfm_dist.classes import PALETTE
+from mfm_dist.data.photographs import opened
+from mfm_dist.errors import CorruptFileError
+from mfm_dist.storage import atomic_file
 
 OPACITY = 0.65
 """Share of the class colour in an overlay."""
@@ -42,12 +45,8 @@ def save_ids(path: Path, ids: Tensor) -> None:
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG, whole or not at all; a link of that name is replaced, not followed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
 
 
 def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -> None:
@@ -59,36 +58,27 @@ def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -
     picture = image.permute(1, 2, 0).numpy()
     gap = np.full((picture.shape[0], GAP, 3), 255, dtype=np.uint8)
     panels = np.concatenate([picture, gap, overlay(picture, label), gap, overlay(picture, prediction)], axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(panels).save(path)
+    save_picture(path, Image.fromarray(panels))
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class UnreadableImageError(Exception):
-    """A file that is no image, is damaged, or is too large; the message says which."""
-
-
 def read_image(path: Path) -> Tensor:
-    """An image file as uint8 RGB [3, H, W], upright as its EXIF orientation says.
+    """Read an image file as uint8 RGB [3, H, W], upright as its EXIF orientation says.
 
     Greyscale becomes three equal channels, 16 bits become 8, transparent pixels are laid over black, and of an
     animation the first picture is taken.
 
     Raises:
-        UnreadableImageError: for a file that cannot be decoded, or with more pixels than PIL's MAX_IMAGE_PIXELS.
+        CorruptFileError: for a file that cannot be decoded, or with more pixels than PIL's MAX_IMAGE_PIXELS.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                pixels = np.array(_to_rgb(ImageOps.exif_transpose(file)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise UnreadableImageError(f"more than {limit:.0f} million pixels: make it smaller") from error
-    except Exception as error:  # decoders meet damaged files with errors of every kind
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise CorruptFileError(f"cannot be read ({error.strerror})") from error
+    with opened(content, Image.MAX_IMAGE_PIXELS or sys.maxsize) as picture:
+        pixels = np.array(_to_rgb(ImageOps.exif_transpose(picture)))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -7,14 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mfm_dist.data.transforms import resize_box
+from mfm_dist.data.geometry import WHOLE, fitted, resize_box
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Window, average_windows, sliding_boxes
-from mfm_dist.shards.pictures import fitted
-
-EVERYTHING = (slice(None), slice(None))
 
 
 @torch.no_grad()
@@ -38,7 +35,7 @@ def predict_labels(
             logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
     """
     size = seen_size(image, fit_into)
-    scaled = scale(resize_box(image, size, EVERYTHING).unsqueeze(0).to(device))
+    scaled = scale(resize_box(image, size, WHOLE).unsqueeze(0).to(device))
     boxes = windows_of(segmentor, size)
     patches = [segmentor(box.crop(scaled)) for box in boxes]
     for _ in range(at_least - len(boxes)):

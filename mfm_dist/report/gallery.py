@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mfm_dist.data.reader import SampleError, ShardReader
+from mfm_dist.data.reader import ShardReader
+from mfm_dist.errors import BadSample
 from mfm_dist.report.networks import Networks, first_line, load_networks
 from mfm_dist.report.run import Run
 from mfm_dist.report.views import Panel, Subject, View, image_and_truth, last_prediction
@@ -60,12 +61,11 @@ def make_gallery(run: Run, count: int, views: Sequence[View]) -> Gallery:
         gallery.note(sentence)
     count = min(count, len(reader))
     for number in np.linspace(0, len(reader) - 1, count).round().astype(int).tolist():
-        try:
-            subject = Subject(number, reader.read(number))
-        except SampleError as error:
-            gallery.note(f"One image is left out: {error}")
+        sample = reader.read(number)
+        if isinstance(sample, BadSample):
+            gallery.note(f"One image is left out: {sample}")
             continue
-        gallery.rows.append(Row(subject.sample.key, _panels(gallery, networks, subject, views)))
+        gallery.rows.append(Row(sample.key, _panels(gallery, networks, Subject(number, sample), views)))
     reader.close()
     return gallery
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from mfm_dist.batch import BadSample
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.run.folder import RunFolder
 
 Name = tuple[str, str]

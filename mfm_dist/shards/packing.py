@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.manifest import Recipe, ShardRecord, conflict, is_complete
-from mfm_dist.errors import ConfigError, DataError, StorageError, UserError
+from mfm_dist.errors import BadSample, ConfigError, DataError, StorageError, UserError
 
 if TYPE_CHECKING:
     from mfm_dist.shards.writer import RawSample, ShardSetWriter
@@ -35,65 +37,39 @@ NAMED = 20
 """Unusable samples that a message names; with more of them beyond the limit, packing stops early."""
 
 
-class UnusableSampleError(DataError):
-    """A sample that its source holds in a form that cannot be packed.
-
-    Attributes:
-        key: of the sample.
-        reason: which file, and what is wrong with it.
-        expected: whether the data set is known for such samples, so that they do not count as mistakes.
-    """
-
-    def __init__(self, *, key: str, reason: str, expected: bool) -> None:
-        self.key = key
-        self.reason = reason
-        self.expected = expected
-        super().__init__(reason)
-
-
-class PackableSet(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class PackableSet(ABC):
     """A data set that can be packed: its samples by number, and all that determines them."""
 
-    @property
-    def folder(self) -> Path:
-        """Where its shards go."""
+    folder: Path
+    """Where its shards go."""
+    recipe: Recipe
+    """Everything that determines the bytes of the shards."""
+    command: str
+    """The command that packs it, without its ``--output``."""
+    class_names: tuple[str, ...] = CLASS_NAMES
+    """Index = train id."""
+    samples: int
+    """How many there are."""
+    shard_size: int
+    """Samples a shard."""
+    bad_limit: float = 0.0
+    """Share of the samples that may be unusable; those are left out and named."""
 
-    @property
-    def samples(self) -> int:
-        """How many there are."""
-
-    @property
-    def shard_size(self) -> int:
-        """Samples a shard."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Index = train id."""
-
-    @property
+    @abstractmethod
     def bytes_per_sample(self) -> int:
-        """Room asked for before packing."""
+        """Estimate the room to ask for before packing."""
 
-    @property
-    def bad_limit(self) -> float:
-        """Share of the samples that may be unusable; those are left out and named."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """Everything that determines the bytes of the shards."""
-
-    @property
-    def command(self) -> str:
-        """The command that packs it, without its ``--output``."""
-
-    def sample(self, number: int) -> RawSample:
-        """One sample; called in other processes. Raises UnusableSampleError."""
+    @abstractmethod
+    def sample(self, number: int) -> RawSample | BadSample:
+        """Make one sample, or say why it cannot be used; called in other processes."""
 
 
-def pack(sets: Sequence[PackableSet], *, output: Path, workers: int, overwrite: bool, report: Report) -> None:
-    """Writes what is missing of some data sets, all of them folders of ``output``.
+def pack(sets: Sequence[PackableSet], *, output: Path, workers: int | None, overwrite: bool, report: Report) -> None:
+    """Write what is missing of some data sets, all of them folders of ``output``.
 
     Args:
+        workers: processes; None is one a core.
         overwrite: replace folders that hold other shards.
 
     Raises:
@@ -110,142 +86,137 @@ def pack(sets: Sequence[PackableSet], *, output: Path, workers: int, overwrite: 
         if conflicts and not overwrite:
             fix = "Choose another output folder, or replace it with --overwrite"
             raise ConfigError([f"{problem}. {fix}" for problem in conflicts.values()])
-        _write(sets, conflicts, workers, report)
+        _write(sets, conflicts, workers or len(os.sched_getaffinity(0)), report)
 
 
 def _write(sets: Sequence[PackableSet], replaced: Iterable[Path], workers: int, report: Report) -> None:
-    """Writes every shard that is missing, then completes the folders."""
+    """Write every shard that is missing, then complete the folders."""
     from mfm_dist.shards.writer import ShardSetWriter, remove_shards
 
     for folder in replaced:
         remove_shards(folder)
-    writers = [
-        ShardSetWriter(
-            one.folder,
-            recipe=one.recipe,
-            command=one.command,
-            class_names=one.class_names,
-            samples=one.samples,
-            shard_size=one.shard_size,
+    works = [
+        _Work(
+            one,
+            ShardSetWriter(
+                one.folder,
+                recipe=one.recipe,
+                command=one.command,
+                class_names=one.class_names,
+                samples=one.samples,
+                shard_size=one.shard_size,
+            ),
         )
         for one in sets
     ]
-    for one, writer in zip(sets, writers, strict=True):
-        writer.require_free_space(one.bytes_per_sample)
-    jobs = [
-        _Job(one, writer, shard.number, shard.samples)
-        for one, writer in zip(sets, writers, strict=True)
-        for shard in writer.pending
-    ]
-    _make_shards(jobs, workers, report)
-    for writer in writers:
-        manifest = writer.finish()
-        report(f"{writer.folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    for work in works:
+        work.writer.require_free_space(work.source.bytes_per_sample())
+    _make_shards(works, workers, report)
+    for work in works:
+        manifest, folder = work.writer.finish(), work.source.folder
+        report(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards")
         if manifest.left_out:
-            report(f"{writer.folder}: {len(manifest.left_out)} samples left out:{_some(manifest.left_out.values())}")
+            report(f"{folder}: {len(manifest.left_out)} samples left out:{_some(manifest.left_out.values())}")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One shard to be written."""
+@dataclass
+class _Work:
+    """A data set on its way into its folder."""
 
     source: PackableSet
     writer: ShardSetWriter
-    number: int
-    samples: range
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What came of a job."""
-
-    record: ShardRecord
-    mistakes: int
+    withheld: list[ShardRecord] = field(default_factory=list)
+    """Shards that lack samples by mistake. They count only when all is done and few enough are missing."""
+    mistakes: int = 0
     """Samples left out that the data set is not known for."""
 
+    @property
+    def allowed(self) -> int:
+        """Mistakes there may be."""
+        return int(self.source.bad_limit * self.source.samples)
 
-def _make_shards(jobs: list[_Job], workers: int, report: Report) -> None:
-    """Writes the shards in several processes and notes each one that is finished."""
+    def take(self, record: ShardRecord, mistakes: int) -> None:
+        """Note a shard that is written.
+
+        Raises:
+            DataError: as soon as it is certain that too many samples are unusable, and there are many to name.
+        """
+        if not mistakes:
+            self.writer.add(record)
+            return
+        self.withheld.append(record)
+        self.mistakes += mistakes
+        if self.mistakes > max(self.allowed, NAMED):
+            raise _refusal([self])
+
+
+def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
+    """Write the shards in several processes and note each one that is finished.
+
+    Raises:
+        DataError: more samples of a set are unusable than may be. Its shards that lack some are to be made again.
+    """
+    jobs = [(work, shard) for work in works for shard in work.writer.pending]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_end_with_the_parent) as pool:
-        running = {pool.submit(_make_shard, job.source, job.number, job.samples): job for job in jobs}
-        progress = _Progress(jobs, report)  # after the fork, because a bar starts a thread
-        withheld = _Withheld()
+        running = {pool.submit(_make_shard, work.source, *shard): work for work, shard in jobs}
+        started, images = time.monotonic(), 0
+        # A bar on a terminal, a line for each shard elsewhere. After the fork, because a bar starts a thread.
+        total = sum(len(shard.samples) for _, shard in jobs)
+        bar = tqdm(total=total, unit="image", disable=not sys.stderr.isatty())
         try:
-            for future in as_completed(running):
-                job, made = running[future], future.result()
-                if made.mistakes:
-                    withheld.add(job, made)
-                else:
-                    job.writer.add(made.record)
-                progress.advance(job, made.record)
-            withheld.release()
+            for done, future in enumerate(as_completed(running), 1):
+                work, (record, mistakes) = running[future], future.result()
+                work.take(record, mistakes)
+                images += record.samples
+                bar.update(record.samples)
+                if bar.disable:
+                    rate = images / (time.monotonic() - started)
+                    report(
+                        f"{work.source.folder.name}/{record.file}: {record.samples} images, "
+                        f"{record.bytes / 2**20:.1f} MiB ({done} of {len(jobs)} shards, {rate:.0f} images/s)"
+                    )
         except BrokenProcessPool as error:
             raise UserError("a packing process was killed, by a signal or for want of memory; run it again") from error
         finally:
-            progress.close()
+            bar.close()
             pool.shutdown(wait=False, cancel_futures=True)
+    refused = [work for work in works if work.mistakes > work.allowed]
+    for work in works:
+        for record in work.withheld if work not in refused else ():
+            work.writer.add(record)
+    if refused:
+        raise _refusal(refused)
 
 
-def _make_shard(source: PackableSet, number: int, samples: range) -> _Made:
-    """The unit of work of one process."""
+def _make_shard(source: PackableSet, number: int, samples: range) -> tuple[ShardRecord, int]:
+    """Write one shard, the unit of work of one process; count the samples left out by mistake."""
     import torch
 
     from mfm_dist.shards.writer import write_shard
 
     torch.set_num_threads(1)  # there are as many processes as cores
-    unusable: list[UnusableSampleError] = []
+    bad: list[BadSample] = []
 
     def usable() -> Iterator[RawSample]:
         for index in samples:
-            try:
-                yield source.sample(index)
-            except UnusableSampleError as error:
-                unusable.append(error)
+            found = source.sample(index)
+            if isinstance(found, BadSample):
+                bad.append(found)
+            else:
+                yield found
 
     record = write_shard(source.folder, number, usable(), source.class_names)
-    left_out = {error.key: error.reason for error in unusable}
-    return _Made(replace(record, left_out=left_out), sum(not error.expected for error in unusable))
+    return replace(record, left_out={one.key: one.reason for one in bad}), sum(not one.expected for one in bad)
 
 
-@dataclass
-class _Withheld:
-    """Shards that lack samples by mistake. They count only when all is done and few enough are missing."""
-
-    _waiting: dict[Path, list[tuple[_Job, _Made]]] = field(default_factory=dict)
-    """By folder."""
-
-    def add(self, job: _Job, made: _Made) -> None:
-        """Raises DataError as soon as it is certain that too many samples are unusable, and there are many to name."""
-        waiting = self._waiting.setdefault(job.source.folder, [])
-        waiting.append((job, made))
-        if _mistakes(waiting) > max(_allowed(job), NAMED):
-            raise _refusal([waiting])
-
-    def release(self) -> None:
-        """Takes in the shards of each set within its limit; raises DataError for the others, to be made again."""
-        refused = []
-        for waiting in self._waiting.values():
-            if _mistakes(waiting) > _allowed(waiting[0][0]):
-                refused.append(waiting)
-                continue
-            for job, made in waiting:
-                job.writer.add(made.record)
-        if refused:
-            raise _refusal(refused)
-
-
-def _mistakes(waiting: list[tuple[_Job, _Made]]) -> int:
-    return sum(made.mistakes for _, made in waiting)
-
-
-def _refusal(refused: list[list[tuple[_Job, _Made]]]) -> DataError:
+def _refusal(refused: list[_Work]) -> DataError:
+    """Say which samples of some data sets cannot be used, and what to do."""
     parts = []
-    for waiting in refused:
-        job = waiting[0][0]
-        reasons = sorted(reason for _, made in waiting for reason in made.record.left_out.values())
+    for work in refused:
+        reasons = sorted(reason for record in work.withheld for reason in record.left_out.values())
         parts.append(
-            f"{job.source.folder}: {_mistakes(waiting)} of {job.source.samples} samples cannot be used, "
-            f"{_allowed(job)} may be:{_some(reasons)}"
+            f"{work.source.folder}: {work.mistakes} of {work.source.samples} samples cannot be used, "
+            f"{work.allowed} may be:{_some(reasons)}"
         )
     advice = (
         "Get those files again and repeat the command, or leave such samples out with --bad-limit SHARE. "
@@ -254,62 +225,26 @@ def _refusal(refused: list[list[tuple[_Job, _Made]]]) -> DataError:
     return DataError("\n".join([*parts, advice]))
 
 
-def _allowed(job: _Job) -> int:
-    return int(job.source.bad_limit * job.source.samples)
-
-
 def _some(reasons: Iterable[str]) -> str:
-    """The first reasons, one a line, and how many more there are."""
+    """List the first reasons, one a line, and how many more there are."""
     listed = list(reasons)
     more = [f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else []
     return "".join(f"\n  {line}" for line in [*listed[:NAMED], *more])
 
 
 def _end_with_the_parent() -> None:
-    """Ends a pool process at once on Ctrl-C, and within a second when the command is killed."""
+    """End a pool process at once on Ctrl-C, and within a second when the command is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
+    parent = os.getppid()  # before torch is loaded, which takes a while
+    from mfm_dist.data.pipeline import end_with
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Progress:
-    """A bar on a terminal, a line for each shard elsewhere."""
-
-    def __init__(self, jobs: list[_Job], report: Report) -> None:
-        self._report = report
-        self._shards = len(jobs)
-        self._done = 0
-        self._images = 0
-        self._started = time.monotonic()
-        total = sum(len(job.samples) for job in jobs)
-        self._bar = tqdm(total=total, unit="image", disable=not sys.stderr.isatty())
-
-    def advance(self, job: _Job, record: ShardRecord) -> None:
-        self._done += 1
-        self._images += record.samples
-        self._bar.set_description(job.source.folder.name)
-        self._bar.update(record.samples)
-        if self._bar.disable:
-            rate = self._images / (time.monotonic() - self._started)
-            self._report(
-                f"{job.source.folder.name}/{record.file}: {record.samples} images, {record.bytes / 2**20:.1f} MiB "
-                f"({self._done} of {self._shards} shards, {rate:.0f} images/s)"
-            )
-
-    def close(self) -> None:
-        self._bar.close()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 @contextmanager
 def only_writer(output: Path, report: Report) -> Iterator[None]:
-    """Keeps a second process waiting until the first one is through with ``output``.
+    """Keep a second process waiting until the first one is through with ``output``.
 
     Raises:
         StorageError: it cannot be written to.

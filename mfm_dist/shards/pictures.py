@@ -8,95 +8,68 @@ scales it), and the orientation that cameras write into a JPEG instead of turnin
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
-LARGEST_PICTURE = 1 << 26
-"""Pixels of the largest picture that is decoded, 64 Mi; a header may claim any number."""
+from mfm_dist.data.photographs import PNG_START, opened
+from mfm_dist.errors import CorruptFileError
+
 UPRIGHT = 1
 _ORIENTATION_TAG = 0x0112
 _COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
-_PNG_START = b"\x89PNG\r\n\x1a\n"
 _UNKNOWN = -1
-_DAMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    RuntimeError,  # of AVIF, DDS and torchvision
-    TypeError,  # of tags of an unexpected type
-    IndexError,  # of a PNG without pixels
-    struct.error,  # of damaged EXIF data
-    Image.DecompressionBombError,
-)
-"""What Pillow and torchvision raise for damaged pictures."""
-
-
-class UnusableError(Exception):
-    """Why a picture or label cannot be used."""
 
 
 def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
-    """Decodes a picture of any format that Pillow knows.
+    """Decode a picture of any format that Pillow knows.
 
     Returns:
         uint8 [H, W, 3], RGB, upright; and ``jpg`` or ``png`` where the bytes themselves may be stored: a file of 8-bit
         RGB or grey, not turned by an orientation tag. None where they may not.
 
     Raises:
-        UnusableError: it cannot be decoded, has more than 8 bits a channel, or is impossibly large.
+        CorruptFileError: it cannot be decoded, has more than 8 bits a channel, or is impossibly large.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            _check_size(picture.size)
-            if picture.format == "PNG":
-                _check_chunks(content)
-            if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[24] > 8):
-                raise UnusableError("has more than 8 bits a channel; convert it first, so that you choose how")
-            upright = picture.getexif().get(_ORIENTATION_TAG, UPRIGHT) == UPRIGHT
-            plain = picture.mode in ("RGB", "L") and upright and "transparency" not in picture.info
-            stored = {"JPEG": "jpg", "PNG": "png"}.get(picture.format or "") if plain else None
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
-    except _DAMAGE as error:
-        raise UnusableError(f"cannot be decoded ({error})") from error
+    with opened(content) as picture:
+        if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[24] > 8):
+            raise CorruptFileError("has more than 8 bits a channel; convert it first, so that you choose how")
+        upright = picture.getexif().get(_ORIENTATION_TAG, UPRIGHT) == UPRIGHT
+        plain = picture.mode in ("RGB", "L") and upright and "transparency" not in picture.info
+        stored = {"JPEG": "jpg", "PNG": "png"}.get(picture.format or "") if plain else None
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
 
 
 def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
-    """The ids that a label PNG holds: uint8 or uint16 [H, W].
+    """Read the ids that a label PNG holds: uint8 or uint16 [H, W].
 
     Args:
         kinds: what it may be, as ``png_kind`` says it.
 
     Raises:
-        UnusableError: it is no PNG of those kinds, or cannot be decoded.
+        CorruptFileError: it is no PNG of those kinds, or cannot be decoded.
     """
     kind = png_kind(content)
     if kind is None or kind not in kinds:
-        raise UnusableError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
-    _check_size((int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")))
-    try:
-        _check_chunks(content)
+        raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
+    with opened(content) as picture:
         if kind.startswith("16-bit RGB"):
             return _red_of_16_bits(content)
-        with Image.open(io.BytesIO(content)) as picture:
-            ids = np.array(picture)
-    except _DAMAGE as error:
-        raise UnusableError(f"cannot be decoded ({error})") from error
+        ids = np.array(picture)
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
 
 
 def png_kind(content: bytes) -> str | None:
-    """``8-bit palette``, ``16-bit RGB`` …, from the header of a PNG; None for anything else."""
-    if len(content) < 33 or not content.startswith(_PNG_START) or content[25] not in _COLOURS:
+    """Tell from its header what a PNG is: ``8-bit palette``, ``16-bit RGB`` …; None for anything else."""
+    if len(content) < 33 or not content.startswith(PNG_START) or content[25] not in _COLOURS:
         return None
     return f"{content[24]}-bit {_COLOURS[content[25]]}"
 
 
 def _red_of_16_bits(content: bytes) -> np.ndarray:
-    """uint16 [H, W]: the red channel. Pillow would halve the depth, so torchvision decodes."""
+    """Read the red channel, uint16 [H, W]. Pillow would halve the depth, so torchvision decodes."""
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -105,73 +78,44 @@ def _red_of_16_bits(content: bytes) -> np.ndarray:
     return red
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if not 0 < size[0] * size[1] <= LARGEST_PICTURE:
-        raise UnusableError(f"claims {size[0]} x {size[1]} pixels; 1 to {LARGEST_PICTURE} are decoded")
-
-
-def _check_chunks(content: bytes) -> None:
-    """Compares the checksums of a PNG's chunks, which decoding alone does not. Raises what Pillow raises."""
-    with Image.open(io.BytesIO(content)) as picture:
-        picture.verify()
-
-
 def lookup_table(train_ids: Mapping[int, int]) -> np.ndarray:
-    """int16 [65536]: train id by id, or -1."""
+    """Make a table of train ids by id, -1 for those unknown: int16 [65536]."""
     table = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
     table[list(train_ids)] = list(train_ids.values())
     return table
 
 
 def to_train_ids(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Looks ids up, uint8 [H, W].
+    """Look ids up: uint8 [H, W].
 
     Raises:
-        UnusableError: ids that the table does not have; all are named.
+        CorruptFileError: ids that the table does not have; all are named.
     """
     train_ids: np.ndarray = table[ids]
     if train_ids.min() == _UNKNOWN:
         unknown = np.unique(ids[train_ids == _UNKNOWN]).tolist()
         more = " …" if len(unknown) > 10 else ""
-        raise UnusableError(f"holds the ids {', '.join(map(str, unknown[:10]))}{more}, which have no meaning here")
+        raise CorruptFileError(f"holds the ids {', '.join(map(str, unknown[:10]))}{more}, which have no meaning here")
     return train_ids.astype(np.uint8)
 
 
-def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The largest size of the same shape inside a box that may lie on either side (mmcv's rule, as published for UDA).
-
-    GTA's 1914 x 1052 in 1280 x 720 gives 1280 x 704, not 720: nothing is stretched, nothing is padded.
-
-    Args:
-        size: height and width.
-        box: two sides in any order.
-    """
-    scale = min(max(box) / max(size), min(box) / min(size))
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
-
-
-def resize_picture(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear without anti-aliasing, as the published pipelines resize: uint8 [H, W, 3] -> uint8 [h, w, 3]."""
+def resize_pair(
+    picture: np.ndarray, label: np.ndarray | None, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Resize a picture, uint8 [H, W, 3], and its label, uint8 [H, W]."""
     import torch
-    from torch.nn.functional import interpolate
 
-    planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    resized = interpolate(planes, size=size, mode="bilinear", align_corners=False)
-    result: np.ndarray = resized.round_().clamp_(0, 255).byte()[0].permute(1, 2, 0).contiguous().numpy()
-    return result
+    from mfm_dist.data.geometry import resize_image, resize_label
 
-
-def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The nearest pixel by the floor rule, as the published pipelines resize: [H, W] -> [h, w]."""
-    rows, columns = (
-        np.minimum(np.floor(np.arange(new) * (old / new)), old - 1).astype(np.intp)
-        for old, new in zip(label.shape, size, strict=True)
-    )
-    return label[rows[:, None], columns]
+    resized = resize_image(torch.from_numpy(picture).permute(2, 0, 1), size).permute(1, 2, 0).contiguous().numpy()
+    if label is None:
+        return resized, None
+    # In 64 bits: torch looks for the nearest pixel with the precision of what it resizes.
+    return resized, resize_label(torch.from_numpy(label).double(), size).byte().numpy()
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """A PNG of uint8 [H, W, 3]."""
+    """Encode uint8 [H, W, 3] as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()

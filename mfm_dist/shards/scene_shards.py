@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.manifest import Recipe
 from mfm_dist.scenes import DOMAINS, GENERATOR_VERSION, SPLITS, Gap, render_scene
-from mfm_dist.shards.packing import Report, pack
+from mfm_dist.shards.packing import PackableSet, Report, pack
 
 if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample
@@ -22,29 +20,16 @@ BYTES_PER_PIXEL = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneSplit:
-    """One folder of scenes (a ``PackableSet``)."""
+class SceneSplit(PackableSet):
+    """One folder of scenes."""
 
-    folder: Path
     domain: str
     split: str
-    samples: int
-    shard_size: int
     height: int
     width: int
     seed: int
     gap: Gap
-    command: str
-    class_names: tuple[str, ...] = CLASS_NAMES
-    bad_limit: float = 0.0
 
-    @property
-    def recipe(self) -> Recipe:
-        names = ("domain", "split", "samples", "shard_size", "height", "width", "seed")
-        arguments = {**{name: getattr(self, name) for name in names}, "gap": asdict(self.gap)}
-        return Recipe(generator="scenes", version=GENERATOR_VERSION, arguments=arguments)
-
-    @property
     def bytes_per_sample(self) -> int:
         return int(self.height * self.width * BYTES_PER_PIXEL)
 
@@ -77,7 +62,7 @@ def write_scenes(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes ``game_train``, ``game_val``, ``camera_train`` and ``camera_val`` below ``output``, or what is missing.
+    """Write ``game_train``, ``game_val``, ``camera_train`` and ``camera_val`` below ``output``, or what is missing.
 
     Args:
         train: images of each ``*_train``.
@@ -96,20 +81,18 @@ def write_scenes(
         f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
         f"--seed {seed} --shard-size {shard_size} --gap {causes}"
     )
-    sets = [
-        SceneSplit(
-            folder=output / f"{domain}_{split}",
-            domain=domain,
-            split=split,
-            samples={"train": train, "val": val}[split],
-            shard_size=shard_size,
-            height=size[0],
-            width=size[1],
-            seed=seed,
-            gap=gap,
-            command=command,
-        )
-        for domain, split in product(DOMAINS, SPLITS)
-    ]
-    cores = len(os.sched_getaffinity(0))
-    pack(sets, output=output, workers=workers or cores, overwrite=overwrite, report=report)
+    sets = []
+    for domain, split in product(DOMAINS, SPLITS):
+        arguments: dict[str, Any] = {
+            "domain": domain,
+            "split": split,
+            "samples": {"train": train, "val": val}[split],
+            "shard_size": shard_size,
+            "height": size[0],
+            "width": size[1],
+            "seed": seed,
+        }
+        recipe = Recipe(generator="scenes", version=GENERATOR_VERSION, arguments={**arguments, "gap": asdict(gap)})
+        folder = output / f"{domain}_{split}"
+        sets.append(SceneSplit(folder=folder, recipe=recipe, command=command, gap=gap, **arguments))
+    pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)

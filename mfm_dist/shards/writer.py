@@ -11,7 +11,6 @@ import re
 import shutil
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,8 @@ import webdataset
 from PIL import Image
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.class_statistics import count_pixels, count_shard, write_statistics
+from mfm_dist.data.class_statistics import PixelCounts, write_statistics
+from mfm_dist.data.decoding import decode_label, header_size
 from mfm_dist.data.index import LABEL_EXTENSION, META_EXTENSION, build_index
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
@@ -34,15 +34,15 @@ from mfm_dist.data.manifest import (
     remake_hint,
     started_manifest,
     statistics_path,
+    write_sidecar,
 )
-from mfm_dist.errors import DataError, StorageError
-from mfm_dist.storage import atomic_file as atomic_file
-from mfm_dist.storage import no_space_left
-from mfm_dist.storage import sha256_of as sha256_of
+from mfm_dist.data.photographs import PNG_START
+from mfm_dist.data.reader import read_member, reads_of
+from mfm_dist.errors import CorruptFileError, DataError, StorageError
+from mfm_dist.storage import atomic_file, no_space_left, sha256_of, write_atomically
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ class RawSample:
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """Baseline JPEG, 4:2:0, quality 95, from uint8 [H, W, 3]; progressive files would halve the decoding rate."""
+    """Encode uint8 [H, W, 3] as baseline JPEG, 4:2:0, quality 95; progressive files would halve the decoding rate."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0", progressive=False)
     return buffer.getvalue()
 
 
 def encode_label_png(label: np.ndarray) -> bytes:
-    """8-bit grey PNG without row filters at zlib's level 9, from uint8 [H, W].
+    """Encode an 8-bit grey PNG without row filters at zlib's level 9, from uint8 [H, W].
 
     Any reader opens it; against Pillow's default, whose filters suit photographs, a label map is a quarter smaller
     and decodes twice as fast.
@@ -79,58 +79,49 @@ def encode_label_png(label: np.ndarray) -> bytes:
     rows[:, 1:] = label
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, default methods, not interlaced
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
-    return _PNG_SIGNATURE + b"".join(
+    return PNG_START + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
 
 
 def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_names: tuple[str, ...]) -> ShardRecord:
-    """Writes ``<number>.tar``, its index and its class statistics; each gets its name when it is whole and on the disk.
+    """Write ``<number>.tar``, its index and its class statistics; each gets its name when it is whole and on the disk.
 
     Raises:
         DataError: a sample is impossible.
         StorageError: the disk is full.
     """
     tar = folder / f"{number:06d}.tar"
-    sizes: Counter[str] = Counter()
-    pixels = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
-    by_sample = []
+    counts = PixelCounts(class_names)
     with atomic_file(tar) as file, _tar_writer(file) as writer:
         for sample in samples:
             _check(sample, len(class_names), tar)
             writer.write(_members(sample))
-            sizes["x".join(map(str, sample.image.shape[:2]))] += 1
-            by_sample.append(count_pixels(sample.label, len(class_names)))
-            if sample.label is not None:
-                pixels += np.bincount(sample.label.ravel(), minlength=len(pixels))
-    write_index(tar)
-    counts = {name: int(pixels[train_id]) for train_id, name in enumerate(class_names)}
+            counts.add(sample.image.shape[:2], sample.label)
     return ShardRecord(
         file=tar.name,
-        samples=sizes.total(),
+        samples=len(counts.classes),
         bytes=tar.stat().st_size,
         sha256=sha256_of(tar),
-        index_sha256=sha256_of(index_path(tar)),
-        image_sizes=dict(sorted(sizes.items())),
-        pixel_counts={**counts, "ignore": int(pixels[IGNORE_INDEX])} if pixels.any() else {},
-        classes_sha256=write_statistics(tar, np.array(by_sample)),
+        index_sha256=write_index(tar),
+        image_sizes=counts.image_sizes,
+        pixel_counts=counts.pixel_counts,
+        classes_sha256=write_statistics(tar, counts.classes),
     )
 
 
-def write_index(tar: Path) -> None:
-    """Writes the sidecar index of a finished tar."""
-    index = build_index(tar)
-    with atomic_file(index_path(tar)) as file:
-        np.save(file, index, allow_pickle=False)
+def write_index(tar: Path) -> str:
+    """Write the sidecar index of a finished tar; return its SHA-256."""
+    return write_sidecar(index_path(tar), build_index(tar))
 
 
 def _tar_writer(file: BinaryIO) -> webdataset.TarWriter:
-    """Owner and time are fixed, so that equal samples give equal bytes."""
+    """Write with fixed owner and time, so that equal samples give equal bytes."""
     return webdataset.TarWriter(file, user="", group="", mtime=0, compress=False, encoder=False)
 
 
 def _members(sample: RawSample) -> dict[str, str | bytes]:
-    """The members in the form TarWriter takes: extension -> bytes."""
+    """Give the members the form TarWriter takes: extension -> bytes."""
     meta = json.dumps({"key": sample.key, **sample.meta}, sort_keys=True)
     image_format, image = sample.image_file or ("jpg", encode_jpeg(sample.image))
     members: dict[str, str | bytes] = {"__key__": sample.key, image_format: image}
@@ -140,7 +131,7 @@ def _members(sample: RawSample) -> dict[str, str | bytes]:
 
 
 def _check(sample: RawSample, num_classes: int, tar: Path) -> None:
-    """Refuses what the reader would refuse later."""
+    """Refuse what the reader would refuse later."""
     where = f"{tar}, sample {sample.key!r}"
     if not _KEY.fullmatch(sample.key):
         raise DataError(f"{where}: a key is 1 to 80 letters, digits, _ or -")
@@ -183,7 +174,7 @@ class ShardSetWriter:
         samples: int,
         shard_size: int,
     ) -> None:
-        """Keeps the shards whose checksum is right; their index is built anew, being cheaper than to verify."""
+        """Keep the shards whose checksum is right; their index is built anew, being cheaper than to verify."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, samples, shard_size)
@@ -205,19 +196,19 @@ class ShardSetWriter:
         return [shard for shard in self._planned if f"{shard.number:06d}.tar" not in self._records]
 
     def add(self, record: ShardRecord) -> None:
-        """Takes note of a finished shard; from now on a restart keeps it."""
+        """Take note of a finished shard; from now on a restart keeps it."""
         self._records[record.file] = record
         self._save(UNFINISHED_FILE)
 
     def finish(self) -> Manifest:
-        """Declares the folder complete."""
+        """Declare the folder complete."""
         assert not self.pending
         self._save(MANIFEST_FILE)
         (self.folder / UNFINISHED_FILE).unlink()
         return self._manifest
 
     def require_free_space(self, bytes_per_sample: int) -> None:
-        """Raises StorageError when the disk cannot take what is pending."""
+        """Raise StorageError when the disk cannot take what is pending."""
         need = bytes_per_sample * sum(len(shard.samples) for shard in self.pending)
         free = shutil.disk_usage(self.folder).free
         if free < need:
@@ -225,20 +216,42 @@ class ShardSetWriter:
 
     def _save(self, name: str) -> None:
         self._manifest = replace(self._manifest, shards=tuple(self._records[file] for file in sorted(self._records)))
-        with atomic_file(self.folder / name) as file:
-            file.write(self._manifest.to_json().encode())
+        write_atomically(self.folder / name, self._manifest.to_json())
 
 
 def _keep_statistics(tar: Path, record: ShardRecord, class_names: tuple[str, ...]) -> str:
-    """Counts the classes of a finished tar again where their file is not the one that was written."""
+    """Count the classes of a finished tar again where their file is not the one that was written."""
     path = statistics_path(tar)
     if not record.has_classes or (path.is_file() and sha256_of(path) == record.classes_sha256):
         return record.classes_sha256
-    return write_statistics(tar, count_shard(tar, build_index(tar), len(class_names)))
+    return write_statistics(tar, count_shard(tar, build_index(tar), class_names).classes)
+
+
+def count_shard(tar: Path, rows: np.ndarray, class_names: tuple[str, ...]) -> PixelCounts:
+    """Count the pixels of a tar from its labels; sizes are theirs. Decodes every label.
+
+    Args:
+        rows: the index of the tar, ``index_dtype``.
+
+    Raises:
+        DataError: a label cannot be decoded.
+    """
+    counts = PixelCounts(class_names)
+    with open(tar, "rb") as file:
+        for row in rows:
+            label = None
+            try:
+                if row["label"]["offset"] >= 0:
+                    payload = read_member(reads_of(file), row["label"].item(), "label")
+                    label = decode_label(payload, len(class_names), header_size(payload, "png", "label")).numpy()
+            except CorruptFileError as error:
+                raise DataError(f"{tar}, sample {row['key'].decode()!r}: {error}") from error
+            counts.add(() if label is None else label.shape, label)
+    return counts
 
 
 def remove_shards(folder: Path) -> None:
-    """Removes a data set and leaves every other file alone; the manifest goes first, so nothing looks finished."""
+    """Remove a data set and leave every other file alone; the manifest goes first, so nothing looks finished."""
     for pattern in (MANIFEST_FILE, UNFINISHED_FILE, "[0-9]*.tar", "[0-9]*.index.npy", "[0-9]*.classes.npy"):
         for path in folder.glob(pattern):
             path.unlink()

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from mfm_dist.batch import BadSample
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.run.bad_samples import BadSamples
 from mfm_dist.run.folder import RunFolder
 

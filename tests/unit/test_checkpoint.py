@@ -13,7 +13,6 @@ import torch
 from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint import (
     CheckpointWriter,
-    DamagedError,
     Progress,
     Saved,
     collect,
@@ -27,7 +26,7 @@ from mfm_dist.checkpoint import (
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
 
@@ -200,7 +199,7 @@ def test_a_manifest_cannot_point_outside_its_folder(
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../latest"] = {"bytes": 1, "sha256": ""}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedError, match=r"'\.\./latest', which is no file of a checkpoint"):
+    with pytest.raises(CorruptFileError, match=r"'\.\./latest', which is no file of a checkpoint"):
         read_checkpoint(path)
 
 

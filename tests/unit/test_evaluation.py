@@ -14,9 +14,9 @@ from mfm_dist.build import build_student
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.data.geometry import resize_box
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.data.transforms import resize_box
 from mfm_dist.inference.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
 from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
 from mfm_dist.inference.predict_labels import predict_labels

@@ -15,7 +15,8 @@ import mfm_dist
 from mfm_dist import export, predict
 from mfm_dist.classes import PALETTE
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.inference.overlays import UnreadableImageError, overlay, read_image
+from mfm_dist.errors import CorruptFileError
+from mfm_dist.inference.overlays import overlay, read_image
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.predict import picture_names
 
@@ -217,12 +218,12 @@ def test_a_huge_image_is_refused(street: Image.Image, tmp_path: Path, monkeypatc
     assert read_image(tmp_path / "huge.png").shape == (3, street.height, street.width)
     for limit in (pixels - 1, pixels // 4):  # where PIL warns, and where it raises
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(UnreadableImageError, match="make it smaller"):
+        with pytest.raises(CorruptFileError, match="make it smaller"):
             read_image(tmp_path / "huge.png")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(40)])
 def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(content)
-    with pytest.raises(UnreadableImageError):
+    with pytest.raises(CorruptFileError):
         read_image(tmp_path / "file.png")

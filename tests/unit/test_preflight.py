@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from mfm_dist.checkpoint import DamagedError
 from mfm_dist.cluster import preflight
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import UserError
+from mfm_dist.errors import CorruptFileError, UserError
 from tests.conftest import DEFAULTS, run_train, tiny_overrides
 
 
@@ -269,7 +268,7 @@ def test_a_disk_that_gives_other_bytes_is_told(tmp_path: Path, monkeypatch: pyte
         student.write_bytes(student.read_bytes()[:-1] + b"\7")
 
     monkeypatch.setattr(preflight, "write_checkpoint", damaged)
-    with pytest.raises(DamagedError, match=r"student\.safetensors differs from what was written"):
+    with pytest.raises(CorruptFileError, match=r"student\.safetensors differs from what was written"):
         preflight.write_probe(tmp_path, "probe")
 
 

@@ -16,10 +16,10 @@ from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
 from mfm_dist.shards.convert import Conversion, convert, sample_key
-from mfm_dist.shards.source_tree import SourceFile, SourceTree, UnreadableFileError
+from mfm_dist.shards.download import SourceFile, SourceTree
 from tests.unit.data import downloads
 
 # The tables of the facts, typed again: Cityscapes ids (also of GTA5) and SYNTHIA ids to train ids.
@@ -272,7 +272,7 @@ def test_damage_inside_an_archive_leaves_out_that_sample_alone(method: int, tmp_
     for where in range(start, start + 40):
         (tmp_path / "zips").mkdir(exist_ok=True)
         (tmp_path / "zips/gta.zip").write_bytes(whole[:where] + bytes([whole[where] ^ 0xFF]) + whole[where + 1 :])
-        with suppress(UnreadableFileError):
+        with suppress(CorruptFileError):
             found = SourceTree(tmp_path / "zips").read(SourceFile("images/00002.png", "gta.zip"))
             assert found == (source / "images/00002.png").read_bytes()  # LZMA has two bytes that mean nothing
     run(small("gta"), tmp_path / "zips", tmp_path / "shards", bad_limit=0.4)

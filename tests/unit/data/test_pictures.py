@@ -11,16 +11,9 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
-from mfm_dist.shards.pictures import (
-    UnusableError,
-    fitted,
-    lookup_table,
-    png_kind,
-    read_ids,
-    read_picture,
-    resize_label,
-    to_train_ids,
-)
+from mfm_dist.data.geometry import fitted
+from mfm_dist.errors import CorruptFileError
+from mfm_dist.shards.pictures import lookup_table, png_kind, read_ids, read_picture, resize_pair, to_train_ids
 from tests.unit.data import downloads
 
 
@@ -58,9 +51,9 @@ def test_ids_beyond_8_bits() -> None:
 
 def test_a_label_of_another_kind_is_refused_with_what_it_is() -> None:
     colours = encoded(Image.fromarray(downloads.picture(0)), "PNG")
-    with pytest.raises(UnusableError, match="is 8-bit RGB; expected is 16-bit RGB: was it converted"):
+    with pytest.raises(CorruptFileError, match="is 8-bit RGB; expected is 16-bit RGB: was it converted"):
         read_ids(colours, ["16-bit RGB"])
-    with pytest.raises(UnusableError, match="is no PNG; expected"):
+    with pytest.raises(CorruptFileError, match="is no PNG; expected"):
         read_ids(encoded(Image.fromarray(downloads.picture(0)), "JPEG"), ["8-bit grey"])
 
 
@@ -105,7 +98,7 @@ def test_deeper_pictures_are_refused(depth: str, tmp_path: Path) -> None:
         downloads.save_rgb16(tmp_path / "deep.png", ids, ids)
     else:
         Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(UnusableError, match="more than 8 bits"):
+    with pytest.raises(CorruptFileError, match="more than 8 bits"):
         read_picture((tmp_path / "deep.png").read_bytes())
 
 
@@ -115,7 +108,7 @@ def test_a_flipped_bit_anywhere_in_a_png_is_found() -> None:
     for at in [*generator.integers(8, len(content) - 12, 40), len(content) - 20]:
         broken = bytearray(content)
         broken[at] ^= 1 << generator.integers(8)
-        with pytest.raises(UnusableError):
+        with pytest.raises(CorruptFileError):
             read_picture(bytes(broken))
 
 
@@ -135,23 +128,35 @@ def test_sizes_are_the_published_ones(size: tuple[int, int], box: tuple[int, int
     assert fitted(size, box) == fitted(size, box[::-1]) == expected
 
 
-def test_labels_shrink_as_torch_does_it() -> None:
-    label = np.random.default_rng(0).integers(256, size=(1052, 1914), dtype=np.uint8)
-    ours = resize_label(label, (704, 1280))
-    theirs = torch.nn.functional.interpolate(torch.from_numpy(label)[None, None], size=(704, 1280), mode="nearest")
-    assert np.array_equal(ours, theirs[0, 0].numpy())
+@pytest.mark.parametrize(
+    ("stored", "size"), [((1052, 1914), (704, 1280)), ((760, 1280), (608, 1024)), ((105, 191), (333, 77))]
+)
+def test_labels_take_the_nearest_pixel_by_the_floor_rule(stored: tuple[int, int], size: tuple[int, int]) -> None:
+    label = np.random.default_rng(0).integers(256, size=stored, dtype=np.uint8)
+    rows, columns = (np.floor(np.arange(new) * (old / new)).astype(int) for old, new in zip(stored, size, strict=True))
+    _, ours = resize_pair(np.zeros((*stored, 3), dtype=np.uint8), label, size)
+    assert np.array_equal(ours, label[rows][:, columns])
+
+
+def test_pictures_shrink_as_torch_does_it() -> None:
+    picture = np.random.default_rng(0).integers(256, size=(105, 191, 3), dtype=np.uint8)
+    ours, label = resize_pair(picture, None, (70, 128))
+    planes = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+    theirs = torch.nn.functional.interpolate(planes, size=(70, 128), mode="bilinear", align_corners=False)[0]
+    assert label is None
+    assert np.array_equal(ours, theirs.round().byte().permute(1, 2, 0).numpy())
 
 
 def test_unknown_ids_are_named() -> None:
     table = lookup_table({0: 255, 7: 3, 60000: 1})
     assert to_train_ids(np.array([[0, 7, 60000]], dtype=np.uint16), table).tolist() == [[255, 3, 1]]
-    with pytest.raises(UnusableError, match="the ids 1, 8, which"):
+    with pytest.raises(CorruptFileError, match="the ids 1, 8, which"):
         to_train_ids(np.array([[8, 7, 1]], dtype=np.uint8), table)
 
 
 def test_a_png_without_pixels_is_unusable() -> None:
     content = encoded(Image.fromarray(downloads.picture(0)), "PNG")
-    with pytest.raises(UnusableError, match="cannot be decoded"):
+    with pytest.raises(CorruptFileError, match="cannot be decoded"):
         read_picture(content[: content.index(b"IDAT") - 4] + content[-12:])
 
 
@@ -165,5 +170,5 @@ def test_damage_to_what_a_camera_noted_is_nothing_worse_than_unusable() -> None:
     for bit in range(8 * start, 8 * (start + length)):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
-        with contextlib.suppress(UnusableError):
+        with contextlib.suppress(CorruptFileError):
             read_picture(bytes(damaged))

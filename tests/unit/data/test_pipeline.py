@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfm_dist.batch import BadSample, UDABatch
+from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.order import SampleOrder
 from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.transforms import source_crop, target_crop
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream, keyed_generator
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample, write_set
 

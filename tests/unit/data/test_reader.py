@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from PIL import Image
 
 from mfm_dist.data import decoding as decoding_module
 from mfm_dist.data import reader as reader_module
-from mfm_dist.data.decoding import UnusableError, decode_image, decode_label, header_size
+from mfm_dist.data.decoding import decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
-from mfm_dist.data.reader import SampleError, ShardReader
-from mfm_dist.errors import ConfigError
-from mfm_dist.shards.writer import encode_jpeg, encode_label_png, sha256_of, write_index
+from mfm_dist.data.reader import ShardReader
+from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
+from mfm_dist.shards.writer import encode_jpeg, encode_label_png, write_index
+from mfm_dist.storage import sha256_of
 from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
 
 JPEG = encode_jpeg(raw_sample(0).image)
@@ -49,6 +51,13 @@ def png(pixels: np.ndarray, tmp_path: Path) -> bytes:
     return (tmp_path / "picture.png").read_bytes()
 
 
+def unusable(reader: ShardReader, number: int) -> BadSample:
+    """A sample that must not be delivered."""
+    found = reader.read(number)
+    assert isinstance(found, BadSample)
+    return found
+
+
 def test_samples_come_back_as_they_were_written(shard_folder: ShardFolder) -> None:
     reader = ShardReader(shard_folder(count=10, shard_size=4))
     assert len(reader) == 10
@@ -77,8 +86,7 @@ def test_a_png_image_is_read_without_loss(shard_folder: ShardFolder, tmp_path: P
 def test_the_label_is_left_alone_when_it_is_not_asked_for(shard_folder: ShardFolder) -> None:
     reader = ShardReader(shard_folder(labelled=False))
     assert reader.read(0, with_label=False).label is None
-    with pytest.raises(SampleError, match=r"000000\.tar, sample 'sample_0000': it has no label"):
-        reader.read(0)
+    assert re.search(r"000000\.tar, sample 'sample_0000': it has no label", str(unusable(reader, 0)))
 
 
 @pytest.mark.parametrize("what", ["image", "label"])
@@ -87,9 +95,9 @@ def test_one_flipped_bit_is_noticed_and_no_other_sample_suffers(shard_folder: Sh
     member = ShardReader(folder).index.rows[0][2][what]
     flip_bit(folder / "000000.tar", int(member["offset"]) + int(member["size"]) // 2)
     reader = ShardReader(folder)
-    with pytest.raises(SampleError, match=rf"000000\.tar, sample 'sample_0002': its {what} differs") as caught:
-        reader.read(2)
-    assert caught.value.bad.number == 2
+    bad = unusable(reader, 2)
+    assert re.search(rf"000000\.tar, sample 'sample_0002': its {what} differs", str(bad))
+    assert bad.number == 2
     assert [reader.read(number).key for number in (0, 1, 3)] == ["sample_0000", "sample_0001", "sample_0003"]
 
 
@@ -98,11 +106,9 @@ def test_a_shard_that_shrinks_while_it_is_used_is_told(shard_folder: ShardFolder
     reader = ShardReader(folder)
     reader.read(0)
     os.truncate(folder / "000000.tar", 2000)
-    with pytest.raises(SampleError, match="the shard ends inside its image"):
-        reader.read(3)
+    assert re.search("the shard ends inside its image", str(unusable(reader, 3)))
     os.remove(folder / "000000.tar")
-    with pytest.raises(SampleError, match="cannot be read"):
-        _fresh(reader).read(3)
+    assert re.search("cannot be read", str(unusable(_fresh(reader), 3)))
 
 
 def test_a_disk_that_fails_once_costs_no_sample(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +126,7 @@ def test_a_disk_that_fails_once_costs_no_sample(shard_folder: ShardFolder, monke
     for number in range(2):
         assert torch.equal(reader.read(number).image, expected[number])
         failures.pop(0)
-    with pytest.raises(SampleError, match="its image cannot be read"):
-        reader.read(2)
+    assert re.search("its image cannot be read", str(unusable(reader, 2)))
 
 
 def _fresh(reader: ShardReader) -> ShardReader:
@@ -191,9 +196,9 @@ def test_unusable_samples_are_named_with_the_reason(
 ) -> None:
     assert callable(make)
     reader = repack(shard_folder(count=1), make(tmp_path))
-    with pytest.raises(SampleError, match=rf"(?s)000000\.tar, sample 'odd': .*{reason}") as caught:
-        reader.read(0)
-    assert pickle.loads(pickle.dumps(caught.value)).bad == caught.value.bad
+    bad = unusable(reader, 0)
+    assert re.search(rf"(?s)000000\.tar, sample 'odd': .*{reason}", str(bad))
+    assert pickle.loads(pickle.dumps(bad)) == bad
 
 
 @pytest.mark.parametrize("kind", ["label", "image"])
@@ -204,10 +209,10 @@ def test_every_flipped_bit_of_a_png_is_noticed_before_it_can_end_the_process(kin
     for at in range(8, len(content), 1 if kind == "label" else 17):
         damaged = np.frombuffer(bytearray(content), dtype=np.uint8)
         damaged[at] ^= 1
-        with pytest.raises(UnusableError):
+        with pytest.raises(CorruptFileError):
             decode_label(damaged, 19, size) if kind == "label" else decode_image(damaged, "png")
     for length in range(len(content)):
-        with pytest.raises(UnusableError):
+        with pytest.raises(CorruptFileError):
             decode_label(np.frombuffer(bytearray(content[:length]), dtype=np.uint8), 19, size)
 
 

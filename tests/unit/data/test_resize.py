@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mfm_dist.data.transforms import Resize, resize_box, resize_label, source_crop, target_crop
+from mfm_dist.data.geometry import resize_box, resize_label
+from mfm_dist.data.transforms import Resize, source_crop, target_crop
 from mfm_dist.rng import Stream, keyed_generator
 
 

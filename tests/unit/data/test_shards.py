@@ -16,14 +16,8 @@ from PIL import Image
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.manifest import Manifest, Recipe, conflict, is_complete
 from mfm_dist.errors import DataError, StorageError
-from mfm_dist.shards.writer import (
-    ShardSetWriter,
-    atomic_file,
-    encode_jpeg,
-    encode_label_png,
-    remove_shards,
-    write_shard,
-)
+from mfm_dist.shards.writer import ShardSetWriter, encode_jpeg, encode_label_png, remove_shards, write_shard
+from mfm_dist.storage import atomic_file
 from tests.unit.data.small_shards import ShardFolder, raw_sample
 
 RECIPE = Recipe(generator="test", version=1, arguments={"samples": 10})

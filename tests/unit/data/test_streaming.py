@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.schema import DataSection, RareClassSection, RunConfig
 from mfm_dist.config.validate import problems
@@ -17,7 +16,7 @@ from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples, stream_samples
-from mfm_dist.errors import DataError
+from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream
 from tests.unit.data.small_shards import ShardFolder, flip_bit
 from tests.unit.data.test_pipeline import damage

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
-from mfm_dist.shards.source_tree import SourceFile, SourceTree, UnreadableFileError
-from mfm_dist.shards.survey import find_pairs
+from mfm_dist.shards.download import SourceFile, SourceTree, find_pairs
 from tests.unit.data import downloads
 
 
@@ -127,11 +126,11 @@ def test_a_damaged_or_bloated_member_is_unreadable(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a.zip").read_bytes())
     content[100] ^= 1
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(UnreadableFileError, match="Bad CRC-32"):
+    with pytest.raises(CorruptFileError, match="Bad CRC-32"):
         SourceTree(tmp_path).read(SourceFile("images/00001.png", "a.zip"))
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb", bytes((1 << 28) + 1))
-    with pytest.raises(UnreadableFileError, match="would unpack to 268435457 bytes"):
+    with pytest.raises(CorruptFileError, match="would unpack to 268435457 bytes"):
         SourceTree(tmp_path).read(SourceFile("bomb", "b.zip"))
-    with pytest.raises(UnreadableFileError, match="No such file"):
+    with pytest.raises(CorruptFileError, match="No such file"):
         SourceTree(tmp_path).read(SourceFile("gone.png"))
