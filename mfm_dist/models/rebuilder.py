@@ -20,6 +20,10 @@ from mfm_dist.models.layers import ChannelLayerNorm, resize
 NOMINAL_INPUT = 512
 """Side, in pixels, of the published training crop; the projectors are sized for it and resize for any other."""
 
+PROJECTOR_EPS = 1e-6
+"""Of the projectors' norms: the authors' code (arXiv 2509.13801) has timm's ``LayerNorm2d`` with its default there, and
+1e-5 in the transformer's."""
+
 TEMPERATURE = 10_000
 """Slowest wavelength of the position table, in units of 2 pi cells (paper)."""
 
@@ -107,11 +111,12 @@ class Projector(nn.Sequential):
         channels = width
         for index in range(doublings):
             if index > 0:
-                layers += [ChannelLayerNorm(channels), nn.GELU()]
+                layers += [ChannelLayerNorm(channels, eps=PROJECTOR_EPS), nn.GELU()]
             narrowed = width // 2 if index == 0 else width // 4
             layers.append(nn.ConvTranspose2d(channels, narrowed, kernel_size=4, stride=2, padding=1))
             channels = narrowed
-        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), ChannelLayerNorm(out_channels))
+        layers += [nn.Conv2d(channels, out_channels, 1), ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)]
+        super().__init__(*layers)
 
 
 class Rebuilder(nn.Module):
