@@ -1,4 +1,4 @@
-"""Scoring the student on a labelled data set, over all ranks, with no image counted twice."""
+"""Score the student on a labelled data set, over all ranks, with no image counted twice."""
 
 from __future__ import annotations
 
@@ -30,37 +30,28 @@ FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
 
 
 class Ranks(Protocol):
-    """What scoring needs of the engine; a lone process has its own below."""
+    """What scoring needs of the engine; each method is collective, and gives a lone process what it has."""
 
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks."""
+        """Return the element-wise sum over ranks."""
+        return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Element-wise mean over ranks."""
+        """Return the element-wise mean over ranks."""
+        return values
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks."""
+        """Return the element-wise maximum over ranks."""
+        return values
 
 
-class OneProcess:
+class OneProcess(Ranks):
     """``Ranks`` without a launcher, for the commands that run after training."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +72,7 @@ class Scores:
     protocol: str = PROTOCOL.format(images="whole image", precision="fp32")
 
     def to_json(self) -> str:
-        """Indented JSON text."""
+        """Return indented JSON text."""
         values = asdict(self)
         for part in ("iou", "means"):
             values[part] = {name: value if value == value else None for name, value in values[part].items()}
@@ -93,15 +84,14 @@ class Scores:
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:
-        """``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
+        """Return ``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
         values = {**self.means, **{f"iou/{name}": value for name, value in self.iou.items()}}
         return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in values.items() if value == value}}
 
     def table(self) -> str:
-        """One line a class, for people."""
-        lines = [f"  {name:<14} {value:6.2f}" for name, value in self.iou.items()]
-        lines.append(f"  {'mean':<14} {self.miou:6.2f}")
-        return "\n".join([*lines, *(f"  {name:<14} {value:6.2f}" for name, value in self.means.items())])
+        """Return one line a class, for people."""
+        values = {**self.iou, "mean": self.miou, **self.means}
+        return "\n".join(f"  {name:<14} {value:6.2f}" for name, value in values.items())
 
 
 @torch.no_grad()
@@ -167,7 +157,7 @@ def evaluate(
 
 
 def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
-    """How the scores came about, for people."""
+    """Say how the scores came about, for people."""
     window = student.window
     images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     if fit_into is not None:
@@ -176,7 +166,7 @@ def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision:
 
 
 def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:
-    """How many forwards every rank makes in this turn: as many as the largest of the ranks' images needs. Collective.
+    """Return how many forwards every rank makes in this turn, those of the largest of their images. Collective.
 
     Under ZeRO-3 a forward is collective, and images of several sizes need several numbers of windows.
     """
@@ -187,7 +177,7 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
 
 
 def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
-    """Mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
+    """Return the mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
 
     Both means are over the classes of the set. ``miou_<set>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those
     of other classes are false positives of what is predicted there. ``miou_<set>_others_ignored`` leaves pixels
@@ -196,18 +186,15 @@ def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
     classes = list(CLASS_SETS[class_set])
     known = torch.zeros_like(confusion)
     known[classes] = confusion[classes]
-    names = (f"miou_{class_set}", f"miou_{class_set}_others_ignored")
-    return {name: _mean_of(iou_percent(c), classes) for name, c in zip(names, (confusion, known), strict=True)}
-
-
-def _mean_of(iou: list[float], classes: Sequence[int]) -> float:
-    occurring = [iou[index] for index in classes if iou[index] == iou[index]]
-    return sum(occurring) / len(occurring) if occurring else float("nan")
+    return {
+        f"miou_{class_set}": mean_iou_percent(confusion, classes),
+        f"miou_{class_set}_others_ignored": mean_iou_percent(known, classes),
+    }
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """``module.eval()`` for a while."""
+    """Put a module into evaluation mode for a while."""
     was_training = module.training
     module.eval()
     try:
@@ -217,7 +204,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """Running means and variances of a module's BatchNorm layers, in a fixed order."""
+    """Return the running means and variances of a module's BatchNorm layers, in a fixed order."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 

@@ -1,18 +1,18 @@
-"""Segmentation scores, running means, and line-by-line JSON files."""
+"""Segmentation scores from counts of pixels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.storage import write_atomically as write_atomically
 
 
 def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """Pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
+    """Count pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
 
     Args:
         label: integer [..., H, W] with ``IGNORE_INDEX`` where unlabelled.
@@ -24,13 +24,15 @@ def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Ten
 
 
 def iou_percent(confusion: Tensor) -> list[float]:
-    """IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
+    """Return IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
     true_positive = confusion.diagonal().double()
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     return (100.0 * true_positive / union).tolist()
 
 
-def mean_iou_percent(confusion: Tensor) -> float:
-    """Mean of ``iou_percent`` over the classes that have one."""
-    values = [value for value in iou_percent(confusion) if not math.isnan(value)]
+def mean_iou_percent(confusion: Tensor, classes: Sequence[int] | None = None) -> float:
+    """Return the mean of ``iou_percent`` over the classes that have one, all or some of them."""
+    iou = iou_percent(confusion)
+    chosen = iou if classes is None else [iou[index] for index in classes]
+    values = [value for value in chosen if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan
