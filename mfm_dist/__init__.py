@@ -19,7 +19,7 @@ def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Train
 
     It is an ``nn.Module`` from normalised images, float [B, 3, H, W], to logits [B, classes, H, W], without the
     Rebuilder. ``model.predict(image)`` takes uint8 RGB [3, H, W] and gives train ids [H, W]; ``model.normalise`` is
-    the step before the forward; ``model.about`` says which classes, where from, how good.
+    the step before the forward; ``model.card`` says which classes, where from, how good.
 
     Raises:
         mfm_dist.errors.ConfigError: the folder is neither, or is damaged.

@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    about, parameters = model.about, sum(p.numel() for p in model.parameters())
-    miou = "" if about.miou is None else f", target mIoU {about.miou:.2f} %"
-    print(f"{output}: {about.weights} of {about.run} at step {about.step}{miou}, {parameters / 1e6:.2f} M parameters")
+    card, parameters = model.card, sum(p.numel() for p in model.parameters())
+    miou = "" if card.miou is None else f", target mIoU {card.miou:.2f} %"
+    print(f"{output}: {card.weights} of {card.run} at step {card.step}{miou}, {parameters / 1e6:.2f} M parameters")
     print(f"load it with: mfm_dist.load({str(output)!r})")
     return EXIT_DONE
 
@@ -53,7 +53,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
             # Copies, because safetensors refuses tensors that share memory.
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.segmentor.state_dict().items()}
             (folder / WEIGHTS).write_bytes(save(tensors))  # save_file would keep it from other users
-            (folder / CONFIG).write_text(model.about.to_json(), encoding="utf-8")
+            (folder / CONFIG).write_text(model.card.to_json(), encoding="utf-8")
             if onnx:
                 _write_onnx(model, folder / ONNX)
     except OSError as error:
@@ -72,7 +72,7 @@ def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
     try:
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, *model.about.crop),),
+            (torch.zeros(2, 3, *model.card.crop),),
             input_names=["image"],
             output_names=["logits"],
             dynamic_shapes={"image": sizes},
@@ -81,9 +81,9 @@ def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
         )
     except Exception as error:  # torch's exporter raises many kinds
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--onnx: torch cannot export {model.about.backbone} ({reason}); leave --onnx out") from error
+        raise ConfigError(f"--onnx: torch cannot export {model.card.backbone} ({reason}); leave --onnx out") from error
     assert program is not None
-    program.model.metadata_props["mfm_dist"] = model.about.to_json()
+    program.model.metadata_props["mfm_dist"] = model.card.to_json()
     program.save(path)
 
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = arguments.input if arguments.input.is_dir() else arguments.input.parent
         try:
             done = predict_all(model, root, names, output, overlays=arguments.overlays)
-            summary = {"model": model.about.run, "step": model.about.step, "ids": done.ids, "bad": done.bad}
+            summary = {"model": model.card.run, "step": model.card.step, "ids": done.ids, "bad": done.bad}
             write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
         except OSError as error:
             raise StorageError(f"--output {output} cannot be written: {error}") from error

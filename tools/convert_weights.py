@@ -103,7 +103,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
-    about = ModelCard(
+    card = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
         decoder=decoder.name,
@@ -128,7 +128,7 @@ def convert_segmentor(
         renamed |= {f"{role}.{name}": tensor for name, tensor in part.tensors.items()}
     used = ("backbone.", *(HRDA if attention else PLAIN).values())
     renamed |= {name: tensor for name, tensor in tensors.items() if not name.startswith(used)}
-    model = _build(about)
+    model = _build(card)
     fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
     model.segmentor.load_state_dict(fitted)
     write_export(model, output)
@@ -171,8 +171,8 @@ def _blaming(what: str) -> Iterator[None]:
         raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error
 
 
-def _build(about: ModelCard) -> TrainedSegmentor:
-    return TrainedSegmentor(segmentor_of(about), about).eval()
+def _build(card: ModelCard) -> TrainedSegmentor:
+    return TrainedSegmentor(segmentor_of(card), card).eval()
 
 
 def _left_out(ignored: Counter[str]) -> list[str]:

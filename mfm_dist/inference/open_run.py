@@ -34,7 +34,7 @@ class TrainedRun:
         """The segmentor with what there is to say about it."""
         config, step = self.config, self.checkpoint.progress.step
         scores = _read_json(RunFolder(self.path, writes=False).evaluation(step))
-        about = ModelCard(
+        card = ModelCard(
             backbone=config.model.backbone,
             backbone_options=config.model.backbone_options,
             decoder=config.model.decoder,
@@ -54,7 +54,7 @@ class TrainedRun:
             miou=scores.get("miou") if self.weights == "student" else None,  # evaluation scores the student
             revision=_read_json(self.path / "environment.json").get("revision"),
         )
-        return TrainedSegmentor(self.segmentor, about)
+        return TrainedSegmentor(self.segmentor, card)
 
 
 def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:

@@ -71,10 +71,10 @@ class ModelCard:
 class TrainedSegmentor(nn.Module):
     """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmentor's."""
 
-    def __init__(self, segmentor: Segmentor, about: ModelCard) -> None:
+    def __init__(self, segmentor: Segmentor, card: ModelCard) -> None:
         super().__init__()
         self.segmentor = segmentor
-        self.about = about
+        self.card = card
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
@@ -83,38 +83,38 @@ class TrainedSegmentor(nn.Module):
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
-        return normalise(image, self.about.mean, self.about.std)
+        return normalise(image, self.card.mean, self.card.std)
 
     def predict(self, image: Tensor) -> Tensor:
         """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
 
-        As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``about.resize``.
+        As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``card.resize``.
         """
         device = next(self.parameters()).device
-        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.about.resize)
+        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.card.resize)
 
 
-def segmentor_of(about: ModelCard) -> Segmentor:
+def segmentor_of(card: ModelCard) -> Segmentor:
     """The network that is described, with random weights.
 
     Raises:
         ConfigError: if there is no such network.
     """
     segmentor = build_segmentor(
-        backbone=about.backbone,
-        decoder=about.decoder,
-        num_classes=len(about.class_names),
-        backbone_options=about.backbone_options,
-        decoder_options=about.decoder_options,
+        backbone=card.backbone,
+        decoder=card.decoder,
+        num_classes=len(card.class_names),
+        backbone_options=card.backbone_options,
+        decoder_options=card.decoder_options,
     )
-    if about.attention is None:
+    if card.attention is None:
         return segmentor
     return build_hrda_segmentor(
         segmentor,
-        attention=about.attention,
-        options=about.attention_options,
-        num_classes=len(about.class_names),
-        window=about.crop,
+        attention=card.attention,
+        options=card.attention_options,
+        num_classes=len(card.class_names),
+        window=card.crop,
     )
 
 
@@ -124,16 +124,16 @@ def load_export(folder: Path) -> TrainedSegmentor:
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
     """
-    about = read_about(folder)
-    segmentor = segmentor_of(about)
+    card = read_card(folder)
+    segmentor = segmentor_of(card)
     try:
         segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
-    return TrainedSegmentor(segmentor, about).eval()
+    return TrainedSegmentor(segmentor, card).eval()
 
 
-def read_about(folder: Path) -> ModelCard:
+def read_card(folder: Path) -> ModelCard:
     """``config.json`` of an export folder.
 
     Raises:
@@ -148,12 +148,12 @@ def read_about(folder: Path) -> ModelCard:
         found = tree.get("format")
         if found != FORMAT:
             raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
-        about = from_tree(ModelCard, tree, problems, {})
+        card = from_tree(ModelCard, tree, problems, {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError([*problems, f"{file} cannot be read ({error}): export the run again"]) from error
     if problems:
         raise ConfigError([f"{file}: {problem}" for problem in problems])
-    return about
+    return card
 
 
 def is_export(folder: Path) -> bool:
