@@ -1,5 +1,14 @@
 """Errors meant for the person who started the run, each tied to an exit code of ``mfm_dist.train``."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+Arguments = ParamSpec("Arguments")
+
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_DATA = 3
@@ -61,3 +70,17 @@ class CorruptError(UserError):
     """What several places hold is not the same any more; a memory or network fault. The last checkpoint is sound."""
 
     exit_code = EXIT_CORRUPT
+
+
+def tell_user_errors(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code."""
+
+    @wraps(main)
+    def told(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+
+    return told

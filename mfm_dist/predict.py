@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfm_dist import load
-from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, tell_user_errors
+from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.overlays import SUFFIXES, UnreadableImageError, overlay, read_image, save_ids, save_picture
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.storage import write_atomically
@@ -41,24 +41,21 @@ class Done:
     """Why an image could not be used."""
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     output: Path = arguments.output
+    refuse_unsafe_folders(arguments.input, output)
+    names = find_images(arguments.input, output)
+    model = load(arguments.run or arguments.model, checked_device(arguments.device))
+    root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
-        refuse_unsafe_folders(arguments.input, output)
-        names = find_images(arguments.input, output)
-        model = load(arguments.run or arguments.model, checked_device(arguments.device))
-        root = arguments.input if arguments.input.is_dir() else arguments.input.parent
-        try:
-            done = predict_all(model, root, names, output, overlays=arguments.overlays)
-            summary = {"model": model.card.run, "step": model.card.step, "ids": done.ids, "bad": done.bad}
-            write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"--output {output} cannot be written: {error}") from error
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        done = predict_all(model, root, names, output, overlays=arguments.overlays)
+        summary = {"model": model.card.run, "step": model.card.step, "ids": done.ids, "bad": done.bad}
+        write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"--output {output} cannot be written: {error}") from error
     for name, reason in done.bad.items():
         print(f"not done: {root / name}: {reason}", file=sys.stderr)
     print(f"{len(done.ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
@@ -115,7 +112,7 @@ def refuse_unsafe_folders(source: Path, output: Path) -> None:
 
 
 def find_images(source: Path, output: Path) -> list[Path]:
-    """The image at ``source``, or all below it but those in ``output``: names below it, sorted.
+    """Return the image at ``source``, or all below it but those in ``output``: names below it, sorted.
 
     Raises:
         ConfigError: if there is none.
@@ -124,18 +121,15 @@ def find_images(source: Path, output: Path) -> list[Path]:
         if source.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--input {source}: not an image by its name ({', '.join(SUFFIXES)})")
         return [Path(source.name)]
-    found = []
-    for folder, subfolders, files in os.walk(source):
-        here = Path(folder)
-        subfolders[:] = [name for name in subfolders if (here / name).resolve() != output.resolve()]
-        found += [(here / name).relative_to(source) for name in files if Path(name).suffix.lower() in SUFFIXES]
+    images = [path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    found = [path for path in images if not path.parent.resolve().is_relative_to(output.resolve())]
     if not found:
         raise ConfigError(f"--input {source}: no images in it ({', '.join(SUFFIXES)})")
-    return sorted(found)
+    return sorted(path.relative_to(source) for path in found)
 
 
 def picture_names(names: Sequence[Path]) -> dict[Path, Path]:
-    """A PNG's name for each image: a.jpg becomes a.png, but a.jpg.png where another image would become a.png too."""
+    """Name a PNG for each image: a.jpg becomes a.png, but a.jpg.png where another image would become a.png too."""
     chosen = {name: name.with_suffix(".png") for name in names}
     while True:
         # Letters of either case, because some file systems tell no difference.
@@ -147,7 +141,7 @@ def picture_names(names: Sequence[Path]) -> dict[Path, Path]:
 
 
 def checked_device(name: str) -> torch.device:
-    """The device of that name, tried.
+    """Return the device of that name, once it has been tried.
 
     Raises:
         ConfigError: if there is none.
@@ -162,13 +156,8 @@ def checked_device(name: str) -> torch.device:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mfm_dist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", type=Path, help="run folder; the student of its newest checkpoint predicts")
-    model.add_argument("--model", type=Path, metavar="EXPORT", help="folder written by mfm_dist.export")
+    """Read the command line."""
+    parser = model_parser("predict", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of jpg, png and webp images")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or earlier output")
     parser.add_argument(

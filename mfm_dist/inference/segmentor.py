@@ -64,7 +64,7 @@ class ModelCard:
     format: str = FORMAT
 
     def to_json(self) -> str:
-        """The text of config.json."""
+        """Return the text of config.json."""
         return json.dumps(to_tree(self), indent=1) + "\n"
 
 
@@ -77,16 +77,16 @@ class TrainedSegmentor(nn.Module):
         self.card = card
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
+        """Return the logits [B, num_classes, H, W] of normalised images [B, 3, H, W]."""
         logits: Tensor = self.segmentor(image)
         return logits
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
+        """Turn uint8 RGB [B, 3, H, W] into the float32 images that the forward takes, as in training."""
         return normalise(image, self.card.mean, self.card.std)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
+        """Return the most probable train id of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
 
         As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``card.resize``.
         """
@@ -95,7 +95,7 @@ class TrainedSegmentor(nn.Module):
 
 
 def segmentor_of(card: ModelCard) -> Segmentor:
-    """The network that is described, with random weights.
+    """Build the network that a card describes, with random weights.
 
     Raises:
         ConfigError: if there is no such network.
@@ -119,7 +119,7 @@ def segmentor_of(card: ModelCard) -> Segmentor:
 
 
 def load_export(folder: Path) -> TrainedSegmentor:
-    """The segmentor of an export folder, on the CPU, in evaluation mode.
+    """Load the segmentor of an export folder, on the CPU, in evaluation mode.
 
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
@@ -134,7 +134,7 @@ def load_export(folder: Path) -> TrainedSegmentor:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """``config.json`` of an export folder.
+    """Read ``config.json`` of an export folder.
 
     Raises:
         ConfigError: if there is none, or not one that this code can read.
@@ -157,7 +157,7 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an export and nothing else, so that another may take its place."""
+    """Tell whether a folder is an export and nothing else, so that another may take its place."""
     if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
         return False
     try:
