@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec
-
-Arguments = ParamSpec("Arguments")
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
@@ -72,15 +69,20 @@ class CorruptError(UserError):
     exit_code = EXIT_CORRUPT
 
 
-def tell_user_errors(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code."""
 
     @wraps(main)
-    def told(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+    def told(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(*args, **kwargs)
+            return main(argv)
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
 
     return told
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the lines that follow; its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

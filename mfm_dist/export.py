@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, first_line, tell_user_errors
 from mfm_dist.inference.open_run import open_run
 from mfm_dist.inference.segmentor import CONFIG, ONNX, WEIGHTS, TrainedSegmentor, is_export
 from mfm_dist.storage import whole_folder
@@ -77,8 +77,8 @@ def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # torch's exporter raises many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--onnx: torch cannot export {model.card.backbone} ({reason}); leave --onnx out") from error
+        failed = f"torch cannot export {model.card.backbone} ({first_line(error)})"
+        raise ConfigError(f"--onnx: {failed}; leave --onnx out") from error
     assert program is not None
     program.model.metadata_props["mfm_dist"] = model.card.to_json()
     program.save(path)

@@ -13,7 +13,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfm_dist import load
-from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, tell_user_errors
+from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, StorageError, first_line, tell_user_errors
 from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.overlays import SUFFIXES, UnreadableImageError, overlay, read_image, save_ids, save_picture
 from mfm_dist.inference.segmentor import TrainedSegmentor
@@ -29,16 +28,6 @@ from mfm_dist.storage import write_atomically
 
 SUMMARY = "predictions.json"
 """Marks a folder of predictions, which a later start may write into."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What became of each input, by its name below --input."""
-
-    ids: dict[str, str] = field(default_factory=dict)
-    """Id picture of each image, below --output."""
-    bad: dict[str, str] = field(default_factory=dict)
-    """Why an image could not be used."""
 
 
 @tell_user_errors
@@ -51,27 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(arguments.run or arguments.model, checked_device(arguments.device))
     root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
-        done = predict_all(model, root, names, output, overlays=arguments.overlays)
-        summary = {"model": model.card.run, "step": model.card.step, "ids": done.ids, "bad": done.bad}
+        ids, bad = predict_all(model, root, names, output, overlays=arguments.overlays)
+        summary = {"model": model.card.run, "step": model.card.step, "ids": ids, "bad": bad}
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"--output {output} cannot be written: {error}") from error
-    for name, reason in done.bad.items():
+    for name, reason in bad.items():
         print(f"not done: {root / name}: {reason}", file=sys.stderr)
-    print(f"{len(done.ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
+    print(f"{len(ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
     print(f", overlays in {output / 'overlays'}" if arguments.overlays else "")
-    return EXIT_DATA if done.bad else EXIT_DONE
+    return EXIT_DATA if bad else EXIT_DONE
 
 
 def predict_all(
     model: TrainedSegmentor, root: Path, names: Sequence[Path], output: Path, *, overlays: bool = True
-) -> Done:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Segment ``root / name`` for each name and write the pictures.
+
+    Returns:
+        the id picture of each image that is done, below ``output``, and why each of the others could not be used.
 
     Raises:
         OSError: if ``output`` cannot be written.
     """
-    done = Done()
+    ids_of: dict[str, str] = {}
+    bad: dict[str, str] = {}
     pictures = picture_names(names)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / SUMMARY, "{}\n")  # so that an interrupted start may be repeated
@@ -81,18 +74,18 @@ def predict_all(
             image = read_image(root / name)
             ids = model.predict(image).cpu()
         except UnreadableImageError as error:
-            done.bad[str(name)] = str(error)
+            bad[str(name)] = str(error)
             continue
         except torch.OutOfMemoryError:
-            done.bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
+            bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
             continue
         picture = pictures[name]
         save_ids(output / "ids" / picture, ids)
         if overlays:
             blended = overlay(image.permute(1, 2, 0).numpy(), ids)
             save_picture(output / "overlays" / picture, Image.fromarray(blended))
-        done.ids[str(name)] = str(Path("ids") / picture)
-    return done
+        ids_of[str(name)] = str(Path("ids") / picture)
+    return ids_of, bad
 
 
 def refuse_unsafe_folders(source: Path, output: Path) -> None:
@@ -150,8 +143,7 @@ def checked_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason})") from error
+        raise ConfigError(f"--device {name}: cannot be used here ({first_line(error)})") from error
     return device
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
 from mfm_dist.export import refuse_what_is_no_export, write_export
-from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor, segmentor_of
+from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.backbone import build_classifier
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 
@@ -128,7 +128,7 @@ def convert_segmentor(
         renamed |= {f"{role}.{name}": tensor for name, tensor in part.tensors.items()}
     used = ("backbone.", *(HRDA if attention else PLAIN).values())
     renamed |= {name: tensor for name, tensor in tensors.items() if not name.startswith(used)}
-    model = _build(card)
+    model = TrainedSegmentor(card).eval()
     fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
     model.segmentor.load_state_dict(fitted)
     write_export(model, output)
@@ -169,10 +169,6 @@ def _blaming(what: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error
-
-
-def _build(card: ModelCard) -> TrainedSegmentor:
-    return TrainedSegmentor(segmentor_of(card), card).eval()
 
 
 def _left_out(ignored: Counter[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import BadSample
-from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
+from mfm_dist.classes import CLASS_NAMES, CLASS_SETS, IGNORE_INDEX
 from mfm_dist.data.pipeline import EvaluationItem
-from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
 from mfm_dist.models.preprocessing import normalise
@@ -126,7 +126,7 @@ def evaluate(
     confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
     scored = 0
     bad: list[BadSample] = []
-    with evaluation_mode(student), mean_batch_norm(student, ranks):
+    with evaluation_mode(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
             image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
@@ -192,15 +192,31 @@ def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
     }
 
 
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
+def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
+
+    Args:
+        label: integer [..., H, W] with ``IGNORE_INDEX`` where unlabelled.
+        prediction: integer, of the same shape, in 0..C-1.
+    """
+    counts = label != IGNORE_INDEX
+    pairs = label[counts].long() * num_classes + prediction[counts].long()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def iou_percent(confusion: Tensor) -> list[float]:
+    """Return IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
+    true_positive = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return (100.0 * true_positive / union).tolist()
+
+
+def mean_iou_percent(confusion: Tensor, classes: Sequence[int] | None = None) -> float:
+    """Return the mean of ``iou_percent`` over the classes that have one, all or some of them."""
+    iou = iou_percent(confusion)
+    chosen = iou if classes is None else [iou[index] for index in classes]
+    values = [value for value in chosen if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
@@ -210,14 +226,16 @@ def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def mean_batch_norm(module: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Put the all-rank mean of the running statistics in place for a while. Collective."""
-    buffers = batch_norm_buffers(module)
+def evaluation_mode(student: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Put a module into evaluation mode for a while, with the all-rank mean of BatchNorm's statistics. Collective."""
+    buffers, was_training = batch_norm_buffers(student), student.training
     own = [buffer.clone() for buffer in buffers]
-    for buffer in buffers:
-        buffer.copy_(ranks.mean(buffer))
     try:
+        student.eval()
+        for buffer in buffers:
+            buffer.copy_(ranks.mean(buffer))
         yield
     finally:
+        student.train(was_training)
         for buffer, before in zip(buffers, own, strict=True):
             buffer.copy_(before)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.build import build_student
 from mfm_dist.checkpoint import Checkpoint, find_latest, load_student, load_teacher
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import load_config
@@ -40,12 +39,10 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
     checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
-    config.model.pretrained, config.model.weights = False, None  # the checkpoint brings all weights
-    segmentor = build_student(config)
+    model = TrainedSegmentor(_card(path, config, weights, checkpoint.progress.step))
     load = load_student if weights == "student" else load_teacher
-    load(checkpoint, segmentor)
-    card = _card(path, config, weights, checkpoint.progress.step)
-    return TrainedRun(config, checkpoint, TrainedSegmentor(segmentor, card).eval())
+    load(checkpoint, model.segmentor)
+    return TrainedRun(config, checkpoint, model.eval())
 
 
 def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], step: int) -> ModelCard:

@@ -69,11 +69,17 @@ class ModelCard:
 
 
 class TrainedSegmentor(nn.Module):
-    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmentor's."""
+    """The ``Segmentor`` that a card describes, with the card beside it; parameters and forward are the segmentor's.
 
-    def __init__(self, segmentor: Segmentor, card: ModelCard) -> None:
+    Its weights are random until some are loaded into ``segmentor``.
+
+    Raises:
+        ConfigError: if there is no such network.
+    """
+
+    def __init__(self, card: ModelCard) -> None:
         super().__init__()
-        self.segmentor = segmentor
+        self.segmentor = _build(card)
         self.card = card
 
     def forward(self, image: Tensor) -> Tensor:
@@ -94,12 +100,7 @@ class TrainedSegmentor(nn.Module):
         return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.card.resize)
 
 
-def segmentor_of(card: ModelCard) -> Segmentor:
-    """Build the network that a card describes, with random weights.
-
-    Raises:
-        ConfigError: if there is no such network.
-    """
+def _build(card: ModelCard) -> Segmentor:
     segmentor = build_segmentor(
         backbone=card.backbone,
         decoder=card.decoder,
@@ -124,13 +125,12 @@ def load_export(folder: Path) -> TrainedSegmentor:
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
     """
-    card = read_card(folder)
-    segmentor = segmentor_of(card)
+    model = TrainedSegmentor(read_card(folder))
     try:
-        segmentor.load_state_dict(load_file(folder / WEIGHTS))
+        model.segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
-    return TrainedSegmentor(segmentor, card).eval()
+    return model.eval()
 
 
 def read_card(folder: Path) -> ModelCard:

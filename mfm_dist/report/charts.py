@@ -328,12 +328,8 @@ def _inline(document: bytes, identity: str, description: str) -> str:
             if name == "style":
                 value = _page_colours(value)
             element.set(name, value)
-    for element in list(root):
-        if element.tag == "metadata":
-            root.remove(element)
-    root.attrib.pop("width", None)
-    root.attrib.pop("height", None)
-    root.attrib.pop("version", None)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
     root.set("role", "img")
     root.set("aria-label", description)
     return ElementTree.tostring(root, encoding="unicode")

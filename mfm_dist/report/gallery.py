@@ -15,7 +15,7 @@ from mfm_dist.checkpoint import find_latest, load_modules, load_student
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, SampleError, ShardReader
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.methods.mfm import enlarge_mask, rebuild
 from mfm_dist.models.layers import resize
@@ -211,11 +211,6 @@ def first_student(config: RunConfig) -> Segmentor | None:
         return build_train_module(config).student.requires_grad_(False).eval()
     except ConfigError:  # another file of that name by now; what else may be wrong shows with the checkpoint
         return None
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, without the lines that follow."""
-    return f"{error}".strip().split("\n")[0] or type(error).__name__
 
 
 def image_and_truth(_: Networks, subject: Subject) -> list[Panel]:

@@ -17,8 +17,15 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.transforms import resize_box
-from mfm_dist.inference.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
-from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
+from mfm_dist.inference.evaluation import (
+    OneProcess,
+    batch_norm_buffers,
+    confusion_matrix,
+    evaluate,
+    evaluation_mode,
+    mean_iou_percent,
+    means_over,
+)
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
@@ -84,7 +91,7 @@ def test_batch_norm_is_averaged_in_a_copy() -> None:
             return values / 2
 
     layer.running_mean.fill_(4.0)
-    with mean_batch_norm(layer, Halving()):
+    with evaluation_mode(layer, Halving()):
         assert layer.running_mean.tolist() == [2.0, 2.0]
     assert layer.running_mean.tolist() == [4.0, 4.0]
 

@@ -262,7 +262,9 @@ def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_windo
     options += ["model.backbone_options={out_indices: [1, 2, 3, 4]}", "model.decoder_options={width: 16}"]
     student = build_student(load_config(None, options)).eval()
     card = replace(read_card(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
-    export.write_export(TrainedSegmentor(student, card), tmp_path / "hrda")
+    hrda = TrainedSegmentor(card)
+    hrda.segmentor.load_state_dict(student.state_dict())
+    export.write_export(hrda, tmp_path / "hrda")
     model = mfm_dist.load(tmp_path / "hrda")
     image = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
     assert torch.equal(model.predict(image), predict_labels(student, image, CPU))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
+from mfm_dist.inference.evaluation import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.run.logging import RunningMean
 from mfm_dist.storage import JsonLines, write_atomically
 
