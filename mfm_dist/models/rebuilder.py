@@ -29,7 +29,7 @@ TEMPERATURE = 10_000
 
 
 def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Which cells of each image are hidden: independent draws, so the share varies from image to image (paper).
+    """Draw which cells of each image are hidden: independently, so the share varies from image to image (paper).
 
     Args:
         batch: number of images, B.
@@ -49,7 +49,7 @@ def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: t
 
 
 def sine_cosine_positions(rows: int, cols: int, width: int) -> Tensor:
-    """Fixed 2-D position table, float32 [rows x cols, width], cells in row-major order.
+    """Return the fixed 2-D position table, float32 [rows x cols, width], cells in row-major order.
 
     The first half of the channels encodes the row, the second half the column; within a half, sines come before
     cosines, from the fastest frequency (1 radian a cell) to the slowest (1 / ``TEMPERATURE``).
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Let every cell attend to all: [B, N, width] -> [B, N, width]."""
         # [B, N, 3 x width] -> [B, N, 3, heads, width / heads] -> [3, B, heads, N, width / heads]
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Add attention and perceptron to the input: [B, N, width] -> [B, N, width]."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -185,7 +185,7 @@ class Rebuilder(nn.Module):
         ]
 
     def _rebuild(self, last_feature: Tensor, mask: Tensor) -> Tensor:
-        """Last map [B, embed_channels, h, w] and mask [B, rows, cols] -> rebuilt grid [B, width, rows, cols]."""
+        """Rebuild the grid [B, width, rows, cols] of last maps [B, embed_channels, h, w] masked by [B, rows, cols]."""
         assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
         embedded = self.embed(last_feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, width, h, w]
         tokens = resize(embedded, self.grid).flatten(2).transpose(1, 2)  # [B, rows x cols, width]
@@ -197,7 +197,7 @@ class Rebuilder(nn.Module):
 
 
 def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
-    """Rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
+    """Take rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
     size = feature.shape[-2:]
     hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
     # The feature's own type and memory layout: with nothing hidden, the decoder must compute the same bits as without
@@ -209,7 +209,7 @@ def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
 
 
 def _doublings(stride: int, grid: tuple[int, int]) -> int:
-    """How often the grid doubles on its way to a map of this stride, for an input of ``NOMINAL_INPUT`` pixels.
+    """Return how often the grid doubles on its way to a map of this stride, for an input of ``NOMINAL_INPUT`` pixels.
 
     The longer side of the grid counts, as an input that is wider than high has a grid of that shape too. Rounded down:
     the rest is left to a bilinear step, which costs no parameters.
@@ -218,14 +218,14 @@ def _doublings(stride: int, grid: tuple[int, int]) -> int:
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (paper)."""
+    """Set Xavier-uniform weights and zero biases (paper)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def _check(*, width: int, depth: int, num_heads: int, mlp_ratio: float, grid: int | Sequence[int]) -> tuple[int, int]:
-    """The grid as (rows, cols), once every number is known to be usable."""
+    """Return the grid as (rows, cols), once every number is known to be usable."""
     problems = []
     for name, value in (("width", width), ("depth", depth), ("heads", num_heads)):
         if value < 1:

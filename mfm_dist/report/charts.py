@@ -245,7 +245,7 @@ def _draw_line(axes: Axes, line: Line, chart: Chart) -> None:
 
 
 def _dress(axes: Axes, chart: Chart) -> None:
-    """Dress axes without a box: a faint grid, few numbers, no ticks."""
+    """Draw axes without a box: a faint grid, few numbers, no ticks."""
     finite = np.concatenate([line.values[np.isfinite(line.values)] for line in chart.lines])
     positive = finite[finite > 0]
     if chart.scale == "log" and len(positive):
