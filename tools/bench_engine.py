@@ -22,9 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,6 +47,7 @@ from tools.bench_memory import random_batch
 from tools.profile_throughput import QUICKSTART
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
+from tools.records import write_record
 from tools.step_profile import cpu_name
 
 STARTS = {"single": ("cpu_single", 1), "ddp": ("cpu_ddp", 2), "zero2": ("cpu_zero2", 2), "zero3": ("cpu_zero3", 2)}
@@ -218,16 +217,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"promised: engine / bare at most {PROMISE} without DeepSpeed, engine / raw DeepSpeed at most {PROMISE} with it"
     )
     if arguments.json:
-        record = {
-            "command": ["python", "tools/bench_engine.py", *(sys.argv[1:] if argv is None else argv)],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
-            "changed": changed_keys(to_tree(RunConfig()), config),
-            "torch_threads": config.train.threads,
+        write_record(
+            arguments.json,
+            ["tools/bench_engine.py", *(sys.argv[1:] if argv is None else argv)],
+            ("torch", "deepspeed", "accelerate", "timm"),
+            changed=changed_keys(to_tree(RunConfig()), config),
+            torch_threads=config.train.threads,
             **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        )
     return EXIT_DONE
 
 

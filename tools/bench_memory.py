@@ -11,15 +11,12 @@ the settings take turns, measured without the profiler.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,10 @@ from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
-from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole
+from tools.records import write_record
 from tools.step_profile import cpu_name, peak_gib, synchronise
 
 DEFAULT = ["model.backbone=mit_b0", "data.crop=256x256", "mfm.enabled=true"]
@@ -150,15 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"weights, teacher and optimiser beside it {found['settings']['plain']['standing_mib']:.1f} MiB")
     print(table(found["settings"]))
     if arguments.json:
-        record = {
-            "command": ["python", "tools/bench_memory.py", *(sys.argv[1:] if argv is None else argv)],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "timm", "accelerate")},
-            "changed": changed_keys(to_tree(RunConfig()), config),
-            **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        command = ["tools/bench_memory.py", *(sys.argv[1:] if argv is None else argv)]
+        changed = changed_keys(to_tree(RunConfig()), config)
+        write_record(arguments.json, command, ("torch", "timm", "accelerate"), changed=changed, **found)
     return EXIT_DONE
 
 

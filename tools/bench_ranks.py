@@ -14,8 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder i
 from tools.bench_memory import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
+from tools.records import write_record
 
 DEFAULT = [
     "model.backbone=convnext_base", "model.decoder=daformer", "model.decoder_options={width: 472}", "data.crop=64x64",
@@ -134,20 +133,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_record(path: Path, argv: Sequence[str], config: RunConfig, results: Sequence[Mapping[str, Any]]) -> None:
-    """Everything that was found, and how."""
-    record = {
-        "command": ["python", "tools/bench_ranks.py", *argv],
-        "date": date.today().isoformat(),
-        "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
-        "changed": changed_keys(to_tree(RunConfig()), config),
-        "bytes_a_parameter": BYTES,
-        "results": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
             print(f"{one['of_share']:.3f} of total / N", flush=True)
             if arguments.json:  # after each case: a later one may not fit the machine
-                write_record(arguments.json, sys.argv[1:] if argv is None else argv, config, results)
+                write_record(
+                    arguments.json,
+                    ["tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
+                    ("torch", "deepspeed", "accelerate", "timm"),
+                    changed=changed_keys(to_tree(RunConfig()), config),
+                    bytes_a_parameter=BYTES,
+                    results=results,
+                )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

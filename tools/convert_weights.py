@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mfm_dist.classes import CLASS_NAMES, PALETTE
-from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.export import refuse_what_is_no_export, write_export
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.backbone import build_classifier
@@ -238,26 +238,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    try:
-        args = build_parser().parse_args(argv)
-        if args.command == "encoder":
-            lines = convert_encoder(args.source, args.output, weights=args.weights, ignore=args.ignore)
-        else:
-            lines = convert_segmentor(
-                args.source,
-                args.output,
-                weights=args.weights,
-                ignore=args.ignore,
-                dilations=args.dilations,
-                coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
-                crop=tuple(args.crop) if args.crop else None,
-                resize=tuple(args.resize) if args.resize else None,
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    """Run the command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    if args.command == "encoder":
+        lines = convert_encoder(args.source, args.output, weights=args.weights, ignore=args.ignore)
+    else:
+        lines = convert_segmentor(
+            args.source,
+            args.output,
+            weights=args.weights,
+            ignore=args.ignore,
+            dilations=args.dilations,
+            coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
+            crop=tuple(args.crop) if args.crop else None,
+            resize=tuple(args.resize) if args.resize else None,
+        )
     print("\n".join(lines))
     return EXIT_DONE
 

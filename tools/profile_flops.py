@@ -9,11 +9,9 @@ network is the published one, MiT-B5 with the DAFormer decoder at 512x512. No we
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ import torch
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.storage import write_atomically
 from mfm_dist.train_module import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -36,6 +33,7 @@ from tools.flops import (
     torch_mac,
     with_zeros,
 )
+from tools.records import write_record
 
 RULE = (
     "forward: multiply-adds of convolutions and matrix products; backward: twice the forward of what is trained (one\n"
@@ -181,12 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*forward_lines(title, found["rebuilder"], arguments.depth), sep="\n")
     print(*step_lines(found["step"], found["crop"]), sep="\n")
     if arguments.json:
-        packages = {name: version(name) for name in ("torch", "timm", "fvcore")}
-        command = ["python", "tools/profile_flops.py", *(argv or sys.argv[1:])]
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            arguments.json, json.dumps({"command": command, "packages": packages, **found}, indent=1) + "\n"
-        )
+        command = ["tools/profile_flops.py", *(sys.argv[1:] if argv is None else argv)]
+        write_record(arguments.json, command, ("torch", "timm", "fvcore"), **found)
     return EXIT_DONE
 
 

@@ -9,14 +9,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.run.folder import OUTCOME
-from mfm_dist.storage import write_atomically
+from tools.records import write_record
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for a two-sided 95 % interval of a mean, by number of seeds."""
@@ -91,12 +89,5 @@ def shown(result: dict[str, Any], form: str) -> str:
 
 def save_record(path: Path, command: Sequence[str], results: Any) -> None:
     """Figures beside what they were made with, as JSON."""
-    record = {
-        "command": ["python", *command],
-        "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "packages": {name: version(name) for name in ("torch", "timm", "numpy")},
-        "results": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    write_record(path, command, ("torch", "timm", "numpy"), machine=machine, results=results)
