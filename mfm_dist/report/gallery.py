@@ -33,7 +33,7 @@ PSEUDO_LABEL, HIDDEN_CELLS, MISTAKES = "Teacher's pseudo-label", "Hidden cells",
 
 
 class AbsentError(Exception):
-    """Why a run has no such picture: a sentence for the page."""
+    """Why a run has no such picture: a sentence for the page, or nothing if the page has it already."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,14 @@ class Networks:
     module: TrainModule | None = None
     """Everything in the newest checkpoint."""
     step: int = 0
-    absent: str = ""
-    """Why there is no checkpoint; empty if there is one."""
     notes: Sequence[str] = ()
-    """Damaged checkpoints that were passed over."""
+    """Damaged checkpoints that were passed over, or why there is none at all."""
 
     @property
     def trained(self) -> TrainModule:
-        """``module``, for who cannot do without. Raises AbsentError with the reason if there is none."""
+        """``module``, for who cannot do without. Raises AbsentError if there is none; ``notes`` have the reason."""
         if self.module is None:
-            raise AbsentError(self.absent)
+            raise AbsentError
         return self.module
 
 
@@ -138,10 +136,9 @@ def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> G
         gallery.note(f"There are no pictures, because the validation images cannot be read: {error}")
         return gallery
     networks = load_networks(run, run.config)
-    for sentence in (networks.absent, *networks.notes):
+    for sentence in networks.notes:
         gallery.note(sentence)
-    count = min(count, len(reader))
-    for number in np.linspace(0, len(reader) - 1, count).round().astype(int).tolist():
+    for number in np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int).tolist():
         try:
             subject = Subject(number, reader.read(number))
         except SampleError as error:
@@ -193,23 +190,22 @@ def load_networks(run: Run, config: RunConfig) -> Networks:
         checkpoint = find_latest(run.path / "checkpoints", report=said.append)
         if checkpoint is None:
             reason = f"There is no complete checkpoint, so nothing trained can be shown. {' '.join(said)}".strip()
-            return replace(networks, absent=reason)
+            return replace(networks, notes=[reason])
         load_modules(checkpoint, module, rank=0)
         # Evaluation's statistics: the mean over ranks rather than those of rank 0.
         load_student(checkpoint, module.student)
     except Exception as error:  # a damaged or foreign folder raises nearly every kind; the page says what
-        return replace(networks, absent=f"The networks of this run cannot be loaded: {first_line(error)}")
+        return replace(networks, notes=[f"The networks of this run cannot be loaded: {first_line(error)}"])
     return replace(networks, module=module.eval(), step=checkpoint.progress.step, notes=said)
 
 
 def first_student(config: RunConfig) -> Segmentor | None:
     """Build the student before its first step, or None if it started from weights that are not here any more."""
-    weights = config.model.weights
-    if config.model.pretrained or (weights is not None and not weights.is_file()):
+    if config.model.pretrained:
         return None
     try:
         return build_train_module(config).student.requires_grad_(False).eval()
-    except ConfigError:  # another file of that name by now; what else may be wrong shows with the checkpoint
+    except ConfigError:  # no or another file of that name by now; what else may be wrong shows with the checkpoint
         return None
 
 
