@@ -50,7 +50,7 @@ SETTINGS = {
 
 
 def random_batch(config: RunConfig, number: int) -> UDABatch:
-    """Pictures of noise: neither memory nor time depends on what they show."""
+    """Make pictures of noise: neither memory nor time depends on what they show."""
     generator = torch.Generator().manual_seed(number)
     size = (config.train.micro_batch, *config.data.crop)
     images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
@@ -64,7 +64,7 @@ def random_batch(config: RunConfig, number: int) -> UDABatch:
 
 
 def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
-    """An engine, one optimiser step of it, and the bytes of weights, teacher and optimiser state after a first one."""
+    """Build an engine, a step of it, and the bytes of weights, teacher and optimiser state after a first one."""
     engine = start_engine(config)
     module = build_train_module(config)
     engine.prepare(module, build_optimizer(module, config.optim))
@@ -82,7 +82,7 @@ def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
 
 
 def measure(config: RunConfig, *, rounds: int) -> dict[str, Any]:
-    """All figures under the names that the JSON file has.
+    """Measure all figures, under the names that the JSON file has.
 
     Raises:
         ConfigError: for several processes, or networks that cannot be built.
@@ -114,7 +114,7 @@ def measure(config: RunConfig, *, rounds: int) -> dict[str, Any]:
 
 
 def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one line a setting; ratios are to the plain step."""
+    """Return Markdown, one line a setting; ratios are to the plain step."""
     lines = ["| memory | step's peak, MiB | of plain | step, ms | of plain |", "|---|---|---|---|---|"]
     seconds = {name: statistics.median(one["seconds"]) for name, one in settings.items()}
     for name, one in settings.items():
@@ -125,7 +125,7 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
     parser.add_argument(

@@ -55,14 +55,14 @@ PROMISE = 1.1
 
 
 def cases(launches: Sequence[str], precisions: Sequence[str], processes: int) -> list[tuple[str, str, int]]:
-    """(launch file, precision, processes) of every start: twice as many processes also at ZeRO-3."""
+    """List (launch file, precision, processes) of every start: twice as many processes also at ZeRO-3."""
     found = [(launch, precision, processes) for precision in precisions for launch in launches]
     found += [("cpu_zero3", precision, 2 * processes) for precision in precisions if "cpu_zero3" in launches]
     return [case for case in found if case[1] != "bf16_weights" or case[0] in ("cpu_zero2", "cpu_zero3")]
 
 
 def count_state(config: RunConfig) -> dict[str, Any] | None:
-    """In a rank: train and count. Rank 0 returns what the fullest rank holds, the others None."""
+    """Train and count, in a rank. Rank 0 returns what the fullest rank holds, the others None."""
     engine = start_engine(config)
     module = build_train_module(config)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -92,14 +92,14 @@ def count_state(config: RunConfig) -> dict[str, Any] | None:
 
 
 def total_bytes(launch: str, precision: str, *, trainable: int, teacher: int) -> int:
-    """The state of one run over all ranks together, every number once."""
+    """Return the state of one run over all ranks together, every number once."""
     each = BYTES[precision]
     master = 0 if launch in ("cpu_ddp", "cpu_zero0") else 4
     return trainable * (each["trainable"] - 4 + master) + teacher * each["teacher"]
 
 
 def with_ratios(case: tuple[str, str, int], found: Mapping[str, Any]) -> dict[str, Any]:
-    """A case as the JSON file has it: what was counted, the total, and how much of it a rank holds."""
+    """Return a case as the JSON file has it: what was counted, the total, and how much of it a rank holds."""
     launch, precision, processes = case
     total = total_bytes(launch, precision, trainable=found["trainable"], teacher=found["teacher"])
     state = max(sum(found[when]["state"].values()) for when in ("after backward", "after step"))
@@ -116,7 +116,7 @@ def with_ratios(case: tuple[str, str, int], found: Mapping[str, Any]) -> dict[st
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, one line a case, MiB."""
+    """Return Markdown, one line a case, MiB."""
     roles = list(results[0]["after backward"]["state"])
     heads = ["launch", "ranks", "precision", *roles, "state", "of total", "x N", "after step", "buffers"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -134,7 +134,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
     parser.add_argument("--launch", nargs="*", choices=LAUNCHES, default=list(LAUNCHES), help="launch files (all)")

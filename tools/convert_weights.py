@@ -45,7 +45,7 @@ HRDA = {"decoder": "decode_head.head.", "attention": "decode_head.scale_attentio
 
 
 def convert_encoder(source: Path, output: Path, *, weights: str = "student", ignore: Sequence[str] = ()) -> list[str]:
-    """The ``encoder`` command; returns what to tell about it.
+    """Run the ``encoder`` command and return what to tell about it.
 
     Raises:
         ConfigError: ``source`` cannot be used, or ``output`` is taken.
@@ -92,7 +92,7 @@ def convert_segmentor(
     crop: tuple[int, int] | None = None,
     resize: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The ``segmentor`` command; returns what to tell about it.
+    """Run the ``segmentor`` command and return what to tell about it.
 
     Raises:
         ConfigError: ``source`` cannot be used, or ``output`` holds other files than an export's.
@@ -145,7 +145,7 @@ def convert_segmentor(
 def _read_parts(
     tensors: Mapping[str, Tensor], source: Path, dilations: Sequence[int] | None, coarse_first: bool | None
 ) -> tuple[Part, dict[str, Part]]:
-    """The encoder, and the heads by what an ``HRDASegmentor`` calls them."""
+    """Read the encoder, and the heads by what an ``HRDASegmentor`` calls them."""
     with _blaming(f"{source}, backbone."):
         encoder = read_encoder(inside(tensors, "backbone."))
     heads: dict[str, Part] = {}
@@ -164,7 +164,7 @@ def _read_parts(
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Says in front of every problem where it was found."""
+    """Say in front of every problem where it was found."""
     try:
         yield
     except ConfigError as error:
@@ -177,7 +177,7 @@ def _left_out(ignored: Counter[str]) -> list[str]:
 
 
 def _flat(name: str) -> str:
-    """timm's name of an encoder's tensor -> its name where only feature maps are asked for."""
+    """Turn timm's name of an encoder's tensor into its name where only feature maps are asked for."""
     return name.replace("stages.", "stages_", 1) if name.startswith("stages.") else name
 
 
@@ -193,7 +193,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Two sub-commands."""
+    """Build the parser of two sub-commands."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)

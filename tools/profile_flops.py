@@ -43,7 +43,7 @@ RULE = (
 
 
 def measure(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
-    """All counts, as plain numbers under the names that the JSON file has.
+    """Make all counts, as plain numbers under the names that the JSON file has.
 
     Args:
         config: of the run.
@@ -99,7 +99,7 @@ def _term(cost: TermCost) -> dict[str, Any]:
 
 
 def forward_lines(title: str, found: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """One forward as a table by module, and what must be known to read it."""
+    """Show one forward as a table by module, and what must be known to read it."""
     yield f"\n{title}"
     yield f"{'module':<44} {'parameters':>12} {'GMAC':>10} {'GFLOP':>10} {'other, G':>10}"
     for name, cost in found["modules"].items():
@@ -121,7 +121,7 @@ def forward_lines(title: str, found: Mapping[str, Any], depth: int) -> Iterator[
 
 
 def step_lines(step: Mapping[str, Any], crop: Sequence[int]) -> Iterator[str]:
-    """The training step as a table by term."""
+    """Show the training step as a table by term."""
     images = step["micro_batch"]
     yield f"\n3. training step, {images} source and {images} target images of {crop[0]}x{crop[1]} (one micro-batch)"
     terms = step["terms"]
@@ -143,7 +143,7 @@ def step_lines(step: Mapping[str, Any], crop: Sequence[int]) -> Iterator[str]:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """An argparse type: ``512x1024``, height first."""
+    """Read an image size as argparse does: ``512x1024``, height first."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; expected height x width such as 512x1024")
@@ -151,7 +151,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help="the run (default: the published network)")
     parser.add_argument("--size", type=image_size, metavar="HxW", help="of the segmented image (default: data.crop)")

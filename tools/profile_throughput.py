@@ -29,7 +29,7 @@ QUICKSTART = Path("configs/quickstart.yaml")
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown, one column with MFM and one without."""
+    """Return Markdown, one column with MFM and one without."""
     both = (found["without"], found["with"])
 
     def row(name: str, values: Sequence[float], form: str) -> str:
@@ -52,7 +52,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def profile_step(argv: Sequence[str]) -> int:
-    """The ``step`` command."""
+    """Run the ``step`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py [step]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,7 +79,7 @@ def profile_step(argv: Sequence[str]) -> int:
 
 
 def profile_data(argv: Sequence[str]) -> int:
-    """The ``data`` command."""
+    """Run the ``data`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py data",
         description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and "
@@ -114,7 +114,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": profile_step, "da
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     command = given.pop(0) if given and given[0] in COMMANDS else "step"
     return COMMANDS[command](given)

@@ -22,13 +22,13 @@ MOST_SEEDS = max(T_95)
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run in this folder has trained to its end."""
+    """Tell whether the run in this folder has trained to its end."""
     outcome = run / OUTCOME
     return outcome.exists() and json.loads(outcome.read_text())["code"] == 0
 
 
 def last_scores(run: Path) -> dict[str, Any]:
-    """What the last evaluation of a run wrote. Raises RuntimeError: there is none."""
+    """Read what the last evaluation of a run wrote. Raises RuntimeError: there is none."""
     written = sorted((run / "eval").glob("step_*.json"))
     if not written:
         raise RuntimeError(f"{run} has no evaluation")
@@ -37,7 +37,7 @@ def last_scores(run: Path) -> dict[str, Any]:
 
 
 def refuse_other_settings(config: Path, run: Path, overrides: Sequence[str]) -> None:
-    """Raises RuntimeError if a run in this folder was begun with other settings."""
+    """Raise RuntimeError if a run in this folder was begun with other settings."""
     if (run / "config.yaml").exists():
         before = to_tree(load_config(run / "config.yaml"))
         if different := changed_keys(before, load_config(config, overrides)):
@@ -45,7 +45,7 @@ def refuse_other_settings(config: Path, run: Path, overrides: Sequence[str]) -> 
 
 
 def train(config: Path, run: Path, overrides: Sequence[str], *, launch: Path | None = None) -> dict[str, Any]:
-    """Run, or finish, one training; the scores at its end.
+    """Run, or finish, one training and return the scores at its end.
 
     Args:
         run: its folder, which wins over ``run.folder``.
@@ -70,24 +70,24 @@ def train(config: Path, run: Path, overrides: Sequence[str], *, launch: Path | N
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half width of the 95 % interval of the mean; None for a single value."""
+    """Return the half width of the 95 % interval of the mean; None for a single value."""
     if len(values) < 2:
         return None
     return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def mean_of(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and half width of its 95 % interval."""
+    """Return mean and half width of its 95 % interval."""
     return {"mean": statistics.fmean(values), "interval_95": interval(values)}
 
 
 def shown(result: dict[str, Any], form: str) -> str:
-    """A mean with its interval, where there is one."""
+    """Write a mean with its interval, where there is one."""
     half_width = result["interval_95"]
     return format(result["mean"], form) + (f" ± {half_width:.2f}" if half_width is not None else " (one seed)")
 
 
 def save_record(path: Path, command: Sequence[str], results: Any) -> None:
-    """Figures beside what they were made with, as JSON."""
+    """Write figures beside what they were made with, as JSON."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     write_record(path, command, ("torch", "timm", "numpy"), machine=machine, results=results)

@@ -15,5 +15,5 @@ def model_parser(command: str, description: str | None) -> argparse.ArgumentPars
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", type=Path, help="run folder; the student of its newest checkpoint is taken")
-    model.add_argument("--model", type=Path, metavar="EXPORT", help="folder written by mfm_dist.export")
+    model.add_argument("--model", type=Path, metavar="EXPORT", help="folder of an export")
     return parser
