@@ -131,7 +131,7 @@ def torch_mac(module: nn.Module, *inputs: Any) -> int:
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """Return the shape of a value in fvcore's graph; None for what is no tensor of known shape, such as a computed size."""
+    """Return the shape of a value in fvcore's graph; None for no tensor of known shape, such as a computed size."""
     sizes: list[int] | None = value.type().sizes() if value.isCompleteTensor() else None
     return sizes
 
