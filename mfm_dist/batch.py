@@ -52,11 +52,11 @@ class UDABatch:
         return range(self.block * size, (self.block + 1) * size)
 
     def to(self, device: torch.device) -> UDABatch:
-        """The same block with every tensor on ``device``."""
+        """Return the same block with every tensor on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> UDABatch:
-        """The same block in page-locked memory; torch's DataLoader looks for a method of this name."""
+        """Return the same block in page-locked memory; torch's DataLoader looks for a method of this name."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:

@@ -22,6 +22,7 @@ from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor, build_segmentor
 from mfm_dist.rng import Stream, keyed_seed
+from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.train_module import TrainModule
 
 
@@ -44,7 +45,7 @@ class Readers:
 
 
 def build_student(config: RunConfig) -> Segmentor:
-    """The segmentor with its initial weights; of HRDA, where that is the method."""
+    """Build the segmentor with its initial weights; of HRDA, where that is the method."""
     model = config.model
     segmentor = build_segmentor(
         backbone=model.backbone,
@@ -67,7 +68,7 @@ def build_student(config: RunConfig) -> Segmentor:
 
 
 def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
-    """A Rebuilder for the maps that the student's decoder reads, or for patches of the image."""
+    """Build a Rebuilder for the maps that the student's decoder reads, or for patches of the image."""
     backbone, settings = student.backbone, config.rebuilder
     channels = [backbone.channels[index] for index in student.decoder_inputs]
     strides = [backbone.strides[index] for index in student.decoder_inputs]
@@ -86,7 +87,7 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
 
 
 def build_train_module(config: RunConfig) -> TrainModule:
-    """Student, teacher and Rebuilder; the initial weights depend on ``config.seed`` alone.
+    """Build student, teacher and Rebuilder; the initial weights depend on ``config.seed`` alone.
 
     Raises:
         ConfigError: with everything that is wrong about the method, the networks and the Rebuilder.
@@ -120,7 +121,7 @@ def build_train_module(config: RunConfig) -> TrainModule:
 
 
 def open_readers(config: RunConfig, supervised_on: str) -> Readers:
-    """The shard sets of a run, each checked.
+    """Open the shard sets of a run, each checked.
 
     Raises:
         UserError: ConfigError or DataError with what is wrong about each of the three.
@@ -144,7 +145,7 @@ def open_readers(config: RunConfig, supervised_on: str) -> Readers:
 def train_pipeline(
     config: RunConfig, readers: Readers, rank: int, world_size: int, *, first_block: int
 ) -> TrainPipeline:
-    """This rank's blocks of the run, from the step that begins with ``first_block``."""
+    """Build the pipeline of this rank's blocks of the run, from the step that begins with ``first_block``."""
     return TrainPipeline(
         source=readers.labelled,
         target=readers.target,
@@ -158,8 +159,17 @@ def train_pipeline(
     )
 
 
+def render_scenes(config: RunConfig) -> None:
+    """Render the embedded data set, or what is missing of it, where the configuration asks for that."""
+    if config.data.render_scenes:
+        scenes = config.scenes
+        write_scenes(
+            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+        )
+
+
 def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
-    """One shard set of a run: a stream where it is a URL; staged to the node's disk where that is asked for.
+    """Open one shard set of a run: a stream where it is a URL; staged to the node's disk where that is asked for.
 
     Raises:
         UserError: ConfigError, DataError or StorageError with what is wrong.
@@ -179,7 +189,7 @@ def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
 
 
 def _joined(errors: list[UserError]) -> UserError:
-    """One error for several, of the kind of the first."""
+    """Join several errors into one, of the kind of the first."""
     if isinstance(errors[0], ConfigError):
         return ConfigError([text for error in errors for text in getattr(error, "problems", [str(error)])])
     return type(errors[0])("\n".join(str(error) for error in errors))

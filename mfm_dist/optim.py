@@ -13,7 +13,7 @@ from mfm_dist.train_module import TrainModule
 
 
 def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[str, Any]]:
-    """Every trainable parameter, grouped by part and by whether it decays.
+    """Group every trainable parameter by part and by whether it decays.
 
     Encoder, decoder and Rebuilder have rates of their own; a pyramid on the encoder starts from random weights, as the
     decoder does, and counts as part of it. LayerNorm parameters do not decay, BatchNorm parameters and
@@ -42,7 +42,7 @@ def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[s
 
 
 def build_optimizer(module: TrainModule, settings: OptimSection) -> Optimizer:
-    """The optimiser over ``parameter_groups``."""
+    """Build the optimiser over ``parameter_groups``."""
     groups = parameter_groups(module, settings)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)

@@ -49,7 +49,7 @@ class _Key(ISeedSequence):
 
 
 def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> np.random.Generator:
-    """A numpy generator whose numbers depend on nothing but the arguments; O(1) for any index.
+    """Return a numpy generator whose numbers depend on nothing but the arguments; O(1) for any index.
 
     Philox takes (seed, stream) as its key and (index, sub_index) as the high words of its counter, so every
     index owns 2^128 draws that no other index can reach.
@@ -59,12 +59,12 @@ def keyed_generator(seed: int, stream: Stream | int, index: int, sub_index: int 
 
 
 def keyed_seed(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> int:
-    """A 63-bit seed for generators that take one integer, such as torch's."""
+    """Return a 63-bit seed for generators that take one integer, such as torch's."""
     return int(keyed_generator(seed, stream, index, sub_index).integers(2**63 - 1))
 
 
 def torch_generator(seed: int, stream: Stream | int, index: int, sub_index: int = 0) -> torch.Generator:
-    """A CPU torch generator keyed like ``keyed_generator``. Draw on the CPU and copy: equal on every device."""
+    """Return a CPU torch generator keyed like ``keyed_generator``. Draw on the CPU and copy: equal on every device."""
     import torch
 
     return torch.Generator().manual_seed(keyed_seed(seed, stream, index, sub_index))

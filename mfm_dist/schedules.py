@@ -6,7 +6,7 @@ from mfm_dist.config.schema import MFMSection
 
 
 def ema_decay_at(update: int, ema_decay: float) -> float:
-    """Decay of the teacher's ``update``-th update, counted from 1: a plain mean at first, then ``ema_decay``.
+    """Return the decay of the teacher's ``update``-th update, counted from 1: a plain mean, then ``ema_decay``.
 
     The published schedule, min(1 - 1/(t + 1), alpha), updates at the start of step t >= 1, which is after the t-th
     applied optimiser step.
@@ -15,7 +15,7 @@ def ema_decay_at(update: int, ema_decay: float) -> float:
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_ratio: float) -> float:
-    """What every base rate is multiplied with at a step counted from 0 (UDA_FACTS 3.3).
+    """Return what every base rate is multiplied with at a step counted from 0 (UDA_FACTS 3.3).
 
     Linear decay to 0 at ``steps``; the warm-up multiplies the *decayed* rate, so the peak stays below the base.
     """
@@ -26,7 +26,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_rat
 
 
 def mfm_weight(step: int, settings: MFMSection) -> float:
-    """lambda at a step: 0 up to ``ramp_from``, ``loss_weight`` from ``ramp_to`` on, linear between."""
+    """Return lambda at a step: 0 up to ``ramp_from``, ``loss_weight`` from ``ramp_to`` on, linear between."""
     if step >= settings.ramp_to:
         return settings.loss_weight
     if step <= settings.ramp_from:

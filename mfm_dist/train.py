@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
+import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, StorageError, UserError
-from mfm_dist.run.folder import write_outcome
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.run.folder import RunFolder, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
+
+if TYPE_CHECKING:
+    from mfm_dist.trainer import Trainer
 
 QUICKSTART = Path("configs/quickstart.yaml")
 RANK_0_SPEAKS_WITHIN = 20.0
@@ -31,20 +35,19 @@ RANK_0_SPEAKS_WITHIN = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     launch = Launch.from_environment()
     folder: Path | None = None
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
-            from mfm_dist.session import check
-
             check(config)
             return EXIT_DONE
         folder = config.run.folder
         end_with_launcher(launch)
-        return listen_and_train(config, launch.rank)
+        with StopRequested(folder, launch.rank) as stop, start_run(config, stop) as trainer:
+            return EXIT_DONE if trainer is None else trainer.fit()
     except UserError as error:
         return tell(error, launch.rank, folder)
     except OSError as error:
@@ -54,32 +57,95 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(StorageError(f"{error}. {advice}"), launch.rank, folder)
 
 
-def listen_and_train(config: RunConfig, rank: int) -> int:
-    """Train; a signal ends it with ``EXIT_STOPPED``, also while torch is still being imported."""
+@contextmanager
+def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None]:
+    """Build everything a run needs, and resume it if there is something to resume; None where nothing is left to do.
 
-    def leave(name: str) -> None:
-        reason = f"stopped by {name} before training began"
-        if rank == 0:
-            os.write(sys.stderr.fileno(), f"{reason}; the same command starts again\n".encode())
-        with suppress(OSError):
-            config.run.folder.mkdir(parents=True, exist_ok=True)
-        write_outcome(config.run.folder, code=EXIT_STOPPED, reason=reason, step=-1)
-        os._exit(EXIT_STOPPED)
+    Raises:
+        UserError: on every rank, for what is wrong with the launch, the configuration, the data or the run folder.
+    """
+    # Not at the top: these imports take seconds, and by now signals are heard.
+    from mfm_dist.build import build_train_module, open_readers, render_scenes
+    from mfm_dist.checkpoint import check_resumable, find_resumable
+    from mfm_dist.cluster.lease import Lease
+    from mfm_dist.distributed.start import start_engine
+    from mfm_dist.optim import build_optimizer
+    from mfm_dist.run.watchdog import LONGEST_WAIT, watch_run
+    from mfm_dist.trainer import Trainer
 
-    stop = StopRequested(leave)
+    engine = start_engine(config, exchange_seconds=LONGEST_WAIT * config.watchdog.seconds)
+    run = RunFolder(config.run.folder, writes=engine.is_main)
+    say = print if engine.is_main else lambda _: None
+    with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
+        engine.run_collectively(run.create)
+        if engine.from_main(lambda: report_finished(config, run)):
+            yield None
+        else:
+            with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
+                with watchdog.phase("start", 0):
+                    engine.from_main(lambda: render_scenes(config))
+                    module = build_train_module(config)
+                    readers = engine.run_collectively(lambda: open_readers(config, module.method.supervised_on))
+                    fingerprints = {**readers.fingerprints, **module.fingerprints()}
+                with watchdog.phase("start", 0):
+                    # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
+                    checkpoint = engine.from_main(lambda: find_resumable(run.checkpoints, say))
+                    if checkpoint is not None:
+                        say(f"resuming {checkpoint.path}")
+                        check_resumable(checkpoint, config, fingerprints, say)
+                with watchdog.phase("start", 0):
+                    engine.prepare(module, build_optimizer(module, config.optim))
+                    trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
+                    if checkpoint is not None:
+                        trainer.resume(checkpoint)
+                    engine.run_collectively(lambda: run.begin(config, engine.environment, trainer.progress.step))
+                stop.training_begins()
+                yield trainer
+    engine.close()
+
+
+def report_finished(config: RunConfig, run: RunFolder) -> bool:
+    """Tell whether a run has trained and scored its last step already; if so, say how it ended, and change nothing.
+
+    Raises:
+        ConfigError: if it is the run of another configuration.
+    """
+    from mfm_dist.checkpoint import DamagedError, check_resumable, read_checkpoint, step_folder
+
+    step = config.train.steps
     try:
-        from mfm_dist.run.folder import RunFolder
-        from mfm_dist.session import train
+        miou = json.loads(run.evaluation(step).read_text(encoding="utf-8"))["miou"]
+        checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
+    except (OSError, ValueError, KeyError, TypeError, DamagedError):
+        return False  # something is left to do, or to mend
+    check_resumable(checkpoint, config, {})
+    print(f"{run.path} has been trained to step {step} already; more steps: train.steps=N")
+    run.end(EXIT_DONE, "done", step, miou=miou)
+    return True
 
-        return train(config, RunFolder(config.run.folder, writes=rank == 0), stop)
-    except Exception:
-        if stop.name is not None and not stop.training:
-            leave(stop.name)  # what fails because its peers or its workers were stopped is no error
-        raise
+
+def check(config: RunConfig) -> None:
+    """Find what can be found wrong without training: configuration, trackers, networks, shards.
+
+    Raises:
+        UserError: for the first of these that is wrong, with all that is wrong with it.
+    """
+    from mfm_dist.build import build_train_module, open_readers
+    from mfm_dist.distributed.trackers import tracker_problems
+
+    if problems := tracker_problems(config):
+        raise ConfigError(problems)
+    module = build_train_module(config)
+    if not config.data.render_scenes:
+        open_readers(config, module.method.supervised_on)
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    student = sum(p.numel() for p in module.student.parameters())
+    print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
+    print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
 
 
 def tell(error: UserError, rank: int, folder: Path | None) -> int:
-    """The message, once, for it is the same on every rank; in the run folder too, if there is one."""
+    """Print the message, once, for it is the same on every rank; write it to the run folder too, if there is one."""
     if rank != 0:
         # The launcher ends every rank as soon as one has ended, and rank 0 may not have spoken yet. Who is still there
         # after the wait met with something that rank 0 did not.
@@ -92,7 +158,7 @@ def tell(error: UserError, rank: int, folder: Path | None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ``--help`` lists every key of the configuration."""
+    """Read the command line; ``--help`` lists every key of the configuration."""
     keys = "\n".join(f"  {line}" for line in describe())
     parser = argparse.ArgumentParser(
         prog="python -m mfm_dist.train",
@@ -100,11 +166,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"keys, defaults and meaning:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = f" (default: {QUICKSTART})"
-    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run" + default)
+    files = f"the run; given again, later files win key by key (default: {QUICKSTART})"
+    parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=files)
     parser.add_argument("--check", action="store_true", help="find mistakes without training, then end")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
-    return parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.config = arguments.config or [QUICKSTART]
+    return arguments
 
 
 if __name__ == "__main__":

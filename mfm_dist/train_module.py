@@ -87,7 +87,7 @@ class TrainModule(nn.Module):
         return StepOutput(total=torch.stack(weighted).sum(), losses=logged, inputs=inputs)
 
     def terms(self, mfm_weight: float) -> dict[str, Term]:
-        """The terms by name: those of the method, L_sup + L_uda, then L_mfm."""
+        """List the terms by name: those of the method, L_sup + L_uda, then L_mfm."""
         terms = dict(self.method.terms())
         if self.config.mfm.enabled:
             for kind in passes_of(self.config.mfm):
@@ -97,7 +97,7 @@ class TrainModule(nn.Module):
     def masked_features_term(
         self, student: Segmentor, inputs: StepInputs, *, kind: ForwardKind, weight: float
     ) -> dict[str, Loss]:
-        """L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
+        """Compute L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
         settings = self.config.mfm
         with nullcontext() if settings.update_bn and weight > 0 else batch_norm_untracked(student):
             loss = mfm_term(
@@ -112,7 +112,7 @@ class TrainModule(nn.Module):
         return {kind.label: Loss(loss, weight)}
 
     def step_inputs(self, batch: UDABatch) -> StepInputs:
-        """What the terms look at, the teacher's targets included."""
+        """Prepare what the terms look at, the teacher's targets included."""
         source_image, target_image = normalise(batch.source_image), normalise(batch.target_image)
         source_whole = self.student.context(source_image)
         return StepInputs(
@@ -127,18 +127,18 @@ class TrainModule(nn.Module):
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Of what no checkpoint holds and training rests on; to be asked before the engine takes the weights apart."""
+        """Fingerprint weights outside the checkpoint that training rests on. Ask before the engine cuts the weights."""
         return {} if self.initial_encoder is None else {"initial_encoder": self.initial_encoder.fingerprint()}
 
     def teacher_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Each student parameter and the teacher's that follows it; none without a teacher."""
+        """Yield each student parameter and the teacher's that follows it; none without a teacher."""
         if self.teacher is not None:
             followers = dict(self.teacher.segmentor.named_parameters())
             for name, parameter in self.student.named_parameters():
                 yield parameter, followers[name]
 
     def pseudo_target(self, image: Tensor, valid: Tensor) -> PseudoTarget | None:
-        """The teacher's label and weight for a clean target image, without gradients."""
+        """Ask the teacher for label and weight for a clean target image, without gradients."""
         if self.teacher is None:
             return None
         settings = self.config.self_training
@@ -148,7 +148,7 @@ class TrainModule(nn.Module):
 
     @torch.no_grad()
     def teacher_features(self, image: Tensor) -> list[Tensor]:
-        """The teacher's encoder maps of a normalised image, without gradients."""
+        """Return the teacher's encoder maps of a normalised image, without gradients."""
         assert self.teacher is not None
         return self.teacher.segmentor.encode(image)
 
@@ -176,7 +176,7 @@ class Teacher(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of a normalised image [B, 3, H, W]."""
+        """Return logits [B, C, H, W] of a normalised image [B, 3, H, W]."""
         logits: Tensor = self.segmentor(image)
         return logits
 
@@ -201,11 +201,11 @@ class InitialEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """Last encoder map [B, C, h, w] of a normalised image [B, 3, H, W]."""
+        """Return the last encoder map [B, C, h, w] of a normalised image [B, 3, H, W]."""
         return self.backbone(image)[-1]
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights and statistics. To be asked before the engine takes the weights apart."""
+        """Return the SHA-256 of all weights and statistics. Ask before the engine cuts the weights."""
         digest = sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import torch
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
-from mfm_dist.checkpoint import CheckpointWriter, Progress, Saved, find_sound, load_state
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.checkpoint import Checkpoint, CheckpointWriter, Progress, Saved, find_sound, load_state
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
-from mfm_dist.errors import CorruptError, DataError, UnstableError
+from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, CorruptError, DataError, UnstableError, UserError
 from mfm_dist.inference.evaluation import Scores, evaluate
 from mfm_dist.run.bad_samples import BadSamples
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.logging import Console, StepLog
-from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, note_applied
+from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, record_applied
 from mfm_dist.run.signals import Stopped
-from mfm_dist.run.watchdog import Watchdog
+from mfm_dist.run.watchdog import Phase, Watchdog
 from mfm_dist.schedules import ema_decay_at, learning_rate_factor, mfm_weight
 from mfm_dist.train_module import TrainModule
 
@@ -32,36 +32,34 @@ TURNS_BETWEEN_LOOKS = 4
 class Trainer:
     """Trains from ``progress`` to the last step. ``fit`` is the loop, ``train_step`` the step."""
 
+    trackers: Trackers
+
     def __init__(
         self,
-        *,
-        config: RunConfig,
         engine: Engine,
         module: TrainModule,
         readers: Readers,
-        data_fingerprints: Mapping[str, str],
         run: RunFolder,
-        trackers: Trackers,
-        progress: Progress,
-        asked_to_stop: Callable[[], str | None],
+        data_fingerprints: Mapping[str, str],
         watchdog: Watchdog,
+        asked_to_stop: Callable[[], str | None],
     ) -> None:
         """
         Args:
-            rests_on: fingerprints of what the run has to find again when it goes on.
+            engine: with the module prepared.
+            data_fingerprints: of what the run has to find again when it goes on.
             asked_to_stop: gives the signal that asked for it, if one did.
         """
-        self.config = config
+        self.config = config = engine.config
         self.engine = engine
         self.module = module
         self.readers = readers
         self.run = run
-        self.trackers = trackers
-        self.progress = progress
-        self.asked_to_stop = asked_to_stop
         self.watchdog = watchdog
-        self.console = Console(enabled=engine.is_main, steps=config.train.steps, start=progress.step)
-        self.step_log = StepLog(engine, step=progress.step, images_per_step=2 * config.train.global_batch)
+        self.asked_to_stop = asked_to_stop
+        self.progress = Progress()
+        self.console = Console(enabled=engine.is_main, steps=config.train.steps)
+        self.step_log = StepLog(engine, images_per_step=2 * config.train.global_batch)
         self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
             total=len(readers.labelled) + len(readers.target) + len(readers.validation),
@@ -70,65 +68,53 @@ class Trainer:
             run=run,
             say=self.console.line,
         )
-        self.scores: Scores | None = None
-        self.stopped_by = ""
-        self.saved_step = progress.step
-        """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
-        self.audited_step = progress.step
-        self.compiled = not config.train.compile
-        """torch.compile translates in the first step."""
         self.writer = CheckpointWriter(
-            run.checkpoints,
-            engine,
-            config,
-            data=data_fingerprints,
-            written=self._note_saved,
-            moving=watchdog.moving,
+            run.checkpoints, engine, config, data_fingerprints=data_fingerprints, written=self._note_saved
         )
+        self.scores: Scores | None = None
+        self.saved_step = self.audited_step = 0
+        """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
+        self.compiled = not config.train.compile
+        """torch.compile works in the first step."""
 
-    def fit(self) -> bool:
-        """Train to the end or to a stop signal; both end with a checkpoint. True if the last step was scored."""
-        try:
-            self._fit()
-        except Stopped:
-            self.stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
-            self.run.event("signal", step=self.progress.step, signal=self.stopped_by)
-            self.save()
-            self.writer.wait()
-            return False
-        finally:
-            self.writer.close()
-            self.console.close()
-        return True
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Collective."""
+        load_state(checkpoint, self.module, self.engine)
+        if checkpoint.world_size != self.engine.world_size:
+            self.console.line(
+                f"  written by {checkpoint.world_size} processes, read by {self.engine.world_size}: all go on from the "
+                "mean of their BatchNorm statistics, which is what evaluation scores"
+            )
+        self.progress = checkpoint.progress
+        self.saved_step = self.audited_step = self.progress.step
 
-    def _fit(self) -> None:
-        config = self.config
+    def fit(self) -> int:
+        """Train to the last step or to a stop signal; both end with a checkpoint. Return the exit code."""
         rank, world_size = self.engine.rank, self.engine.world_size
-        blocks = iter(train_pipeline(config, self.readers, rank, world_size, first_block=self.progress.block))
-        if self._evaluation_is_missing():
-            self.evaluate()
-        while self.progress.step < config.train.steps:
-            self.train_step(self._fetch(blocks))
-            if must_roll_back(self.progress, config.recovery):
-                self.roll_back()
-                continue
-            step = self.progress.step
-            last = step == config.train.steps
-            if step % config.log.every == 0 or last:
-                self.log()
-            if config.debug.audit_every and step % config.debug.audit_every == 0:
-                self.audit()
-            # Saved first: a kill during a long evaluation then loses nothing. Not amid steps that are not applied: a
-            # checkpoint that they begin with is no place to go back to.
-            if (step % config.checkpoint.every == 0 and not self.progress.skipped) or last:
+        stopped_by = None
+        with self._running():
+            blocks = iter(train_pipeline(self.config, self.readers, rank, world_size, first_block=self.progress.block))
+            try:
+                if self._evaluation_is_missing():
+                    self.evaluate()
+                while self.progress.step < self.config.train.steps:
+                    self.train_step(self._next_batches(blocks))
+                    self._after_step()
+            except Stopped:
+                stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
+                self.run.event("signal", step=self.progress.step, signal=stopped_by)
                 self.save()
-            if step % config.eval.every == 0 or last:
-                self.evaluate()
-        self.watchdog.beat("save", self.progress.step)
-        self.writer.wait()
+            with self.phase("save"):
+                self.writer.wait()
+        if stopped_by is not None:
+            self.run.end(EXIT_STOPPED, f"stopped by {stopped_by}", self.progress.step)
+            return EXIT_STOPPED
+        assert self.scores is not None, "the last step is always scored"
+        self.run.end(EXIT_DONE, "done", self.progress.step, miou=self.scores.miou)
+        return EXIT_DONE
 
     def train_step(self, batches: list[UDABatch]) -> None:
-        """One global batch: this rank's micro-batches, the update, the teacher."""
+        """Train on one global batch: this rank's micro-batches, the update, the teacher."""
         config, progress, module = self.config, self.progress, self.module
         self.engine.set_learning_rates(
             learning_rate_factor(
@@ -141,25 +127,61 @@ class Trainer:
         weight = mfm_weight(progress.step, config.mfm)
         own_losses = []
         for batch in batches:
-            self.watchdog.beat("micro-batch" if self.compiled else "compile", progress.step)
-            losses = self.engine.micro_batch(batch.to(self.engine.device), weight)
+            with self.phase("micro-batch" if self.compiled else "compile"):
+                losses = self.engine.forward_backward(batch.to(self.engine.device), weight)
             self.step_log.add(losses)
             own_losses.append(losses["total"])
-        self.watchdog.beat("update", progress.step)
         limits = ceilings(progress, config.recovery)
-        result = self.engine.step(limits)
+        with self.phase("update"):
+            result = self.engine.step(limits)
         self.compiled = True
         progress.step += 1
         progress.block += config.blocks_per_step
         if result.applied:
-            note_applied(progress, config.recovery, result)
+            record_applied(progress, config.recovery, result)
             if module.teacher is not None:
                 self.engine.update_teacher(ema_decay_at(progress.applied, config.self_training.ema_decay))
         else:
             progress.skipped += 1
-            self.skipped.note(result, limits, own_losses, progress.step)
+            self.skipped.record(result, limits, own_losses, progress.step)
         self.step_log.grad_norms = result.grad_norms
         self.console.advance()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Open what is written to while training, and close it whatever becomes of the run. Errors get their step."""
+        config, step = self.config, self.progress.step
+        trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
+        self.console.begin(step)
+        self.step_log.begin(step)
+        try:
+            with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
+                yield
+        except UserError as error:
+            error.step = self.progress.step
+            raise
+
+    def _after_step(self) -> None:
+        """Do what is due after a step: go back, log, compare, save, score."""
+        config, step = self.config, self.progress.step
+        last = step == config.train.steps
+        if must_roll_back(self.progress, config.recovery):
+            self.roll_back()
+            return
+        if step % config.log.every == 0 or last:
+            self.log()
+        if config.debug.audit_every and step % config.debug.audit_every == 0:
+            self.audit()
+        # Saved first: a kill during a long evaluation then loses nothing. Not amid steps that are not applied: a
+        # checkpoint that they begin with is no place to go back to.
+        if (step % config.checkpoint.every == 0 and not self.progress.skipped) or last:
+            self.save()
+        if step % config.eval.every == 0 or last:
+            self.evaluate()
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Tell the watchdog what this rank is about."""
+        return self.watchdog.phase(name, self.progress.step)
 
     def roll_back(self) -> None:
         """Go back to the last sound checkpoint, and on from there with the data that comes next. Collective.
@@ -172,15 +194,14 @@ class Trainer:
         progress, run = self.progress, self.run
         if progress.rollbacks >= self.config.recovery.rollbacks:
             raise UnstableError(diagnosis(progress, self.skipped.reason))
-        self.watchdog.beat("save", progress.step)
-        self.writer.wait()
-        before, moving = progress.rollback_step if progress.rollbacks else None, self.watchdog.moving
-        found = find_sound(run.checkpoints, before, self.console.line, moving) if self.engine.is_main else None
-        checkpoint = self.engine.gather_objects(found)[0]
-        # Before the first checkpoint the weights are all there is; no skipped step has touched them.
-        back = gone_back(progress, checkpoint.progress if checkpoint else progress)
-        if checkpoint is not None:
-            load_state(checkpoint, self.module, self.engine, moving)
+        before = progress.rollback_step if progress.rollbacks else None
+        with self.phase("save"):
+            self.writer.wait()
+            checkpoint = self.engine.from_main(lambda: find_sound(run.checkpoints, before, self.console.line))
+            # Before the first checkpoint the weights are all there is; no skipped step has touched them.
+            back = gone_back(progress, checkpoint.progress if checkpoint else progress)
+            if checkpoint is not None:
+                load_state(checkpoint, self.module, self.engine)
         run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
@@ -191,9 +212,9 @@ class Trainer:
         self.save()
 
     def log(self) -> None:
-        """One line on the steps since the last."""
-        self.watchdog.beat("log", self.progress.step)
-        record = self.step_log.record(self.progress.step)
+        """Log the steps since the last line."""
+        with self.phase("log"):
+            record = self.step_log.record(self.progress.step)
         if self.engine.is_main:
             self.run.metrics.append(record)
             self._track({name: value for name, value in record.items() if name != "step"})
@@ -204,7 +225,7 @@ class Trainer:
         step, config = self.progress.step, self.config
         path = self.run.evaluation(step)
         items = EvaluationSet(self.readers.validation, rank=self.engine.rank, world_size=self.engine.world_size)
-        with self.engine.inference_context(), self.step_log.no_training():
+        with self.phase("evaluation"), self.engine.inference_context(), self.step_log.no_training():
             scores, bad = evaluate(
                 self.module.student,
                 items,
@@ -218,29 +239,26 @@ class Trainer:
                 before_turn=self._before_turn,
             )
         if self.engine.is_main:
-            if not path.exists():  # it does when a finished run is started again
-                self._track(scores.numbers())
+            self._track(scores.numbers())
             scores.save(path)
-        self.bad_samples.note(bad, self.progress.step)
+        self.bad_samples.record(bad, self.progress.step)
         self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
         self.scores = scores
         return scores
 
     def _before_turn(self, turn: int) -> None:
-        """Evaluation goes on in step on all ranks, and ends in the same turn when any was asked to stop."""
-        self.watchdog.beat("evaluation", self.progress.step)
+        """Keep all ranks in step, and end the evaluation in the same turn when any was asked to stop."""
+        self.watchdog.keep_alive()
         if turn % TURNS_BETWEEN_LOOKS == 0:
             asked = torch.tensor([self.asked_to_stop() is not None], dtype=torch.int32, device=self.engine.device)
             if self.engine.maximum(asked).item():
                 raise Stopped
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether the step to start from is one to score and was not: at the first start, or after a stop."""
+        """Tell whether the step to start from is one to score and was not: at the first start, or after a stop."""
         step, config = self.progress.step, self.config
-        if step == config.train.steps:  # a finished run started again says what it reached
-            return True
-        due = step % config.eval.every == 0
-        return due and not self.engine.gather_objects(self.run.evaluation(step).exists())[0]
+        due = step % config.eval.every == 0 or step == config.train.steps
+        return due and not self.engine.from_main(self.run.evaluation(step).exists)
 
     def save(self) -> None:
         """Begin to write a checkpoint of the current step, unless there is one."""
@@ -248,8 +266,8 @@ class Trainer:
             return
         if self.config.debug.audit_every and self.audited_step != self.progress.step:
             self.audit()
-        self.watchdog.beat("save", self.progress.step)
-        self.writer.save(self.module, self.progress)
+        with self.phase("save"):
+            self.writer.save(self.module, self.progress)
         self.saved_step = self.progress.step
 
     def audit(self) -> None:
@@ -258,8 +276,8 @@ class Trainer:
         Raises:
             CorruptError: on every rank, if anything differs.
         """
-        self.watchdog.beat("save", self.progress.step)
-        findings = audit(self.module, self.engine)
+        with self.phase("save"):
+            findings = audit(self.module, self.engine)
         for finding in findings:
             self.run.event("audit", step=self.progress.step, reason=finding)
         if findings:
@@ -287,8 +305,8 @@ class Trainer:
             self.run.event("tracker_failed", step=step, reason=problem)
             self.console.line(problem)
 
-    def _fetch(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
-        """This rank's micro-batches of the next step.
+    def _next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
+        """Take this rank's micro-batches of the next step, once every rank has its own.
 
         One small all-reduce makes every rank take the same turn, also when data fail on one of them.
 
@@ -297,26 +315,31 @@ class Trainer:
             DataError: on every rank, when samples are bad beyond the limit or a block cannot be filled.
             StorageError: on every rank, when the last checkpoint could not be written.
         """
-        self.watchdog.beat("data", self.progress.step)
-        batches: list[UDABatch] = []
-        failure: DataError | None = None
-        with self.step_log.waiting_for_data():
-            try:
-                batches = [next(blocks) for _ in range(self.engine.accumulation)]
-            except DataError as error:
-                failure = error
+        batches, failure = self._fetch(blocks)
         bad = [sample for batch in batches for sample in batch.bad_samples]
-        asked = self.asked_to_stop() is not None
-        unknown = self.bad_samples.news(bad)
-        signs = torch.tensor([asked, failure is not None, unknown, self.writer.failed()], dtype=torch.int32)
-        self.watchdog.beat("agreement", self.progress.step)
-        stopping, failing, news, unwritten = self.engine.maximum(signs.to(self.engine.device)).tolist()
+        flags = [
+            self.asked_to_stop() is not None,
+            failure is not None,
+            self.bad_samples.has_unseen(bad),
+            self.writer.failed(),
+        ]
+        with self.phase("agreement"):
+            any_rank = self.engine.maximum(torch.tensor(flags, dtype=torch.int32, device=self.engine.device))
+            stopping, failing, unseen, unwritten = any_rank.tolist()
         if failing:
             raise DataError(next(text for text in self.engine.gather_objects(failure and str(failure)) if text))
         if unwritten:
             self.writer.wait()  # raises, everywhere: steps that cannot be saved are not worth their time
-        if news:
-            self.bad_samples.note(bad, self.progress.step)
+        if unseen:
+            self.bad_samples.record(bad, self.progress.step)
         if stopping:
             raise Stopped
         return batches
+
+    def _fetch(self, blocks: Iterator[UDABatch]) -> tuple[list[UDABatch], DataError | None]:
+        """Fetch this rank's micro-batches of the next step, or say why there are none."""
+        with self.phase("data"), self.step_log.waiting_for_data():
+            try:
+                return [next(blocks) for _ in range(self.engine.accumulation)], None
+            except DataError as error:
+                return [], error

@@ -42,7 +42,7 @@ from mfm_dist.schedules import ema_decay_at, mfm_weight
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import whole
+from tools.arguments import add_run_arguments, config_arguments, whole
 from tools.bench_memory import random_batch
 from tools.profile_throughput import QUICKSTART
 from tools.ranks import run_ranks
@@ -71,7 +71,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     def step(batches: Sequence[UDABatch]) -> None:
         engine.set_learning_rates(1.0)
         for batch in batches:
-            engine.micro_batch(batch.to(engine.device), weight)
+            engine.forward_backward(batch.to(engine.device), weight)
         if engine.step().applied:
             engine.update_teacher(ema_decay_at(next(updates), config.self_training.ema_decay))
 
@@ -79,7 +79,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
 
     def save(folder: Path, number: int) -> None:
         if folder not in writers:
-            writers[folder] = CheckpointWriter(folder, engine, config, data={}, written=lambda _: None)
+            writers[folder] = CheckpointWriter(folder, engine, config, data_fingerprints={}, written=lambda _: None)
         writers[folder].save(module, Progress(step=number))
 
     return Loop(step, save)
@@ -177,7 +177,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all figures, under the names that the JSON file has."""
     starts: dict[str, Any] = {}
     rounds: dict[str, Any] = {}
-    passed_on = ["--config", str(arguments.config.absolute()), "--steps", str(arguments.steps)]
+    files = [file.absolute() for file in arguments.config]
+    passed_on = [*config_arguments(files), "--steps", str(arguments.steps)]
     passed_on += ["--warmup", str(arguments.warmup), *arguments.overrides]
     for name in arguments.starts:
         launch, processes = STARTS[name]
@@ -190,14 +191,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    add_run_arguments(parser, str(QUICKSTART))
     parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS), help="which to measure (all)")
     parser.add_argument("--steps", type=whole(1), default=30, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
+    arguments.config = arguments.config or [QUICKSTART]
     try:
         config = load_config(arguments.config, arguments.overrides)
         if config.train.precision == "bf16_weights":

@@ -34,7 +34,7 @@ from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import whole
+from tools.arguments import add_run_arguments, whole
 from tools.records import write_record
 from tools.step_profile import cpu_name, peak_gib, synchronise
 
@@ -72,7 +72,7 @@ def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
 
     def step() -> None:
         for batch in batches:
-            engine.micro_batch(batch, config.mfm.loss_weight)
+            engine.forward_backward(batch, config.mfm.loss_weight)
         engine.step()
 
     step()  # makes the optimiser's state
@@ -127,12 +127,11 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
+    add_run_arguments(parser, " ".join(DEFAULT))
     parser.add_argument(
         "--rounds", type=whole(1), default=3, metavar="N", help="timed steps of each setting (%(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds} is not at least 1")

@@ -28,6 +28,7 @@ from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import add_run_arguments, config_arguments
 from tools.bench_memory import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
@@ -75,7 +76,7 @@ def count_state(config: RunConfig) -> dict[str, Any] | None:
         batches = [random_batch(config, STEPS * number + i).to(engine.device) for i in range(engine.accumulation)]
         with peak:
             for batch in batches:
-                engine.micro_batch(batch, config.mfm.loss_weight)
+                engine.forward_backward(batch, config.mfm.loss_weight)
         del batches, batch
         found["after backward"] = count.now()
         engine.step()
@@ -136,13 +137,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the run (default: {' '.join(DEFAULT)})")
+    add_run_arguments(parser, " ".join(DEFAULT))
     parser.add_argument("--launch", nargs="*", choices=LAUNCHES, default=list(LAUNCHES), help="launch files (all)")
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=list(PRECISIONS), help="(all)")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="ranks; ZeRO-3 also on 2 N (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     base = DEFAULT if arguments.config is None else []
     try:
@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_DONE
         results: list[dict[str, Any]] = []
         for launch, precision, processes in cases(arguments.launch, arguments.precision, arguments.processes):
-            passed_on = [] if arguments.config is None else ["--config", str(arguments.config)]
-            passed_on += [*arguments.overrides, f"train.precision={precision}"]
+            passed_on = [*config_arguments(arguments.config or ()), *arguments.overrides]
+            passed_on += [f"train.precision={precision}"]
             passed_on += [f"train.global_batch={config.train.micro_batch * processes}"]
             found = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
             results.append(with_ratios((launch, precision, processes), found))

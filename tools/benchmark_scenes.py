@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import add_run_arguments
 from tools.seeds import MOST_SEEDS, mean_of, save_record, shown, train
 
+VARIED = Path("configs/scenes/dacs.yaml")
+"""The run that is varied where no other is named."""
 MFM = {
     "mfm": ["mfm.enabled=true"],
     "mfm_hidden": ["mfm.enabled=true", "mfm.loss_on=hidden"],
@@ -73,7 +76,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/scenes/dacs.yaml"), help="what is varied")
+    add_run_arguments(parser, str(VARIED))
     parser.add_argument(
         "--seeds", type=int, default=5, choices=range(1, MOST_SEEDS + 1), metavar="N", help="seeds 0 to N-1"
     )
@@ -88,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_scenes"), help="where the runs go")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every run")
     arguments = parser.parse_intermixed_args(argv)
     # Seed by seed, so that what an interruption leaves is paired.
     runs = list(product(range(arguments.seeds), arguments.variants))
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed, variant = run
         folder = arguments.folder / variant / f"seed_{seed}"
         overrides = [*VARIANTS[variant], *arguments.overrides, f"seed={seed}"]
-        miou: float = train(arguments.config, folder, overrides)["miou"]
+        miou: float = train(arguments.config or [VARIED], folder, overrides)["miou"]
         print(f"{variant}, seed {seed}: {miou:.2f}", flush=True)
         return miou
 

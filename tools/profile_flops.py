@@ -23,6 +23,7 @@ from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.train_module import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
+from tools.arguments import add_run_arguments
 from tools.flops import (
     ForwardCost,
     TermCost,
@@ -153,11 +154,10 @@ def image_size(text: str) -> tuple[int, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the run (default: the published network)")
+    add_run_arguments(parser, "the published network")
     parser.add_argument("--size", type=image_size, metavar="HxW", help="of the segmented image (default: data.crop)")
     parser.add_argument("--depth", type=int, default=2, help="levels of modules to show (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all counts here")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)

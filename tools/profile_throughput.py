@@ -20,7 +20,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import whole
+from tools.arguments import add_run_arguments, whole
 from tools.data_profile import data_table, measure_data
 from tools.records import write_record
 from tools.step_profile import PARTS, measure
@@ -56,14 +56,13 @@ def profile_step(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py [step]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    add_run_arguments(parser, str(QUICKSTART))
     parser.add_argument("--steps", type=whole(1), default=20, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config or QUICKSTART, arguments.overrides)
         found = measure(config, steps=arguments.steps, warmup=arguments.warmup)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -85,15 +84,14 @@ def profile_data(argv: Sequence[str]) -> int:
         description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and "
         "plain webdataset on the same tars.",
     )
-    parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE", help="the run (%(default)s)")
+    add_run_arguments(parser, str(QUICKSTART))
     parser.add_argument("--rounds", type=whole(1), default=9, metavar="N", help="turns of each way (%(default)s)")
     parser.add_argument("--blocks", type=whole(1), default=24, metavar="N", help="blocks a turn (%(default)s)")
     parser.add_argument("--workers", type=whole(0), nargs="*", default=[1, 2], metavar="N", help="(1 2)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config or QUICKSTART, arguments.overrides)
         found = measure_data(config, workers=arguments.workers, rounds=arguments.rounds, blocks=arguments.blocks)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -68,7 +68,7 @@ def submit(run: Run, under: Path, overrides: Sequence[str]) -> str:
         RuntimeError: Slurm takes no job, or the folder holds a run with other settings.
     """
     folder, said = run.folder(under), run.overrides(overrides)
-    refuse_other_settings(run.row.config, folder, said)
+    refuse_other_settings([run.row.config], folder, said)
     command = ["sbatch", "--parsable", f"--job-name={run.row.name}", "slurm/train_mfm.sh", str(run.row.config)]
     try:
         done = subprocess.run([*command, f"run.folder={folder}", *said], capture_output=True, text=True, check=False)
@@ -212,7 +212,7 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
             if arguments.sbatch and not is_finished(folder):
                 print(f"{folder}: job {submit(run, arguments.folder, arguments.overrides)}", flush=True)
                 return ""
-            found = train(run.row.config, folder, run.overrides(arguments.overrides), launch=arguments.launch)
+            found = train([run.row.config], folder, run.overrides(arguments.overrides), launch=arguments.launch)
         except (RuntimeError, UserError) as error:
             print(error, file=sys.stderr, flush=True)
             return str(error)

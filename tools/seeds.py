@@ -14,6 +14,7 @@ from typing import Any
 
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.run.folder import OUTCOME
+from tools.arguments import config_arguments
 from tools.records import write_record
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -36,18 +37,19 @@ def last_scores(run: Path) -> dict[str, Any]:
     return scores
 
 
-def refuse_other_settings(config: Path, run: Path, overrides: Sequence[str]) -> None:
+def refuse_other_settings(files: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
     """Raise RuntimeError if a run in this folder was begun with other settings."""
     if (run / "config.yaml").exists():
         before = to_tree(load_config(run / "config.yaml"))
-        if different := changed_keys(before, load_config(config, overrides)):
+        if different := changed_keys(before, load_config(files, overrides)):
             raise RuntimeError(f"{run} was trained with other settings ({'; '.join(different)}): use another --folder")
 
 
-def train(config: Path, run: Path, overrides: Sequence[str], *, launch: Path | None = None) -> dict[str, Any]:
+def train(files: Sequence[Path], run: Path, overrides: Sequence[str], *, launch: Path | None = None) -> dict[str, Any]:
     """Run, or finish, one training and return the scores at its end.
 
     Args:
+        files: its configuration; later files win over earlier ones.
         run: its folder, which wins over ``run.folder``.
         launch: a file of configs/accelerate to launch it with; None: one process without a launcher.
 
@@ -55,11 +57,11 @@ def train(config: Path, run: Path, overrides: Sequence[str], *, launch: Path | N
         RuntimeError: if training fails, its output stands in ``train.log`` of the run folder; or if the folder holds a
             run with other settings.
     """
-    refuse_other_settings(config, run, overrides)
+    refuse_other_settings(files, run, overrides)
     if not is_finished(run):
         launcher = [] if launch is None else ["-m", "accelerate.commands.accelerate_cli", "launch"]
         launcher += [] if launch is None else ["--config_file", str(launch)]
-        command = [sys.executable, *launcher, "-m", "mfm_dist.train", "--config", str(config)]
+        command = [sys.executable, *launcher, "-m", "mfm_dist.train", *config_arguments(files)]
         run.mkdir(parents=True, exist_ok=True)
         with (run / "train.log").open("a") as log:
             said = [*command, f"run.folder={run}", *overrides]

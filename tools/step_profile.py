@@ -20,22 +20,18 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import Readers, build_train_module, open_readers
-from mfm_dist.checkpoint import Progress
+from mfm_dist.build import Readers, build_train_module, open_readers, render_scenes
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods import build_method
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.folder import RunFolder
-from mfm_dist.run.logging import Console
 from mfm_dist.run.watchdog import Watchdog
 from mfm_dist.schedules import ema_decay_at, mfm_weight
-from mfm_dist.session import prepare_folders
 from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer
 
@@ -110,19 +106,9 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
     engine.prepare(module, build_optimizer(module, config.optim))
     clock = PartClock(engine.device)
     mark_backward(engine, clock)
-    trainer = Trainer(
-        config=config,
-        engine=engine,
-        module=module,
-        readers=readers,
-        data_fingerprints={},
-        run=RunFolder(config.run.folder, writes=False),
-        trackers=Trackers(config, enabled=False, step=0),
-        progress=Progress(),
-        asked_to_stop=lambda: None,
-        watchdog=Watchdog(config.run.folder, rank=0, world_size=1, seconds=0, start="", on_hang=print),
-    )
-    trainer.console = Console(enabled=False, steps=0, start=0)
+    run = RunFolder(config.run.folder, writes=False)
+    watchdog = Watchdog(run.path, rank=0, world_size=1, seconds=0, start="", on_hang=print)
+    trainer = Trainer(engine, module, readers, run, {}, watchdog, asked_to_stop=lambda: None)
     if module.teacher is not None:
         module.teacher.register_forward_pre_hook(lambda *_: clock.mark("forward"))
         module.teacher.register_forward_hook(lambda *_: clock.mark("teacher"))
@@ -247,7 +233,7 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
     """
     if Launch.from_environment().world_size > 1:
         raise ConfigError("profile_throughput measures one process: start it with python, not with accelerate launch")
-    prepare_folders(config, RunFolder(config.run.folder, writes=False), is_main=True)
+    render_scenes(config)
     configs = {name: with_mfm(config, enabled) for name, enabled in (("without", False), ("with", True))}
     device = start_engine(config).device
     readers = open_readers(config, build_method(config).supervised_on)

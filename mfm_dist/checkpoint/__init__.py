@@ -24,10 +24,11 @@ from mfm_dist.checkpoint.files import (
     find_latest,
     find_sound,
     read_checkpoint,
+    step_folder,
     write_checkpoint,
 )
 from mfm_dist.checkpoint.progress import Progress
-from mfm_dist.checkpoint.resume import find_resumable, resume_problems
+from mfm_dist.checkpoint.resume import check_resumable, find_resumable, resume_problems
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "DamagedError",
     "Progress",
     "Saved",
+    "check_resumable",
     "collect",
     "find_latest",
     "find_resumable",
@@ -47,5 +49,6 @@ __all__ = [
     "load_teacher",
     "read_checkpoint",
     "resume_problems",
+    "step_folder",
     "write_checkpoint",
 ]

@@ -19,13 +19,13 @@ PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
 
 
 def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
+    """Return everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
 
     Training may go on as soon as this returns: no tensor of it is shared with the module or the optimiser.
     """
 
     def keep(tensor: Tensor) -> Tensor:
-        """A copy where it is written, even of what lies on the CPU already; elsewhere nothing, as soon as possible."""
+        """Copy a tensor where it is written, also one that is on the CPU already; elsewhere drop it at once."""
         if not engine.is_main:
             return torch.empty(0)
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -49,7 +49,7 @@ def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]
 
 
 def parts(module: TrainModule) -> dict[nn.Module, str]:
-    """The modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
+    """Return the modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
     named: dict[nn.Module, str] = {module.student: "student"}
     if module.teacher is not None:
         named[module.teacher.segmentor] = "teacher.segmentor"
@@ -58,24 +58,17 @@ def parts(module: TrainModule) -> dict[nn.Module, str]:
     return named
 
 
-def load_state(
-    checkpoint: Checkpoint, module: TrainModule, engine: Engine, moving: Callable[[], object] = lambda: None
-) -> None:
+def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
     """Put everything back, after the engine wrapped the module. Collective.
 
-    Args:
-        moving: called again and again meanwhile.
+    Each rank gets its own BatchNorm statistics back if there are as many ranks as wrote the checkpoint. Otherwise all
+    go on from the mean, which is what evaluation scores: no score changes with the number of processes.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-
-    def put(parameter: nn.Parameter, whole: Tensor) -> None:
-        moving()
-        engine.set_parameter(parameter, whole)
-
-    load_modules(checkpoint, module, engine.rank, put)
-    moving()
+    same_world = checkpoint.world_size == engine.world_size
+    load_modules(checkpoint, module, put=engine.set_parameter, statistics_of=engine.rank if same_world else None)
     load_optimizer(checkpoint, module, engine)
 
 
@@ -88,29 +81,25 @@ def set_plain(parameter: nn.Parameter, whole: Tensor) -> None:
 def load_modules(
     checkpoint: Checkpoint,
     module: TrainModule,
-    rank: int,
+    *,
     put: Callable[[nn.Parameter, Tensor], None] = set_plain,
+    statistics_of: int | None = None,
 ) -> None:
     """Put parameters and buffers back.
 
-    A rank that the writer did not have starts from the all-rank mean of the BatchNorm statistics.
-
     Args:
         put: sets one parameter; the engine's, once it wrapped the module.
+        statistics_of: rank whose own BatchNorm statistics to take; None for the mean over ranks.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    buffers = checkpoint.tensors("buffers")
+    buffers = {} if statistics_of is None else checkpoint.tensors("buffers")
     for part, prefix in parts(module).items():
         tensors = checkpoint.tensors(prefix.partition(".")[0])
         if part is module.student:
-            own = {
-                name: buffers.get(f"{rank}/{name}", tensors[name])
-                for name, _ in part.named_buffers()
-                if name in tensors
-            }
-            tensors = {**tensors, **own}
+            prefix = f"{statistics_of}/"
+            tensors |= {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
         _load_part(checkpoint.path, part, tensors, put)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.storage import whole_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 JSON_LIMIT = 4 << 20
 """Bytes read of a JSON file at most; ours are some kilobytes."""
 
@@ -39,11 +39,13 @@ class Checkpoint:
     progress: Progress
     config: dict[str, Any]
     """The configuration it was written under, as nested plain values."""
-    data: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str]
     """Fingerprints of the shard sets it was trained on, by what they served as."""
+    world_size: int
+    """Processes that wrote it."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of one file, e.g. ``student``; empty if the run had no such part."""
+        """Read the tensors of one file, e.g. ``student``; empty if the run had no such part."""
         path = self.path / f"{name}.safetensors"
         return load_file(path) if path.exists() else {}
 
@@ -53,7 +55,7 @@ class DamagedError(Exception):
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The final name of a checkpoint in ``folder``."""
+    """Return the final name of a checkpoint in ``folder``."""
     return folder / f"step_{step:08d}"
 
 
@@ -64,15 +66,12 @@ def write_checkpoint(
     progress: Progress,
     config: Mapping[str, Any],
     data: Mapping[str, str],
+    world_size: int,
     keep: int,
-    moving: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the folder ``final``, point ``latest`` beside it at it, then remove all but the last ``keep``.
 
     Amid steps that are not applied nothing is removed: a run that has to go back needs one from before.
-
-    Args:
-        moving: called again and again meanwhile, for whoever wonders whether this hangs.
 
     Raises:
         OSError, SafetensorError: if the disk is full or not writable. Earlier checkpoints are then as they were.
@@ -82,6 +81,7 @@ def write_checkpoint(
         "progress": asdict(progress),
         "config": config,
         "data": data,
+        "world_size": world_size,
         "torch": torch.__version__,
     }
     # There is one already if it is damaged, or if the run was resumed from an earlier step.
@@ -90,34 +90,27 @@ def write_checkpoint(
         for name, tensors in files.items():
             path = temporary / f"{name}.safetensors"
             save_file(dict(tensors), path)
-            moving()
             shutil.copymode(temporary / "state.json", path)  # safetensors lets the owner alone read, whatever the umask
-        manifest = {
-            p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p, moving)} for p in sorted(temporary.iterdir())
-        }
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
     write_atomically(final.with_name("latest"), final.name + "\n")
     if not progress.skipped:
         _remove_old(final, keep)
 
 
-def find_latest(
-    folder: Path, report: Callable[[str], None], moving: Callable[[], object] = lambda: None
-) -> Checkpoint | None:
-    """The newest complete checkpoint of ``folder``, or None. A damaged one is reported and the one before it tried."""
-    return next(_complete(folder, report, moving), None)
+def find_latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """Find the newest complete checkpoint of ``folder``, or None; report damaged ones and try those before."""
+    return next(_complete(folder, report), None)
 
 
-def find_sound(
-    folder: Path, before: int | None, report: Callable[[str], None], moving: Callable[[], object]
-) -> Checkpoint | None:
-    """Where a run can go back to: the newest complete checkpoint that was not saved amid steps not applied; or None.
+def find_sound(folder: Path, before: int | None, report: Callable[[str], None]) -> Checkpoint | None:
+    """Find where a run can go back to: the newest complete checkpoint not saved amid steps not applied; or None.
 
     Args:
         before: look for one of an earlier step than this; the earliest there is where none is early enough.
     """
     sound = None
-    for sound in _complete(folder, report, moving, wanted=lambda checkpoint: not checkpoint.progress.skipped):
+    for sound in _complete(folder, report, wanted=lambda checkpoint: not checkpoint.progress.skipped):
         if before is None or sound.progress.step < before:
             break
     return sound
@@ -126,13 +119,12 @@ def find_sound(
 def _complete(
     folder: Path,
     report: Callable[[str], None],
-    moving: Callable[[], object],
     wanted: Callable[[Checkpoint], bool] = lambda _: True,
 ) -> Iterator[Checkpoint]:
-    """Complete checkpoints from the newest to the oldest; damaged ones are reported."""
+    """Read complete checkpoints from the newest to the oldest; report damaged ones."""
     for path in reversed(_folders(folder)):
         try:
-            checkpoint = read_checkpoint(path, moving)
+            checkpoint = read_checkpoint(path)
         except DamagedError as error:
             reason = " ".join(str(error).split())[:300]  # what a damaged file says may be anything
             report(f"{path} is damaged ({reason}); looking for an earlier one")
@@ -141,7 +133,7 @@ def _complete(
                 yield checkpoint
 
 
-def read_checkpoint(path: Path, moving: Callable[[], object] = lambda: None) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint, every byte of it, and read its state.
 
     Raises:
@@ -155,16 +147,16 @@ def read_checkpoint(path: Path, moving: Callable[[], object] = lambda: None) -> 
         if unnamed := sorted((present | _NEEDED) - set(manifest)):
             raise DamagedError(f"manifest.json does not name {' and '.join(unnamed)}")
         for name, written in manifest.items():
-            _verify_file(path / name, written["bytes"], written["sha256"], moving)
+            _verify_file(path / name, written["bytes"], written["sha256"])
         return _from_state(path, _read_json(path / "state.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
 
 
-def _verify_file(path: Path, size: int, sha256: str, moving: Callable[[], object]) -> None:
+def _verify_file(path: Path, size: int, sha256: str) -> None:
     if (actual := path.stat().st_size) != size:
         raise DamagedError(f"{path.name} has {actual} bytes instead of {size}")
-    if _sha256(path, moving) != sha256:
+    if _sha256(path) != sha256:
         raise DamagedError(f"{path.name} differs from what was written")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
@@ -172,10 +164,10 @@ def _verify_file(path: Path, size: int, sha256: str, moving: Callable[[], object
 
 
 def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
-    """The parts of ``state.json``, checked by value: a checksum in the same folder does not vouch for them."""
+    """Read ``state.json``, each part checked by value: a checksum in the same folder does not vouch for them."""
     if state.get("format") != FORMAT:
         raise DamagedError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
-    counts, config, data = state["progress"], state["config"], state.get("data", {})
+    counts, config, data, world_size = (state[key] for key in ("progress", "config", "data", "world_size"))
     kinds = {entry.name: list if entry.default is MISSING else int for entry in fields(Progress)}
     if not {"step", "applied", "block"} <= set(counts) <= set(kinds) or not all(
         type(value) is kinds[name] and all(map(_is_number, value if isinstance(value, list) else [value]))
@@ -188,7 +180,9 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
         raise DamagedError("state.json: config is not a configuration by section")
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise DamagedError("state.json: data is not a fingerprint by name")
-    return Checkpoint(path, Progress(**counts), config, data)
+    if type(world_size) is not int or world_size < 1:
+        raise DamagedError("state.json: world_size is not a number of processes")
+    return Checkpoint(path, Progress(**counts), config, data, world_size)
 
 
 def _is_number(value: Any) -> bool:
@@ -206,12 +200,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256(path: Path, moving: Callable[[], object]) -> str:
-    digest = hashlib.sha256()
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-            moving()
     return digest.hexdigest()
 
 
@@ -221,7 +214,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """What may be a checkpoint, from the oldest to the newest.
+    """List what may be a checkpoint, from the oldest to the newest.
 
     One moved aside counts too, before the one of its name: a kill may have come before that one was in place.
     """

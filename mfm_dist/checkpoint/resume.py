@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
-from mfm_dist.config.loader import to_tree
+from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import ConfigError, StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
 _SHARDS = (
@@ -43,10 +43,8 @@ and workers change nothing but speed; rates, weights, crops, the global batch an
 Of the data sets not the name counts but the content."""
 
 
-def find_resumable(
-    folder: Path, report: Callable[[str], None], moving: Callable[[], object] = lambda: None
-) -> Checkpoint | None:
-    """The newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
+def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """Find the newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
 
     Raises:
         StorageError: if there are checkpoints and none is whole. A new run in their place would lose what may still
@@ -58,13 +56,30 @@ def find_resumable(
         damaged.append(line)
         report(line)
 
-    checkpoint = find_latest(folder, note, moving)
+    checkpoint = find_latest(folder, note)
     if checkpoint is None and damaged:
         raise StorageError(
             f"no checkpoint in {folder} is whole ({len(damaged)} damaged, see above), and nothing was started: put a "
             f"copy of one back, or choose another run.folder, or remove {folder} to start over from step 0"
         )
     return checkpoint
+
+
+def check_resumable(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    data_fingerprints: Mapping[str, str],
+    report: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Report what changed since a checkpoint was written.
+
+    Raises:
+        ConfigError: if the run cannot go on from it, with every reason.
+    """
+    for line in changed_keys(checkpoint.config, config):
+        report(f"  changed since: {line}")
+    if problems := resume_problems(checkpoint, config, data_fingerprints):
+        raise ConfigError(problems)
 
 
 FINGERPRINT_MISMATCH = {
@@ -77,10 +92,10 @@ FINGERPRINT_MISMATCH = {
 
 
 def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints: Mapping[str, str]) -> list[str]:
-    """Why the run cannot go on from ``checkpoint``, each with the way out.
+    """List why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
-        rests_on: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
+        data_fingerprints: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
     """
     path, problems = checkpoint.path, []
     for key, reason in IMMUTABLE_KEYS.items():
@@ -103,7 +118,7 @@ def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints
 
 
 def _unused(key: str, config: RunConfig) -> bool:
-    """Whether a setting has no effect on this run."""
+    """Tell whether a setting has no effect on this run."""
     if key.startswith("rebuilder.") or key in ("mfm.use_rebuilder", "mfm.reconstruction"):
         return not config.mfm.enabled
     return (key == "mic.base_method" and config.method.name != "mic") or (
@@ -112,7 +127,7 @@ def _unused(key: str, config: RunConfig) -> bool:
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None where there is no such section or field."""
+    """Return the value at a dotted key; None where there is no such section or field."""
     section, _, name = key.rpartition(".")
     values = tree.get(section, {}) if section else tree
     return values.get(name) if isinstance(values, Mapping) else None

@@ -49,23 +49,20 @@ class CheckpointWriter:
         engine: Engine,
         config: RunConfig,
         *,
-        data: Mapping[str, str],
+        data_fingerprints: Mapping[str, str],
         written: Callable[[Saved], None],
-        moving: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
             folder: where checkpoints go.
-            data: fingerprints of the training data.
+            data_fingerprints: of what the run has to find again when it goes on.
             written: told on rank 0, in the thread that trains, about every checkpoint that is on disk.
-            moving: called again and again while it writes, in whichever thread.
         """
         self.folder = folder
         self.engine = engine
         self.config = config
-        self.data = data
+        self.data_fingerprints = data_fingerprints
         self._written = written
-        self._moving = moving
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
         self._problem: str | None = None
@@ -85,13 +82,13 @@ class CheckpointWriter:
             self.wait()
 
     def failed(self) -> bool:
-        """Whether a write has ended badly by now. Does not wait, and only rank 0 knows; ``wait`` then tells all."""
+        """Tell whether a write has failed by now, without waiting. Only rank 0 knows; ``wait`` then tells all."""
         if self._pending is not None and self._pending.done():
             self._finish()
         return self._problem is not None
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Collective.
+        """Wait until what was begun is on disk. Collective.
 
         Raises:
             StorageError: on every rank, if the disk is full or not writable. Nothing half is left under a final name.
@@ -121,7 +118,7 @@ class CheckpointWriter:
     def _write(
         self, files: Mapping[str, Mapping[str, Tensor]], progress: Progress, began: float, collected: float
     ) -> Saved:
-        """The part that may run beside training: it sees copies only."""
+        """Write; this may run beside training, for it sees copies only."""
         path = step_folder(self.folder, progress.step)
         try:
             write_checkpoint(
@@ -129,9 +126,9 @@ class CheckpointWriter:
                 files,
                 progress=progress,
                 config=to_tree(self.config),
-                data=self.data,
+                data=self.data_fingerprints,
+                world_size=self.engine.world_size,
                 keep=self.config.checkpoint.keep,
-                moving=self._moving,
             )
         except (OSError, SafetensorError) as error:
             raise StorageError(

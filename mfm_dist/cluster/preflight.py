@@ -341,6 +341,7 @@ def write_probe(folder: Path) -> list[str]:
             progress=Progress(),
             config={},
             data={},
+            world_size=1,
             keep=1,
         )
     except OSError as error:

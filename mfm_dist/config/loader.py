@@ -1,6 +1,8 @@
 """YAML files and ``section.key=value`` overrides into a checked ``RunConfig``, and back into YAML.
 
-Precedence: default < YAML < override. Every problem of a configuration is reported at once.
+Precedence: default < first file < later files < overrides. Sections are laid over one another key by key; the value of
+a key is replaced as a whole, also where it is a mapping (``model.backbone_options``). Only an override that names one
+entry of such a mapping (``model.backbone_options.output_stride=8``) keeps the others. All problems are told at once.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ import ast
 import difflib
 import inspect
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,104 +23,107 @@ import yaml
 
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.validate import problems as problems_of
+from mfm_dist.config.validate import range_of
 from mfm_dist.errors import ConfigError
 
 Config = TypeVar("Config")
+YAML_WORDS = "; YAML reads on, yes, off and no as true and false, and digits as a number: in quotes they are text"
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``path`` (defaults only if None), apply ``section.key=value`` overrides, check everything.
+def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one file or several (None: the defaults), apply ``section.key=value`` overrides, check everything.
 
     Raises:
-        ConfigError: with every unknown key, wrong type, value out of range and contradiction found.
+        ConfigError: with every unknown key, wrong type, value out of range and contradiction found, and where each
+            was said.
     """
-    tree: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    problems: list[str] = []
-    if path is not None:
-        tree = read_yaml(path)
-        origin = {key: str(path) for key in _leaf_paths(tree)}
-    for override in overrides:
-        key, found, text = override.partition("=")
-        if not found or not key:
-            problems.append(f"override {override!r}: expected section.key=value")
-            continue
+    config = RunConfig()
+    problems: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    sources: list[Path | str] = [path] if isinstance(path, Path) else [*(path or ())]
+    for source in [*sources, *overrides]:
+        origin = str(source) if isinstance(source, Path) else "command line"
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"override {override!r}: {text!r} is not a YAML value; quote it")
+            tree = read_yaml(source) if isinstance(source, Path) else _read_override(source, config)
+        except ConfigError as error:
+            problems[str(source)] = error.problems[0]
             continue
-        problems.extend(_put(tree, key.split("."), value, override))
-        origin[key] = "command line"
-    config = from_tree(RunConfig, tree, problems, origin)
-    if not problems:
-        problems.extend(problems_of(config))
-    if problems:
-        raise ConfigError(problems)
+        config = from_tree(RunConfig, tree, problems, base=config, origin=origin)
+        origins |= dict.fromkeys(flatten(tree), origin)
+    if found := list(problems.values()) or [_with_origin(problem, origins) for problem in problems_of(config)]:
+        raise ConfigError(found)
     return config
 
 
 def from_tree(
-    kind: type[Config], tree: Mapping[str, Any], problems: list[str], origin: Mapping[str, str], prefix: str = ""
+    kind: type[Config],
+    tree: Mapping[str, Any],
+    problems: dict[str, str],
+    *,
+    base: Config | None = None,
+    origin: str = "",
+    prefix: str = "",
 ) -> Config:
-    """Build dataclass ``kind`` from nested mappings, appending what is wrong to ``problems``."""
+    """Build dataclass ``kind`` from nested mappings; keys that are not there are as in ``base``, or the default.
+
+    What is wrong is added to ``problems`` by key, and goes from there again when a later tree has the key right.
+    """
     hints = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    where = f" ({origin})" if origin else ""
     values: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        where = _where(path, origin)
-        if name not in names:
-            problems.append(f"unknown key {path!r}{where}{_suggestion(str(name), names, prefix)}")
+        if name not in hints:
+            problems[path] = f"unknown key {path!r}{where}{_suggestion(name, value, hints, prefix)}"
         elif is_dataclass(hints[name]):
-            if value is None:
-                continue
             if isinstance(value, Mapping):
-                values[name] = from_tree(hints[name], value, problems, origin, f"{path}.")
-            else:
-                keys = ", ".join(f.name for f in fields(hints[name]))
-                problems.append(f"{path}: expected a section with keys {keys}, got {value!r}{where}")
+                below, keys = getattr(base, name, None), f"{path}."
+                values[name] = from_tree(hints[name], value, problems, base=below, origin=origin, prefix=keys)
+            elif value is not None:
+                keys = ", ".join(get_type_hints(hints[name]))
+                problems[path] = f"{path}: expected a section with keys {keys}, got {value!r}{where}"
         else:
             try:
                 values[name] = _convert(value, hints[name])
+                problems.pop(path, None)
             except (TypeError, ValueError):
                 near = _nearest_choice(value, hints[name])
-                problems.append(f"{path}: expected {_type_name(hints[name])}, got {value!r}{where}{near}")
-    return kind(**values)
+                problems[path] = f"{path}: expected {_type_name(hints[name])}, got {value!r}{where}{near}"
+    return kind(**values) if base is None else replace(base, **values)  # type: ignore[type-var]
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """A dataclass as nested plain dictionaries that YAML can hold."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+    """Turn a dataclass into nested plain dictionaries that YAML can hold."""
+    return asdict(config, dict_factory=lambda items: {name: _plain(value) for name, value in items})
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole configuration as YAML text that ``load_config`` reads back to an equal one."""
+    """Write the whole configuration as YAML text that ``load_config`` reads back to an equal one."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=110)
 
 
 def describe(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """One line a field: key, default and meaning. Read from the schema's source, so it is never out of date."""
+    """Give for each field its key, default, type, range and meaning, read from the schema itself."""
     documents = _field_documents(kind)
-    default = kind()
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        if is_dataclass(hints[f.name]):
-            yield from describe(hints[f.name], f"{prefix}{f.name}.")
+    default = to_tree(kind())
+    ranges = {name: range_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield from describe(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            value = _plain(getattr(default, f.name))
-            yield f"{prefix}{f.name}={value}  [{_type_name(hints[f.name])}]\n      {documents[f.name]}"
+            must = f", must {allowed.rule}" if (allowed := ranges[name]) else ""
+            yield f"{prefix}{name}={default[name]}  [{_type_name(hint)}{must}]\n      {documents[name]}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML (or JSON) file holds. Raises ConfigError: there is no such file, or it is none."""
+    """Read the mapping in a YAML (or JSON) file. Raises ConfigError: there is no such file, or no mapping in it."""
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         there = f"; there are: {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such configuration file{there}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -126,37 +132,64 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _leaf_paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaf_paths(value, f"{prefix}{name}.")
-        yield f"{prefix}{name}"
+def _read_override(override: str, config: RunConfig) -> dict[str, Any]:
+    """Read ``section.key=value`` into the tree that sets it. Raises ConfigError: it is none."""
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    return dict(_nested(key.split("."), value, config))
 
 
-def _put(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> list[str]:
-    """Set one dotted key, making the sections on its way. Returns what is wrong."""
-    for depth, key in enumerate(keys[:-1], 1):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            return [f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section"]
-    tree[keys[-1]] = value
-    return []
+def _nested(keys: Sequence[str], value: Any, there: Any) -> Any:
+    """Make the tree that sets one dotted key; a mapping that is ``there`` in its way keeps its other entries."""
+    if not keys:
+        return value
+    if isinstance(there, Mapping):
+        return {**there, keys[0]: _nested(keys[1:], value, there.get(keys[0]))}
+    return {keys[0]: _nested(keys[1:], value, getattr(there, keys[0], None))}
 
 
-def _where(path: str, origin: Mapping[str, str]) -> str:
-    return f" ({origin[path]})" if path in origin else ""
+def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
+    """Add where the keys that a problem names were set."""
+    said = dict.fromkeys(origins[key] for key in re.findall(r"[\w.]+", problem) if key in origins)
+    return problem + (f" ({', '.join(said)})" if said else "")
 
 
-def _suggestion(name: str, names: Sequence[str], prefix: str) -> str:
-    elsewhere = [key for key in _all_keys(RunConfig) if key.split(".")[-1] == name]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if elsewhere or near:
-        return f": did you mean {(elsewhere or [prefix + near[0]])[0]!r}?"
-    return f": allowed are {', '.join(prefix + n for n in names)}"
+def _suggestion(name: Any, value: Any, hints: Mapping[str, Any], prefix: str) -> str:
+    """Name the key that was probably meant, or all there are.
+
+    The first of: a key of this name elsewhere; one here with a like name, or a word of it, that takes the value; the
+    only one here that has the value among its choices, or the only section with these keys; one with a like name.
+    """
+    text = str(name)
+    likeness = {key: difflib.SequenceMatcher(None, text, key).ratio() for key in hints}
+    ranked = sorted(hints, key=likeness.__getitem__, reverse=True)
+    near = [key for key in ranked if likeness[key] >= 0.5 or set(text.split("_")) & set(key.split("_"))]
+    choices = [key for key, hint in hints.items() if is_dataclass(hint) or get_origin(hint) is Literal]
+    only = [key for key in choices if _takes(hints[key], value)]
+    here = [key for key in near if _takes(hints[key], value)] + (only if len(only) == 1 else []) + near
+    meant = [key for key in _all_keys(RunConfig) if key.split(".")[-1] == text] + [prefix + key for key in here]
+    allowed = f": did you mean {meant[0]!r}?" if meant else f": allowed are {', '.join(prefix + key for key in hints)}"
+    return allowed if isinstance(name, str) else allowed + YAML_WORDS
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Tell whether a field, or a section with at least one of these keys, could have this value."""
+    if is_dataclass(hint):
+        return isinstance(value, Mapping) and bool(value.keys() & get_type_hints(hint).keys())
+    try:
+        _convert(value, hint)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _nearest_choice(value: Any, hint: Any) -> str:
-    """For a misspelt word among a fixed few, the one that was probably meant."""
+    """Suggest for a misspelt word the one of a fixed few that was probably meant."""
     if get_origin(hint) is tuple:
         parts = value if isinstance(value, list) else [value]
         return next((near for part in parts if (near := _nearest_choice(part, get_args(hint)[0]))), "")
@@ -176,7 +209,7 @@ def _all_keys(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """``value`` as type ``hint``.
+    """Convert ``value`` to type ``hint``.
 
     Raises:
         TypeError, ValueError: if it is of another kind. YAML reads 6e-5 as text, so a float field takes text that
@@ -186,13 +219,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         return None if value is None else _convert(value, options[0])
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ValueError
+    if origin is Literal and value in get_args(hint):
         return value
-    if origin is tuple and get_args(hint)[-1] is Ellipsis:
-        parts = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(part, get_args(hint)[0]) for part in parts)
     if origin is tuple:
         return _convert_tuple(value, get_args(hint))
     if origin is dict:
@@ -200,12 +228,9 @@ def _convert(value: Any, hint: Any) -> Any:
             raise TypeError
         return dict(value)
     if hint is float:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-        if not math.isfinite(number):
+        if isinstance(value, bool) or not math.isfinite(float(value)):
             raise ValueError
-        return number
+        return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint is Path and isinstance(value, str):
@@ -216,14 +241,15 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_tuple(value: Any, hints: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A pair from a list, from text such as 128x256, or from one number meant for both places."""
-    if isinstance(value, str) and "x" in value:
+    """Make a tuple of a list, of text such as 128x256, or of one value meant for every place."""
+    length = None if hints[-1] is Ellipsis else len(hints)
+    if length and isinstance(value, str) and "x" in value:
         value = [int(part) for part in value.split("x")]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        value = [value] * len(hints)
-    if not isinstance(value, list | tuple) or len(value) != len(hints):
+    elif not isinstance(value, list | tuple):
+        value = [value] * (length or 1)
+    if length and len(value) != length:
         raise TypeError
-    return tuple(_convert(part, hint) for part, hint in zip(value, hints, strict=True))
+    return tuple(_convert(part, hints[0]) for part in value)
 
 
 def _type_name(hint: Any) -> str:
@@ -232,18 +258,15 @@ def _type_name(hint: Any) -> str:
         return " or ".join("null" if o is type(None) else _type_name(o) for o in get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if origin is tuple and get_args(hint)[-1] is Ellipsis:
-        return f"a list, each {_type_name(get_args(hint)[0])}"
     if origin is tuple:
-        return f"{len(get_args(hint))} x {_type_name(get_args(hint)[0])}"
+        of = _type_name(get_args(hint)[0])
+        return f"a list, each {of}" if get_args(hint)[-1] is Ellipsis else f"{len(get_args(hint))} x {of}"
     if origin is dict:
         return "a mapping"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}[hint]
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return to_tree(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple):
@@ -252,7 +275,7 @@ def _plain(value: Any) -> Any:
 
 
 def _field_documents(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, by field name."""
+    """Read the docstring under each field of a dataclass, by field name."""
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
     documents = {}
     for statement, following in pairwise(body):
@@ -262,18 +285,18 @@ def _field_documents(kind: type) -> dict[str, str]:
 
 
 def changed_keys(before: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Lines ``key: old -> new`` for what differs between a stored configuration and this one, but for the folder."""
+    """List as ``key: old -> new`` what differs between a stored configuration and this one, but for the folder."""
     old, new = flatten(before), flatten(to_tree(config))
     keys = [key for key in dict.fromkeys((*old, *new)) if key != "run.folder" and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
+    """Turn nested mappings into one, by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -1,14 +1,138 @@
 """Everything a run can be told, typed and documented field by field.
 
 Defaults are the published ones of the DAFormer / MIC code line ("UDA" below: DACS, DAFormer, HRDA and MIC share
-them) and of the MFM paper (arXiv 2509.13801). A YAML file states only what differs.
+them) and of the MFM paper (arXiv 2509.13801). A YAML file states only what differs. The numbers that a field allows
+stand in its type; what fields do not allow together stands in ``validate``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field allows, written beside its type."""
+
+    rule: str
+    """What a number must be or do, for messages and ``--help``."""
+    allows: Callable[[float], bool]
+
+
+IntFrom0 = Annotated[int, Range("not be negative", lambda number: number >= 0)]
+IntFrom1 = Annotated[int, Range("be at least 1", lambda number: number >= 1)]
+FloatFrom0 = Annotated[float, Range("not be negative", lambda number: number >= 0)]
+FloatAbove0 = Annotated[float, Range("be above 0", lambda number: number > 0)]
+Share = Annotated[float, Range("lie between 0 and 1", lambda number: 0 <= number <= 1)]
+SpikeFactor = Annotated[float, Range("be above 1, or 0 for never", lambda number: number == 0 or number > 1)]
+SpikeWindow = Annotated[
+    int, Range("be 1 to 10000 steps, whose losses every checkpoint holds", lambda number: 1 <= number <= 10_000)
+]
+"""``checkpoint.files`` reads no JSON beyond 4 MiB, of which 10,000 steps take about 0.4."""
+
+
+@dataclass(kw_only=True)
+class RunSection:
+    folder: Path = Path("runs/quickstart")
+    """Where everything of this run is written. The same folder again resumes the run."""
+
+
+STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
+
+
+def is_stream(name: str) -> bool:
+    """Tell whether a shard set is a URL and not a folder."""
+    return name.startswith(STREAM_SCHEMES)
+
+
+@dataclass(kw_only=True)
+class RareClassSection:
+    enabled: bool = False
+    """Draw source images for their rare classes, with replacement. DAFormer, HRDA, MIC: on; plain DACS: off."""
+    temperature: FloatAbove0 = 0.01
+    """T: a class is drawn by the softmax of (1 - frequency) / T. DAFormer: 0.01."""
+    min_pixels: IntFrom0 = 3000
+    """An image stands for a class of which it holds more than this many stored pixels. DAFormer: 3000, for labels of
+    2 million pixels; smaller ones need less."""
+    min_crop_ratio: FloatFrom0 = 0.5
+    """The crop should hold more than this share of `min_pixels` of that class; it is drawn again up to 10 times.
+    DAFormer: 0.5 for crops of 512 x 512; HRDA, MIC: 2 for 1024 x 1024."""
+
+
+@dataclass(kw_only=True)
+class DataSection:
+    root: Path = Path("data/scenes")
+    """Folder that holds the shard sets named below."""
+    source: str = "game_train"
+    """Shard set with labels that the student is supervised on."""
+    target: str = "camera_train"
+    """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
+    validation: str = "camera_val"
+    """Labelled shard set that evaluation scores."""
+    crop: tuple[IntFrom1, IntFrom1] = (512, 512)
+    """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
+    workers: IntFrom0 = 2
+    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
+    bad_sample_limit: Share = 0.001
+    """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
+    render_scenes: bool = False
+    """Render the embedded scenes into `root` at the start if they are not there yet."""
+    decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
+    """What decodes JPEG. simplejpeg has to be installed."""
+    source_resize: tuple[IntFrom1, IntFrom1] | None = None
+    """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
+    720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
+    target_resize: tuple[IntFrom1, IntFrom1] | None = None
+    """The same for target images. UDA: 512x1024 for Cityscapes."""
+    scale_range: tuple[FloatAbove0, FloatAbove0] = (1.0, 1.0)
+    """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
+    target_margins: tuple[IntFrom0, IntFrom0, IntFrom0, IntFrom0] = (0, 0, 0, 0)
+    """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
+    for Cityscapes at 1024x2048: [30, 240, 30, 30]; DAFormer at 512x1024: [15, 120, 0, 0]."""
+    rare_class_sampling: RareClassSection = field(default_factory=RareClassSection)
+    lanes: IntFrom0 = 0
+    """Read each epoch in this many sequential parts, for data on slow or remote disks; a multiple of every number of
+    processes that shall see the same order. 0: all of it in random order."""
+    lane_window: IntFrom1 = 1000
+    """Samples of a lane that are shuffled among themselves."""
+    scratch: Path | None = None
+    """Folder on a disk of each node to copy shards to before they are read. With `lanes` they are copied when their
+    turn comes, else before the training begins."""
+    scratch_gib: FloatFrom0 = 0.0
+    """Size that `scratch` may grow to; shards that were not used for longest make room. 0: no limit."""
+    stream_samples: IntFrom0 = 0
+    """Samples of `source` or `target` where it is a URL (pipe:, s3:, hf:, http:); `bad_sample_limit` is a share."""
+
+
+@dataclass(kw_only=True)
+class ScenesSection:
+    train: IntFrom1 = 600
+    """Training images per domain."""
+    val: IntFrom1 = 100
+    """Validation images per domain."""
+    size: tuple[IntFrom1, IntFrom1] = (256, 512)
+    """Image (height, width) in pixels."""
+    seed: IntFrom0 = 0
+    """Seed of the streets, apart from the seed of the run: several runs share one data set."""
+
+
+@dataclass(kw_only=True)
+class ModelSection:
+    backbone: str = "mit_b5"
+    """`mit_b0` ... `mit_b5`, or any timm model that supports `features_only`. UDA: MiT-B5 or ResNet-101."""
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to timm, e.g. `{output_stride: 8, out_indices: [1, 2, 3, 4]}`."""
+    pretrained: bool = False
+    """Start from timm's ImageNet weights (downloaded by timm)."""
+    weights: Path | None = None
+    """Start from encoder weights in a local file (safetensors or torch) instead."""
+    decoder: str = "daformer"
+    """A file of mfm_dist/models/decoders."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the decoder, e.g. `{width: 256}` or `{dilations: [6, 12]}`."""
 
 
 @dataclass(kw_only=True)
@@ -19,39 +143,39 @@ class MethodSection:
 
 @dataclass(kw_only=True)
 class SelfTrainingSection:
-    ema_decay: float = 0.999
+    ema_decay: Share = 0.999
     """Decay of the teacher, alpha. DAFormer, HRDA, MIC: 0.999; plain DACS: 0.99."""
-    pseudo_threshold: float = 0.968
+    pseudo_threshold: Share = 0.968
     """The pseudo-weight is the share of pixels the teacher is at least this sure of, tau. UDA: 0.968."""
     class_draw: Literal["batch", "image"] = "batch"
     """ClassMix draws from the classes of the whole micro-batch (DAFormer, MIC) or of each image (original DACS)."""
-    jitter_prob: float = 0.8
+    jitter_prob: Share = 0.8
     """Chance that a mixed micro-batch is colour-jittered. UDA: 0.8, although the option there says 0.2."""
-    jitter_strength: float = 0.2
+    jitter_strength: FloatFrom0 = 0.2
     """Brightness, contrast and saturation factors are 1 +- this; hue turns by +- this. UDA: 0.2; DACS: 0.25."""
-    blur_prob: float = 0.5
+    blur_prob: Share = 0.5
     """Chance that a mixed micro-batch is blurred. UDA: 0.5."""
     augment_form: Literal["published", "fast"] = "published"
     """Jitter in HSV, one change after the other, or folded into one matrix with a batched blur: the same draws, nearly
     the same pictures, a fraction of the kernels."""
-    pseudo_weight_ignore_top: int = 0
+    pseudo_weight_ignore_top: IntFrom0 = 0
     """Rows at the top of every target crop whose pseudo-label counts nothing. DAFormer on Cityscapes at 512: 15."""
-    pseudo_weight_ignore_bottom: int = 0
+    pseudo_weight_ignore_bottom: IntFrom0 = 0
     """The same at the bottom, the own bonnet. DAFormer on Cityscapes at 512: 120. Right only where crops are as high
     as the stored images."""
 
 
 @dataclass(kw_only=True)
 class DAFormerSection:
-    feature_distance_weight: float = 0.005
+    feature_distance_weight: FloatFrom0 = 0.005
     """Weight of the distance to the initial encoder's features, in daformer, hrda and mic on them. DAFormer: 0.005."""
-    feature_distance_share: float = 0.75
+    feature_distance_share: Share = 0.75
     """Share of a feature's pixels that one thing class must cover for the feature to count. DAFormer: 0.75."""
 
 
 @dataclass(kw_only=True)
 class HRDASection:
-    detail_loss_weight: float = 0.1
+    detail_loss_weight: Share = 0.1
     """Weight of the loss on the detail crop; the fused prediction has the rest. HRDA: 0.1."""
     attention: str = "segformer"
     """Decoder that weighs detail against context; its stride must be that of `model.decoder`. HRDA: segformer, and
@@ -69,13 +193,13 @@ class MICSection:
     separate from Cityscapes."""
     augment: bool = True
     """Jitter and blur before masking, as mixed images are. MIC: true from synthetic data, false from Cityscapes."""
-    mask_ratio: float = 0.7
+    mask_ratio: Share = 0.7
     """Chance of each block to be hidden. MIC: 0.7."""
-    mask_block_pixels: int | None = None
+    mask_block_pixels: IntFrom1 | None = None
     """Side of a hidden block, pixels of the crop; null: a 16th of its height. MIC: 64 in 1024 crops, 32 in 512."""
-    loss_weight: float = 1.0
+    loss_weight: FloatFrom0 = 1.0
     """Weight of the masked images' loss. MIC: 1."""
-    pseudo_threshold: float | None = None
+    pseudo_threshold: Share | None = None
     """Threshold of a pseudo-weight of their own; null: the weight of the step (MIC), 0: every pixel weighs 1."""
 
 
@@ -83,15 +207,15 @@ class MICSection:
 class MFMSection:
     enabled: bool = False
     """Add the masked feature modeling term to the method."""
-    loss_weight: float = 1.0
+    loss_weight: FloatFrom0 = 1.0
     """Weight of the term, lambda. MFM: 1.0."""
-    mask_ratio: float = 0.4
+    mask_ratio: Share = 0.4
     """Chance of each grid cell to be hidden. MFM: 0.4."""
     loss_on: Literal["all", "hidden"] = "all"
     """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
-    ramp_from: int = 0
+    ramp_from: IntFrom0 = 0
     """Step up to which the weight is 0; it then grows linearly. MFM: 0, no ramp."""
-    ramp_to: int = 0
+    ramp_to: IntFrom0 = 0
     """Step from which the weight is `loss_weight`. MFM: 0, no ramp."""
     update_bn: bool = True
     """Whether this pass counts in the student's BatchNorm running statistics (never while its weight is 0)."""
@@ -113,184 +237,62 @@ class MFMSection:
 
 @dataclass(kw_only=True)
 class RebuilderSection:
-    depth: int = 2
+    depth: IntFrom1 = 2
     """Transformer blocks. MFM: 2."""
-    width: int = 512
+    width: IntFrom1 = 512
     """Channels of a block. MFM: 512."""
-    heads: int = 16
+    heads: IntFrom1 = 16
     """Attention heads; must divide `width`. MFM: 16."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: FloatAbove0 = 4.0
     """Hidden width of a block's MLP over `width`. MFM: 4."""
-    grid: tuple[int, int] = (16, 16)
+    grid: tuple[IntFrom1, IntFrom1] = (16, 16)
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
-
-
-Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
-"""Those of Accelerate."""
-ClassSet = Literal["synthia16", "synthia13"]
-"""Those of ``classes.CLASS_SETS``."""
-
-
-STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
-
-
-def is_stream(name: str) -> bool:
-    """Whether a shard set is a URL and not a folder."""
-    return name.startswith(STREAM_SCHEMES)
-
-
-@dataclass(kw_only=True)
-class RunSection:
-    folder: Path = Path("runs/quickstart")
-    """Where everything of this run is written. The same folder again resumes the run."""
-
-
-@dataclass(kw_only=True)
-class RareClassSection:
-    enabled: bool = False
-    """Draw source images for their rare classes, with replacement. DAFormer, HRDA, MIC: on; plain DACS: off."""
-    temperature: float = 0.01
-    """T: a class is drawn by the softmax of (1 - frequency) / T. DAFormer: 0.01."""
-    min_pixels: int = 3000
-    """An image stands for a class of which it holds more than this many stored pixels. DAFormer: 3000, for labels of
-    2 million pixels; smaller ones need less."""
-    min_crop_ratio: float = 0.5
-    """The crop should hold more than this share of `min_pixels` of that class; it is drawn again up to 10 times.
-    DAFormer: 0.5 for crops of 512 x 512; HRDA, MIC: 2 for 1024 x 1024."""
-
-
-@dataclass(kw_only=True)
-class DataSection:
-    root: Path = Path("data/scenes")
-    """Folder that holds the shard sets named below."""
-    source: str = "game_train"
-    """Shard set with labels that the student is supervised on."""
-    target: str = "camera_train"
-    """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
-    validation: str = "camera_val"
-    """Labelled shard set that evaluation scores."""
-    crop: tuple[int, int] = (512, 512)
-    """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
-    workers: int = 2
-    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
-    bad_sample_limit: float = 0.001
-    """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
-    render_scenes: bool = False
-    """Render the embedded scenes into `root` at the start if they are not there yet."""
-    decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
-    """What decodes JPEG. simplejpeg has to be installed."""
-    source_resize: tuple[int, int] | None = None
-    """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
-    720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
-    target_resize: tuple[int, int] | None = None
-    """The same for target images. UDA: 512x1024 for Cityscapes."""
-    scale_range: tuple[float, float] = (1.0, 1.0)
-    """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
-    target_margins: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
-    for Cityscapes at 1024x2048: [30, 240, 30, 30]; DAFormer at 512x1024: [15, 120, 0, 0]."""
-    rare_class_sampling: RareClassSection = field(default_factory=RareClassSection)
-    lanes: int = 0
-    """Read each epoch in this many sequential parts, for data on slow or remote disks; a multiple of every number of
-    processes that shall see the same order. 0: all of it in random order."""
-    lane_window: int = 1000
-    """Samples of a lane that are shuffled among themselves."""
-    scratch: Path | None = None
-    """Folder on a disk of each node to copy shards to before they are read. With `lanes` they are copied when their
-    turn comes, else before the training begins."""
-    scratch_gib: float = 0.0
-    """Size that `scratch` may grow to; shards that were not used for longest make room. 0: no limit."""
-    stream_samples: int = 0
-    """Samples of `source` or `target` where it is a URL (pipe:, s3:, hf:, http:); `bad_sample_limit` is a share."""
-
-
-@dataclass(kw_only=True)
-class ScenesSection:
-    train: int = 600
-    """Training images per domain."""
-    val: int = 100
-    """Validation images per domain."""
-    size: tuple[int, int] = (256, 512)
-    """Image (height, width) in pixels."""
-    seed: int = 0
-    """Seed of the streets, apart from the seed of the run: several runs share one data set."""
-
-
-@dataclass(kw_only=True)
-class ModelSection:
-    backbone: str = "mit_b5"
-    """`mit_b0` ... `mit_b5`, or any timm model that supports `features_only`. UDA: MiT-B5 or ResNet-101."""
-    backbone_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to timm, e.g. `{output_stride: 8, out_indices: [1, 2, 3, 4]}`."""
-    pretrained: bool = False
-    """Start from timm's ImageNet weights (downloaded by timm)."""
-    weights: Path | None = None
-    """Start from encoder weights in a local file (safetensors or torch) instead."""
-    decoder: str = "daformer"
-    """A file of mfm_dist/models/decoders."""
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    """Passed on to the decoder, e.g. `{width: 256}` or `{dilations: [6, 12]}`."""
 
 
 @dataclass(kw_only=True)
 class OptimSection:
     name: Literal["adamw", "sgd"] = "adamw"
     """UDA: AdamW. SGD (momentum 0.9) is here for comparisons that Adam's normalisation would blur."""
-    lr: float = 6e-5
+    lr: FloatFrom0 = 6e-5
     """Learning rate of the encoder. UDA: 6e-5."""
-    decoder_lr_factor: float = 10.0
+    decoder_lr_factor: FloatFrom0 = 10.0
     """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
-    rebuilder_lr: float = 2e-4
+    rebuilder_lr: FloatFrom0 = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
-    weight_decay: float = 0.01
+    weight_decay: FloatFrom0 = 0.01
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's averaging constants. UDA: torch's default."""
-    eps: float = 1e-8
+    eps: FloatFrom0 = 1e-8
     """AdamW's epsilon. UDA: torch's default."""
-    warmup_steps: int = 1500
+    warmup_steps: IntFrom0 = 1500
     """Steps of linear warm-up, which multiplies the decaying rate. UDA: 1500."""
-    warmup_ratio: float = 1e-6
+    warmup_ratio: Share = 1e-6
     """Factor of the rate at step 0. UDA: 1e-6."""
 
 
 @dataclass(kw_only=True)
 class TrainSection:
-    steps: int = 40_000
+    steps: IntFrom1 = 40_000
     """Global batches to train on. UDA: 40,000."""
-    micro_batch: int = 2
+    micro_batch: IntFrom1 = 2
     """Source images, and as many target images, in one forward. UDA: 2. Fixes every per-batch draw and mean."""
-    global_batch: int = 2
+    global_batch: IntFrom1 = 2
     """Source images a step over all ranks, and as many target images. UDA: 2."""
     precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
     """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32. bf16_weights, for the largest
     models, under ZeRO-2 and 3: the weights are bf16 too, of fp32 ones that optimiser and teacher keep in shards."""
-    clip_norm: float = 0.0
+    clip_norm: FloatFrom0 = 0.0
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
     compile: bool = False
-    """Translate student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
+    """Compile student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
     compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
-    threads: int = 1
+    threads: IntFrom1 = 1
     """Torch threads per rank on a CPU. More changes sums in the last bits, so it is fixed here."""
-
-
-@dataclass(kw_only=True)
-class DebugSection:
-    check_gradients: bool = False
-    """Stop at a trainable parameter that a backward did not reach, by name."""
-    audit_every: int = 1000
-    """Steps between comparisons of what several ranks hold, bit by bit; 0: never."""
-
-
-@dataclass(kw_only=True)
-class WatchdogSection:
-    seconds: float = 300.0
-    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
-    at the start, while the networks are compiled and while a checkpoint is waited for."""
 
 
 @dataclass(kw_only=True)
@@ -304,45 +306,68 @@ class MemorySection:
 
 
 @dataclass(kw_only=True)
+class DebugSection:
+    check_gradients: bool = False
+    """Stop at a trainable parameter that a backward did not reach, by name."""
+    audit_every: IntFrom0 = 1000
+    """Steps between comparisons of what several ranks hold, bit by bit; 0: never."""
+
+
+@dataclass(kw_only=True)
 class RecoverySection:
-    rollback_after: int = 5
+    rollback_after: IntFrom0 = 5
     """Steps skipped in a row, because a loss or gradient was not finite or above its ceiling, after which the run goes
     back to its last checkpoint and passes over the data that led there; 0: never."""
-    rollbacks: int = 3
+    rollbacks: IntFrom0 = 3
     """Times that a run may go back; it then ends with exit code 5."""
-    spike_factor: float = 0.0
+    spike_factor: SpikeFactor = 0.0
     """Skip a step whose loss or gradient norm is this many times the median of the last applied steps; 0: never."""
-    spike_window: int = 100
+    spike_window: SpikeWindow = 100
     """Applied steps that the medians are of. The rule waits until there are as many."""
 
 
 @dataclass(kw_only=True)
+class WatchdogSection:
+    seconds: FloatFrom0 = 300.0
+    """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
+    at the start, while the networks are compiled and while a checkpoint is waited for."""
+
+
+@dataclass(kw_only=True)
 class CheckpointSection:
-    every: int = 2000
+    every: IntFrom1 = 2000
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
-    keep: int = 2
+    keep: IntFrom1 = 2
     """Newest checkpoints to keep."""
     background: bool = True
     """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
 
 
+ClassSet = Literal["synthia16", "synthia13"]
+"""Those of ``classes.CLASS_SETS``."""
+
+
 @dataclass(kw_only=True)
 class EvalSection:
-    every: int = 4000
+    every: IntFrom1 = 4000
     """Steps between evaluations on `data.validation`; also done before step 0 and at the end. UDA: 4000."""
-    resize: tuple[int, int] | None = None
+    resize: tuple[IntFrom1, IntFrom1] | None = None
     """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
     size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
     Dark Zurich."""
     class_sets: tuple[ClassSet, ...] = ()
     """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
-    overlays: int = 4
+    overlays: IntFrom0 = 4
     """Images to save as overlays (image, label, prediction) at each evaluation."""
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+"""Those of Accelerate."""
 
 
 @dataclass(kw_only=True)
 class LogSection:
-    every: int = 50
+    every: IntFrom1 = 50
     """Steps between lines of metrics.jsonl, of the console and of the trackers."""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     """Where else to log, by Accelerate's trackers; [] for nowhere. All but tensorboard have to be installed."""
@@ -350,9 +375,9 @@ class LogSection:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run. `config.problems` lists every contradiction; a run never starts with one."""
+    """A whole run. `validate.problems` lists every contradiction; a run never starts with one."""
 
-    seed: int = 0
+    seed: IntFrom0 = 0
     """Seed of every random draw of the run."""
     run: RunSection = field(default_factory=RunSection)
     data: DataSection = field(default_factory=DataSection)
@@ -377,7 +402,7 @@ class RunConfig:
 
     @property
     def two_resolutions(self) -> bool:
-        """Whether the segmentor is HRDA's, of context and detail."""
+        """True where the segmentor is HRDA's, of context and detail."""
         return "hrda" in (self.method.name, self.mic.base_method if self.method.name == "mic" else "")
 
     @property
@@ -391,7 +416,7 @@ class RunConfig:
         return self.train.global_batch // self.train.micro_batch
 
     def world_problems(self, world_size: int) -> list[str]:
-        """What does not fit this many ranks. The micro-batch is never changed to make it fit."""
+        """List what does not fit this many ranks. The micro-batch is never changed to make it fit."""
         if self.data.lanes % world_size:
             lanes = self.data.lanes
             return [f"data.lanes={lanes} cannot be shared evenly by {world_size} processes: use a multiple of both"]

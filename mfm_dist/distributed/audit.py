@@ -36,7 +36,7 @@ def audit(module: nn.Module, engine: Engine) -> list[str]:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """int64 [2] from the bits of a tensor: their sum, and their sum weighted by place, so that a swap shows too.
+    """Sum the bits of a tensor, plainly and weighted by place, so that a swap shows too: int64 [2].
 
     One flipped bit always changes the first. Both wrap around at 64 bits, which is as good as any modulus.
     """
@@ -50,7 +50,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _dissenters(prints: Tensor) -> str:
-    """Who is in the minority, from fingerprints [world, 2]."""
+    """Say who is in the minority, from fingerprints [world, 2]."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, print_ in enumerate(prints.tolist()):
         groups.setdefault(tuple(print_), []).append(rank)

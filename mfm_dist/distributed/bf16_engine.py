@@ -89,7 +89,7 @@ class BF16Engine(DeepSpeedEngine):
                 first += count
 
     def _exact_pieces(self, parameter: nn.Parameter) -> list[Piece]:
-        """What this rank adds to the whole of a parameter."""
+        """Return what this rank adds to the whole of a parameter."""
         if (student := self._student_of.get(parameter)) is not None:
             return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
         if parameter.requires_grad:

@@ -24,19 +24,19 @@ class Ceilings:
 
 
 def part_of(group_name: str) -> str:
-    """The part of the module that an optimiser group belongs to: ``encoder_norm`` is of the ``encoder``."""
+    """Return the part of the module that an optimiser group belongs to: ``encoder_norm`` is of the ``encoder``."""
     return group_name.removesuffix("_norm")
 
 
 def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """float32 scalar; 0 where this rank holds none of them."""
+    """Sum the squares of all elements: a float32 scalar, 0 where this rank holds none of them."""
     if not gradients:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum().to(device)
 
 
 def clip_factors(norms: Tensor, limits: Sequence[float], global_limit: float) -> Tensor:
-    """What to multiply the gradient of each part with: [parts], at most 1.
+    """Return what to multiply the gradient of each part with: [parts], at most 1.
 
     Args:
         norms: [parts], before clipping.
@@ -50,7 +50,7 @@ def clip_factors(norms: Tensor, limits: Sequence[float], global_limit: float) ->
 
 
 def nan_if_step_rejected(factors: Tensor, norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
-    """The factors, or NaN in their place if the step must not be applied.
+    """Return the factors, with NaN in their place if the step must not be applied.
 
     A NaN reaches every gradient on every rank, and what is not finite no engine applies. Nothing here waits for the
     device.

@@ -37,13 +37,13 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
         self._check_gradients()
 
-    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
         if self.config.memory.lean and self._pending == 0:
             # One exchange of gradients for all backwards of the step. Without it every backward would exchange, and
             # ZeRO-3 would silently add to an old gradient where a later one is the first to touch a parameter.
             self._exchange.enter_context(self._wrapped.coalesce_grad_reduction())  # type: ignore[operator]
         try:
-            losses = super().micro_batch(batch, mfm_weight)
+            losses = super().forward_backward(batch, mfm_weight)
         except BaseException:
             # Python leaves the block above on the way out, and with gradients to exchange it would wait there for the
             # other ranks, which do not come: the process could not end.
@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
                     own.copy_(value.flatten()[place])
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
-        """What DeepSpeed is given in the module's place."""
+        """Return what DeepSpeed is given in the module's place."""
         return module
 
     def _finish_backward(self) -> None:
@@ -151,7 +151,7 @@ class DeepSpeedEngine(Engine):
         return base
 
     def _flat_shards(self) -> list[Tensor]:
-        """The fp32 tensors that the base optimiser steps: one a group at ZeRO 1 and 2, one a sub-group at 3."""
+        """Return the fp32 tensors that the base optimiser steps: one a group at ZeRO 1 and 2, one a sub-group at 3."""
         if self._is_stage_3:
             return list(self.optimizer.fp32_partitioned_groups_flat)  # type: ignore[attr-defined]
         return list(self.optimizer.single_partition_of_fp32_groups)  # type: ignore[attr-defined]
@@ -161,7 +161,7 @@ class DeepSpeedEngine(Engine):
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
 
     def _gather_full(self, cut: Iterable[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
-        """Whole fp32 tensors, each from its shape and this rank's pieces; those of all ranks cover it once.
+        """Assemble whole fp32 tensors, each from its shape and this rank's pieces; those of all ranks cover it once.
 
         A bucket of them goes through one exchange: one each would cost a checkpoint most of its time.
         """
@@ -176,7 +176,7 @@ class DeepSpeedEngine(Engine):
         yield from self._all_reduce_bucket(bucket)
 
     def _all_reduce_bucket(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
-        """The whole tensors of one bucket, on every rank; they share its memory."""
+        """Assemble the whole tensors of one bucket, on every rank; they share its memory."""
         sizes = [shape.numel() for shape, _ in bucket]
         flat = torch.zeros(sum(sizes), device=self.device)
         for whole, (_, pieces) in zip(flat.split(sizes), bucket, strict=True):
@@ -188,14 +188,14 @@ class DeepSpeedEngine(Engine):
             yield whole.view(shape)
 
     def _local_piece(self, parameter: nn.Parameter) -> Piece:
-        """ZeRO-3: where in the flat whole this rank's piece of a parameter belongs, and the piece without padding."""
+        """Return ZeRO-3's piece of a parameter: its place in the flat whole, and the piece without padding."""
         shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
         first = self.rank * shard.numel()
         count = max(0, min(shard.numel(), parameter_shape(parameter).numel() - first))
         return slice(first, first + count), shard.narrow(0, 0, count)
 
     def _local_shards(self, parameter: nn.Parameter, key: str | None = None) -> list[Piece]:
-        """Where in the flat whole this rank's piece of a trained parameter belongs, and its fp32 master; or nothing.
+        """Return this rank's piece of a trained parameter: its place in the flat whole and its fp32 master, if any.
 
         With a key the optimiser's tensor of that name instead of the master.
 
@@ -224,7 +224,7 @@ class DeepSpeedEngine(Engine):
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter; under ZeRO-3 the tensor itself is empty between uses."""
+    """Return the shape of the whole parameter; under ZeRO-3 the tensor itself is empty between uses."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 

@@ -65,8 +65,8 @@ class Engine:
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
 
-    def micro_batch(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; its gradients are added to those of the step.
+    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+        """Run forward and backward of one micro-batch, adding its gradients to those of the step.
 
         With ``memory.lean`` the terms of the loss follow one another, each with a backward of its own, which frees
         its activations before the next one starts.
@@ -125,19 +125,19 @@ class Engine:
             group["lr"] = group["base_lr"] * factor
 
     def mean(self, values: Tensor) -> Tensor:
-        """Element-wise mean over ranks, the same on all."""
+        """Take the element-wise mean over ranks, the same on all."""
         return self._reduced(values, dist.ReduceOp.SUM) / self.world_size
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks, the same on all."""
+        """Take the element-wise maximum over ranks, the same on all."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks, the same on all."""
+        """Take the element-wise sum over ranks, the same on all."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values of every rank, on every rank: [world size, *shape], in order of rank."""
+        """Gather the values of every rank on every rank: [world size, *shape], in order of rank."""
         if self.world_size == 1:
             return values[None]
         everyone = [torch.empty_like(values) for _ in range(self.world_size)]
@@ -145,7 +145,7 @@ class Engine:
         return torch.stack(everyone)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """A small Python object of every rank, on every rank, in order of rank."""
+        """Gather a small Python object of every rank on every rank, in order of rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -164,8 +164,19 @@ class Engine:
             raise own or errors[0]
         return result
 
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` on rank 0 and give all ranks what came out; a user's mistake is raised on all. Collective."""
+        found: Result | None = self.run_collectively(lambda: work() if self.is_main else None)
+        return cast(Result, self.gather_objects(found)[0])
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says of the processes."""
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {"gpus": gpus, "world_size": self.world_size, "device": str(self.device)}
+
     def inference_context(self) -> AbstractContextManager[Any]:
-        """What a forward outside ``micro_batch`` has to run in."""
+        """Give what a forward outside ``forward_backward`` has to run in."""
         return nullcontext()
 
     def barrier(self) -> None:
@@ -179,11 +190,11 @@ class Engine:
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
-        """teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
+        """Average: teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
         update_teacher(self._teacher_pairs, decay)
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        """Whole parameters in full precision, wherever their pieces are, one after another. Collective.
+        """Yield whole parameters in full precision, wherever their pieces are, one after another. Collective.
 
         They may share memory with what is trained: copy what is to be kept.
         """
@@ -201,11 +212,11 @@ class Engine:
         return True
 
     def params_out_of_sync(self) -> list[str]:
-        """Names of the parameters that differ from the copy of them that the optimiser steps, on this rank."""
+        """List the parameters that differ from the copy of them that the optimiser steps, on this rank."""
         return []
 
     def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
-        """The optimiser's whole tensors for each parameter (not its step count); empty before step 1. Collective.
+        """Yield the optimiser's whole tensors of each parameter, not its step count; empty before step 1. Collective.
 
         They may share memory with the optimiser's: copy what is to be kept.
         """
@@ -222,10 +233,10 @@ class Engine:
             self.optimizer.state[parameter] = state
 
     def _finish_backward(self) -> None:
-        """After the last backward of a step: all gradients are exchanged."""
+        """Make sure, after the last backward of a step, that all gradients are exchanged."""
 
     def _gradients_by_part(self) -> dict[str, list[Tensor]]:
-        """What this rank holds of the step's gradient, by part of the module."""
+        """Sort what this rank holds of the step's gradient, by part of the module."""
         parts: dict[str, list[Tensor]] = {}
         for group in self.optimizer.param_groups:
             held = [p.grad for p in group["params"] if p.grad is not None]
@@ -238,7 +249,7 @@ class Engine:
         return True
 
     def _update(self, factors: Tensor) -> bool:
-        """Step the optimiser with the gradients as they are now, unless they are not finite; whether it did."""
+        """Step the optimiser with the gradients as they are, unless they are not finite; tell whether it did."""
         applied = bool(torch.isfinite(factors).all())
         if applied:
             self.optimizer.step()
@@ -270,7 +281,7 @@ class Engine:
         return nullcontext()
 
     def _sync_context(self, *, exchange: bool) -> AbstractContextManager[Any]:
-        """DDP decides in the forward whether the backward that follows will exchange gradients: this spans both."""
+        """Span forward and backward: DDP decides in the forward whether its backward will exchange gradients."""
         if exchange or self.world_size == 1:
             return nullcontext()
         return self._wrapped.no_sync()  # type: ignore[operator]

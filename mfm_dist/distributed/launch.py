@@ -68,7 +68,7 @@ class Launch:
 
 
 def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What a launch file says that the run's configuration decides, or that is known to train wrongly."""
+    """List what a launch file says that the run's configuration decides, or that is known to train wrongly."""
     problems = []
     stands_in_config = {
         "ACCELERATE_MIXED_PRECISION": ("mixed_precision", ("no",), "train.precision"),
@@ -102,7 +102,7 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
-    """What the run asks for and this launch cannot do right, each with what to use."""
+    """List what the run asks for and this launch cannot do right, each with what to use."""
     problems = []
     sharded = launch.zero_stage in (1, 2, 3)
     if config.train.precision == "bf16_weights" and launch.zero_stage not in (2, 3):
@@ -116,7 +116,7 @@ def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
 
 
 def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """``zero_optimization`` of the DeepSpeed file that a launch file names, and what is wrong with that file."""
+    """Read ``zero_optimization`` of the DeepSpeed file that a launch file names, and what is wrong with it."""
     name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if name is None:
         return {}, []

@@ -28,11 +28,14 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
 from mfm_dist.errors import ConfigError
-from mfm_dist.run.watchdog import SLOW_FACTOR
 
 
-def start_engine(config: RunConfig) -> Engine:
+def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
     """Set up this process as the launcher asked.
+
+    Args:
+        exchange_seconds: after which an exchange between ranks fails; 0 for the library's own limit, 10 minutes on
+            GPUs. The watchdog names who hangs, so its own should come first.
 
     Raises:
         ConfigError: for a launch that is refused, a world size that the global batch does not fit, or a tracker that
@@ -59,8 +62,8 @@ def start_engine(config: RunConfig) -> Engine:
         torch.backends.cudnn.benchmark = False
 
     exchange: dict[str, Any] = {}
-    if config.watchdog.seconds:  # it names who hangs; a library's own limit, 10 minutes on GPUs, would not
-        exchange["timeout"] = timedelta(seconds=2 * SLOW_FACTOR * config.watchdog.seconds)
+    if exchange_seconds:
+        exchange["timeout"] = timedelta(seconds=exchange_seconds)
     if launch.zero_stage is None:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         handlers: list[Any] = [ddp, InitProcessGroupKwargs(**exchange)]
@@ -102,7 +105,7 @@ BUCKET = 50_000_000
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
-    """The whole of DeepSpeed's configuration: stage and speed from the launcher, everything mathematical from the run.
+    """Write DeepSpeed's whole configuration: stage and speed from the launcher, everything mathematical from the run.
 
     Clipping is the engine's own, so DeepSpeed's is off; left out, it would clip at 1.0 (0.19.8).
     """

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def local_tensor(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: all of it, or ZeRO-3's shard."""
+    """Return what this rank holds of a parameter: all of it, or ZeRO-3's shard."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
 @torch.no_grad()
 def update_teacher(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, parameters only.
+    """Average: teacher <- decay * teacher + (1 - decay) * student, parameters only.
 
     Student and teacher are of one shape and sit in one engine, so ZeRO-3 cuts them alike and no communication is
     needed. Buffers are left alone: the teacher's BatchNorm normalises with batch statistics and never reads them.

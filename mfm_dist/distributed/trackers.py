@@ -17,7 +17,7 @@ PACKAGES = {"comet_ml": "comet-ml"}
 
 
 def tracker_problems(config: RunConfig) -> list[str]:
-    """Trackers that are asked for and not installed, each with the fix."""
+    """List trackers that are asked for and not installed, each with the fix."""
     available = {str(tracker) for tracker in get_available_trackers()}
     return [
         f"log.trackers: {name} is not installed: pip install {PACKAGES.get(name, name)}, or leave it out"

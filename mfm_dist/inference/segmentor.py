@@ -142,17 +142,17 @@ def read_card(folder: Path) -> ModelCard:
     file = folder / CONFIG
     if not file.is_file():
         raise ConfigError(f"{folder} is neither an export ({CONFIG} is missing) nor a run folder (so is config.yaml)")
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         found = tree.get("format")
         if found != FORMAT:
             raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
-        card = from_tree(ModelCard, tree, problems, {})
+        card = from_tree(ModelCard, tree, problems)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError([*problems, f"{file} cannot be read ({error}): export the run again"]) from error
+        raise ConfigError([*problems.values(), f"{file} cannot be read ({error}): export the run again"]) from error
     if problems:
-        raise ConfigError([f"{file}: {problem}" for problem in problems])
+        raise ConfigError([f"{file}: {problem}" for problem in problems.values()])
     return card
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint import find_latest, load_modules, load_student
+from mfm_dist.checkpoint import find_latest, load_modules
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, SampleError, ShardReader
@@ -191,9 +191,7 @@ def load_networks(run: Run, config: RunConfig) -> Networks:
         if checkpoint is None:
             reason = f"There is no complete checkpoint, so nothing trained can be shown. {' '.join(said)}".strip()
             return replace(networks, notes=[reason])
-        load_modules(checkpoint, module, rank=0)
-        # Evaluation's statistics: the mean over ranks rather than those of rank 0.
-        load_student(checkpoint, module.student)
+        load_modules(checkpoint, module)
     except Exception as error:  # a damaged or foreign folder raises nearly every kind; the page says what
         return replace(networks, notes=[f"The networks of this run cannot be loaded: {first_line(error)}"])
     return replace(networks, module=module.eval(), step=checkpoint.progress.step, notes=said)

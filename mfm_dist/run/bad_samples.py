@@ -37,11 +37,11 @@ class BadSamples:
         named = _named_before(run) if engine.is_main else {}
         self.known: dict[Name, BadSample] = engine.gather_objects(named)[0]
 
-    def news(self, samples: Iterable[BadSample]) -> bool:
-        """Whether this rank has one that is not known yet. Not collective."""
+    def has_unseen(self, samples: Iterable[BadSample]) -> bool:
+        """Tell whether this rank has one that is not known yet. Not collective."""
         return any(_name(sample) not in self.known for sample in samples)
 
-    def note(self, samples: Iterable[BadSample], step: int) -> None:
+    def record(self, samples: Iterable[BadSample], step: int) -> None:
         """Name those of all ranks that are new. Collective.
 
         Raises:
@@ -64,12 +64,12 @@ class BadSamples:
 
 
 def _name(sample: BadSample) -> Name:
-    """The same for all that is said of one sample, and for each thing lost in a shard whose key is not known."""
+    """Return one name for all that is said of one sample, and for each thing lost in a shard whose key is not known."""
     return sample.shard, sample.key or sample.reason
 
 
 def _named_before(run: RunFolder) -> dict[Name, BadSample]:
-    """Samples that the run's events name since it was last stopped for them."""
+    """Collect the samples that the run's events name since it was last stopped for them."""
     named: dict[Name, BadSample] = {}
     for event in run.events():
         if event.get("event") == TOO_MANY:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import StorageError
+from mfm_dist.errors import EXIT_DONE, StorageError
 from mfm_dist.storage import JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
@@ -70,7 +70,7 @@ class RunFolder:
                 path.unlink()
 
     def evaluation(self, step: int) -> Path:
-        """The JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
+        """Return the JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
         return self.path / "eval" / f"step_{step:08d}.json"
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
@@ -79,13 +79,24 @@ class RunFolder:
             self._events.append({"step": step, "event": kind, **details})
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Everything noted so far, by earlier starts too."""
+        """Read everything noted so far, by earlier starts too."""
         return iter(self._events)
 
-    def outcome(self, code: int, reason: str, step: int) -> None:
-        """Say how this start of the run ended."""
-        if self.writes:
-            write_outcome(self.path, code=code, reason=reason, step=step)
+    def end(self, code: int, reason: str, step: int, miou: float | None = None) -> None:
+        """Say how this start of the run ended: in outcome.json, and in the last line for whoever started it.
+
+        Args:
+            step: global batches consumed.
+            miou: the score of the last step in percent, where that was reached and measured.
+        """
+        if not self.writes:
+            return
+        if code == EXIT_DONE:
+            score = None if miou is None else round(miou, 4)
+            print("RESULT " + json.dumps({"run": str(self.path), "step": step, "miou": score}))
+        else:
+            print(f"{reason}; the same command goes on from step {step}")
+        write_outcome(self.path, code=code, reason=reason, step=step)
 
 
 def _environment() -> dict[str, Any]:
@@ -99,7 +110,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _revision() -> str | None:
-    """Git revision of the code, with a plus sign where files differ from it; None outside a clone."""
+    """Ask git for the revision of the code, with a plus sign where files differ from it; None outside a clone."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -133,6 +144,6 @@ def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
 
 
 def slurm_job_tag() -> dict[str, str]:
-    """Which Slurm job says it, if any: one that is refused the folder of another leaves its word there too."""
+    """Name the Slurm job that says it, if any: one that is refused the folder of another leaves its word there too."""
     job = os.environ.get("SLURM_JOB_ID")
     return {"job": job} if job else {}

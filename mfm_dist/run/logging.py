@@ -19,17 +19,16 @@ from mfm_dist.distributed.engine import Engine
 class StepLog:
     """Collects what every rank knows of its steps, and gives one record of them all."""
 
-    def __init__(self, engine: Engine, *, step: int, images_per_step: int) -> None:
+    def __init__(self, engine: Engine, *, images_per_step: int) -> None:
         """
         Args:
-            step: global batches consumed so far.
             images_per_step: source and target images of a global batch.
         """
         self.engine = engine
         self.images_per_step = images_per_step
         self.grad_norms: Mapping[str, Tensor] = {}
         """Of the last step, by part."""
-        self.begin(step)
+        self.begin(0)
 
     def begin(self, step: int) -> None:
         """Forget what was collected, and count from ``step`` and now on."""
@@ -56,7 +55,7 @@ class StepLog:
         self._since += time.perf_counter() - began
 
     def record(self, step: int) -> dict[str, Any]:
-        """Means over the steps since the last record and over ranks, in one all-reduce. Collective."""
+        """Take means over the steps since the last record and over ranks, in one all-reduce. Collective."""
         names, losses = self._losses.pop()
         seconds = time.perf_counter() - self._since
         waited = torch.tensor([self._waited / seconds], device=losses.device)
@@ -89,7 +88,7 @@ class RunningMean:
         self._count += 1
 
     def pop(self) -> tuple[list[str], Tensor]:
-        """Names and the vector of their means; starts anew."""
+        """Return names and the vector of their means, and start anew."""
         names = list(self._sums)
         means = torch.stack([self._sums[name] for name in names]) / max(self._count, 1)
         self._sums, self._count = {}, 0
@@ -97,7 +96,7 @@ class RunningMean:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak GPU memory of this process, or its peak resident memory on a CPU, in GiB."""
+    """Measure the peak GPU memory of this process, or its peak resident memory on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -106,21 +105,25 @@ def peak_memory_gib(device: torch.device) -> float:
 class Console:
     """Rank 0's output; on other ranks every call does nothing."""
 
-    def __init__(self, *, enabled: bool, steps: int, start: int) -> None:
+    def __init__(self, *, enabled: bool, steps: int) -> None:
         self.enabled = enabled
         self.steps = steps
-        self.started = (time.perf_counter(), start)
         self.bar: tqdm[Any] | None = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self.begin(0, bar=False)
+
+    def begin(self, step: int, *, bar: bool = True) -> None:
+        """Count from ``step`` and now on."""
+        self.started = (time.perf_counter(), step)
+        if bar and self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one step."""
         if self.bar is not None:
             self.bar.update()
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """The figures of one line of metrics.jsonl."""
+        """Show the figures of one line of metrics.jsonl."""
         losses = {name.removeprefix("loss/"): value for name, value in record.items() if name.startswith("loss/")}
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self.bar is not None:
@@ -134,7 +137,7 @@ class Console:
         )
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
         if not self.enabled:
             return
         if self.bar is not None:

@@ -17,7 +17,7 @@ from mfm_dist.run.folder import RunFolder
 
 
 def ceilings(progress: Progress, settings: RecoverySection) -> Ceilings:
-    """Loss and gradient norm above which the next step is a spike; none while there is too little to compare with."""
+    """Return loss and gradient norm above which the next step is a spike; none while too little is known."""
     if not settings.spike_factor or len(progress.losses) < settings.spike_window:
         return Ceilings()
     return Ceilings(
@@ -26,8 +26,8 @@ def ceilings(progress: Progress, settings: RecoverySection) -> Ceilings:
     )
 
 
-def note_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
-    """The step that ends with ``progress.step`` was applied."""
+def record_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
+    """Count the step that ends with ``progress.step`` as applied."""
     progress.applied += 1
     progress.skipped = 0
     if progress.step > progress.furthest_failed_step:
@@ -38,7 +38,7 @@ def note_applied(progress: Progress, settings: RecoverySection, result: StepResu
 
 
 def why_skipped(loss: float, grad_norms: Mapping[str, float], limits: Ceilings, ranks: Sequence[int]) -> str:
-    """One line on a step that was not applied.
+    """Say in one line why a step was not applied.
 
     Args:
         loss: mean over the global batch.
@@ -65,7 +65,7 @@ class SkippedSteps:
         self.reason = ""
         """Of the last one."""
 
-    def note(self, result: StepResult, limits: Ceilings, own_losses: Sequence[Tensor], step: int) -> None:
+    def record(self, result: StepResult, limits: Ceilings, own_losses: Sequence[Tensor], step: int) -> None:
         """Say why the step that ends with ``step`` was not applied. Collective.
 
         Args:
@@ -80,12 +80,12 @@ class SkippedSteps:
 
 
 def must_roll_back(progress: Progress, settings: RecoverySection) -> bool:
-    """Whether so many steps in a row were not applied that the weights are no place to go on from."""
+    """Tell whether so many steps in a row were not applied that the weights are no place to go on from."""
     return bool(settings.rollback_after) and progress.skipped >= settings.rollback_after
 
 
 def gone_back(progress: Progress, saved: Progress) -> Progress:
-    """Progress after going back to ``saved``: its step and its memory, but the data goes on from where it is."""
+    """Return progress after going back to ``saved``: its step and its memory, but the data goes on from where it is."""
     return Progress(
         step=saved.step,
         applied=saved.applied,
@@ -99,7 +99,7 @@ def gone_back(progress: Progress, saved: Progress) -> Progress:
 
 
 def diagnosis(progress: Progress, reason: str) -> str:
-    """What is told to the person whose run ends because going back does not help."""
+    """Tell the person whose run ends that going back does not help, and what to try."""
     return (
         f"step {progress.step}: {progress.skipped} steps in a row could not be applied, the last because: {reason}. "
         f"The run went back {progress.rollbacks} times, further each time as far as there were checkpoints, at last to "

@@ -13,12 +13,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.errors import EXIT_STOPPED
+from mfm_dist.run.folder import write_outcome
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -30,19 +32,22 @@ class Stopped(Exception):  # noqa: N818  not an error
 class StopRequested:
     """Before training a signal ends the process at once; from ``training_begins`` on it is noted, and looked at.
 
+    As a context manager around the start of a run: what fails there after a signal, because its peers or its workers
+    were stopped too, is no error.
+
     Python runs a handler only between two of its own instructions, and a start waits for other ranks, or reads a
     large file, inside a single one. So a thread listens too, and it is that thread that ends the process.
     """
 
-    def __init__(self, leave: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, rank: int) -> None:
         """
         Args:
-            leave: ends the process; called in a thread, with the signal's name, while there is nothing to save.
+            folder: the run folder, which is told when a signal ends the process while there is nothing to save.
         """
         self.name: str | None = None
         """The last stop signal, if there was one."""
         self.training = False
-        self._leave = leave
+        self._folder, self._rank = folder, rank
         self._lock = threading.Lock()
         receiving, sending = os.pipe()
         os.set_blocking(sending, False)
@@ -53,13 +58,30 @@ class StopRequested:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
         threading.Thread(target=self._listen, args=(receiving,), daemon=True, name="stop signals").start()
 
+    def __enter__(self) -> StopRequested:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and self.name is not None and not self.training:
+            self._leave(self.name)
+
     def training_begins(self) -> None:
-        """From here on there is something to lose: whoever trains looks at ``name``, saves and ends."""
+        """Leave signals to whoever trains, who looks at ``name``, saves and ends: now there is something to lose."""
         with self._lock:
             self.training = True
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+
+    def _leave(self, name: str) -> NoReturn:
+        """End the process; in whichever thread."""
+        reason = f"stopped by {name} before training began"
+        if self._rank == 0:
+            os.write(sys.stderr.fileno(), f"{reason}; the same command starts again\n".encode())
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_outcome(self._folder, code=EXIT_STOPPED, reason=reason, step=-1)
+        os._exit(EXIT_STOPPED)
 
     def _listen(self, receiving: int) -> None:
         while numbers := os.read(receiving, 64):
@@ -115,7 +137,7 @@ def _on_death_of_parent(number: signal.Signals) -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether a process that a launcher started now belongs to whoever adopts orphans."""
+    """Tell whether a process that a launcher started now belongs to whoever adopts orphans."""
     parent = os.getppid()
     name = _read(parent, "comm").strip()
     return name in REAPERS or (parent == 1 and "python" not in _read(parent, "cmdline"))  # in a container it may be 1

@@ -17,21 +17,25 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import EXIT_HUNG
+from mfm_dist.run.folder import RunFolder, write_outcome
 
-Phase = Literal["start", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
-"""What a rank is about. ``agreement``: it has its data and waits until all do; ``micro-batch``: forward, backward;
-``compile``: the first of these, if it translates the networks."""
+Phase = Literal["start", "loop", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
+"""What a rank is about. ``loop``: between two of the others; ``agreement``: it has its data and waits until all do;
+``micro-batch``: forward, backward; ``compile``: the first of these, if it compiles the networks."""
 SLOW: frozenset[Phase] = frozenset({"start", "compile", "save"})
-"""Phases with a single step that may take long and cannot say that it moves: a large file written, a translation."""
+"""Phases with a single step that may take long and cannot say that it moves: a large file read or written."""
 SLOW_FACTOR = 6
 """Their time limit is this many times that of the others."""
+LONGEST_WAIT = 2 * SLOW_FACTOR
+"""Time limits that an exchange may wait: a library's own end, which names nobody, must not come first."""
 TICKS = 20
 """Looks within the time limit; also how exact that is."""
 NAMED = 8
@@ -45,15 +49,15 @@ class Report:
     start: str
     """Names the start of the run that all ranks belong to; files of earlier starts do not count."""
     rank: int
-    beats: int
-    """Calls of ``beat``. All ranks make the same ones, so the smallest count is the furthest behind."""
+    entered: int
+    """Phases entered so far. All ranks enter the same ones, so the smallest count is the furthest behind."""
     phase: Phase
     step: int
     host: str
     process: int
 
     def place(self) -> str:
-        """E.g. 'data' of step 12."""
+        """Name the phase and the step, e.g. 'data' of step 12."""
         return f"'{self.phase}' of step {self.step}"
 
 
@@ -73,7 +77,7 @@ class Watchdog:
         """
         Args:
             run: the run folder, which all ranks share.
-            seconds: of silence that mean a hang. What may take longer has to call ``moving`` meanwhile.
+            seconds: of silence that mean a hang; ``SLOW_FACTOR`` times as many in a ``SLOW`` phase.
             start: the same on all ranks and another at every start.
             on_hang: told who is behind, and in which step; on one rank only.
         """
@@ -84,7 +88,7 @@ class Watchdog:
         self._reports = run / "hang"
         self._start = start
         self._on_hang = on_hang
-        self._beats = 0
+        self._entered = 0
         self._moves = 0
         self._place: tuple[Phase, int] = ("start", 0)
         self._ended = threading.Event()
@@ -96,27 +100,37 @@ class Watchdog:
             self._write_heartbeat()
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
-    def beat(self, phase: Phase, step: int) -> None:
-        """This rank begins ``phase`` of ``step`` (global batches consumed so far). Costs nothing, waits for nothing."""
-        self._place = (phase, step)
-        self._beats += 1
-        self._moves += 1
+    @contextmanager
+    def phase(self, name: Phase, step: int) -> Iterator[None]:
+        """Say what this rank is about inside the block, then that it is back in what encloses it.
 
-    def moving(self) -> None:
-        """One rank does something long that the others wait for, and is not stuck in it."""
+        Costs nothing, waits for nothing.
+
+        Args:
+            step: global batches consumed so far.
+        """
+        enclosing, self._place = self._place, (name, step)
+        self._entered += 1
+        self.keep_alive()
+        yield
+        self._place = enclosing
+        self.keep_alive()
+
+    def keep_alive(self) -> None:
+        """Say that this rank moves, in the phase it is in."""
         self._moves += 1
 
     def close(self) -> None:
-        """The run has ended."""
+        """Stop watching: the run has ended."""
         self._ended.set()
 
     def report(self) -> Report:
-        """Where this rank is."""
+        """Say where this rank is."""
         phase, step = self._place
         return Report(
             start=self._start,
             rank=self.rank,
-            beats=self._beats,
+            entered=self._entered,
             phase=phase,
             step=step,
             host=socket.gethostname(),
@@ -143,7 +157,7 @@ class Watchdog:
             (self._heartbeats / _file(self.rank, "json")).write_text(text, encoding="utf-8")
 
     def _others_idle(self) -> float:
-        """Seconds since any other rank moved. By the clock of the file system: those of machines may differ."""
+        """Measure the seconds since another rank moved, by the clock of the file system: machines may differ."""
         clock = self._heartbeats / _file(self.rank, "now")
         moved = [0.0]
         try:
@@ -185,7 +199,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _wait(self, enough: Callable[[Mapping[int, Report]], bool]) -> dict[int, Report]:
-        """The ranks' reports, after the grace or as soon as they are ``enough``."""
+        """Wait for the ranks' reports until after the grace or as soon as they are ``enough``."""
         deadline = time.monotonic() + self._grace
         while True:
             found = read_reports(self._reports, "txt", self._start, self.world_size)
@@ -197,8 +211,24 @@ class Watchdog:
         return read_reports(self._heartbeats, "json", self._start, self.world_size)
 
 
+def watch_run(run: RunFolder, engine: Engine, seconds: float) -> Watchdog:
+    """Start this rank's watchdog. Collective."""
+
+    def tell_hang(reason: str, step: int) -> None:
+        """Say who hung where a person or a script will look; called on one rank, which need not be rank 0."""
+        text = f"{reason}; the same command goes on from the last checkpoint\n"
+        os.write(sys.stderr.fileno(), text.encode())  # past Python's own buffers, which a thread that hangs may hold
+        write_outcome(run.path, code=EXIT_HUNG, reason=reason, step=step)
+        RunFolder(run.path, writes=True).event("hang", step=step, reason=reason)
+
+    start = engine.from_main(lambda: str(time.time_ns()))
+    return Watchdog(
+        run.path, rank=engine.rank, world_size=engine.world_size, seconds=seconds, start=start, on_hang=tell_hang
+    )
+
+
 def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict[int, Report]:
-    """The newest report of each rank that wrote one since ``start``."""
+    """Read the newest report of each rank that wrote one since ``start``."""
     found: dict[int, Report] = {}
     for rank in range(world_size):
         with suppress(OSError):
@@ -211,15 +241,15 @@ def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict
 
 
 def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report], world_size: int) -> str:
-    """Who keeps the others waiting, in one sentence.
+    """Say who keeps the others waiting, in one sentence.
 
     Args:
         reports: of the ranks whose watchdog noticed the hang, at least one.
         last_seen: the heartbeats, also of ranks that cannot report any more.
     """
-    front = max(reports.values(), key=lambda report: report.beats)
+    front = max(reports.values(), key=lambda report: report.entered)
     silent = [rank for rank in range(world_size) if rank not in reports]
-    behind = [report for report in reports.values() if report.beats < front.beats]
+    behind = [report for report in reports.values() if report.entered < front.entered]
     if silent:
         named = [_name(rank, last_seen.get(rank), "last seen in") for rank in silent]
         return (
@@ -227,8 +257,8 @@ def name_the_hang(reports: Mapping[int, Report], last_seen: Mapping[int, Report]
             f"in {front.place()}"
         )
     if behind:
-        least = min(report.beats for report in behind)
-        named = [_name(report.rank, report) for report in behind if report.beats == least]
+        least = min(report.entered for report in behind)
+        named = [_name(report.rank, report) for report in behind if report.entered == least]
         return f"hung: {_listed(named)} kept the others waiting, who are in {front.place()}"
     if world_size == 1:
         return f"hung: {_name(front.rank, front)}"
@@ -248,8 +278,3 @@ def _listed(named: list[str]) -> str:
 
 def _file(rank: int, suffix: str) -> str:
     return f"rank_{rank:05d}.{suffix}"
-
-
-def to_stderr(text: str) -> None:
-    """One line past Python's own buffers, which a thread that hangs may hold."""
-    os.write(sys.stderr.fileno(), f"{text}\n".encode())

@@ -58,7 +58,7 @@ def main(overrides: list[str]) -> None:
         for micro_batch in range(engine.accumulation):
             number = (step * engine.accumulation + micro_batch) * engine.world_size + engine.rank
             inputs = torch.randn(4, 33, generator=torch.Generator().manual_seed(number))
-            engine.micro_batch(inputs, 1.0)  # type: ignore[arg-type]
+            engine.forward_backward(inputs, 1.0)  # type: ignore[arg-type]
         assert engine.step().applied
         engine.update_teacher(DECAY)
         for kept, rounded, now in zip(exact, coarse, engine.full_parameters(students), strict=True):

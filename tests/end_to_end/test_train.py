@@ -158,6 +158,13 @@ def test_check_finds_mistakes_without_training(
     message = capsys.readouterr().err
     assert "gta" in message
     assert "nothing" in message
+    more = tmp_path / "more.yaml"
+    more.write_text("mfm: {enabled: off}\n")
+    assert train.main([*[word for word in good if word != "mfm.enabled=true"], "--config", str(more)]) == 0
+    assert "+ MFM" not in capsys.readouterr().out
+    more.write_text("train: {stepz: 3}\n")
+    assert train.main([*good, "--config", str(more)]) == 2
+    assert f"unknown key 'train.stepz' ({more})" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

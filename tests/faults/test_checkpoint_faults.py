@@ -50,8 +50,8 @@ def writer(folder: Path, *, keep: int = 2, background: bool = False) -> Checkpoi
     """A real writer, of a run of one rank."""
     config = RunConfig()
     config.checkpoint.keep, config.checkpoint.background = keep, background
-    rank: Any = SimpleNamespace(is_main=True, gather_objects=lambda value: [value])
-    return CheckpointWriter(folder, rank, config, data={}, written=lambda _: None)
+    rank: Any = SimpleNamespace(is_main=True, world_size=1, gather_objects=lambda value: [value])
+    return CheckpointWriter(folder, rank, config, data_fingerprints={}, written=lambda _: None)
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_every_rank_hears_of_a_write_that_failed(tmp_path: Path, monkeypatch: py
         return [own, None]
 
     ranks: list[Any] = [
-        SimpleNamespace(is_main=True, gather_objects=gather_first),
+        SimpleNamespace(is_main=True, world_size=1, gather_objects=gather_first),
         SimpleNamespace(is_main=False, gather_objects=lambda own: [told[-1], own]),
     ]
     first.engine, second.engine = ranks
@@ -365,19 +365,21 @@ class Trap:
 
 
 STATES = {
-    "larger than the limit": b'{"format": 1, "x": "' + b"x" * (5 << 20) + b'"}',
+    "larger than the limit": b'{"format": 2, "x": "' + b"x" * (5 << 20) + b'"}',
     "no JSON": b"\xff\xfe not JSON",
     "a pickle": pickle.dumps(Trap()),
     "a list": b"[1, 2]",
     "nested too deep": b'{"config": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     "empty": b"",
-    "another format": {"format": 2},
+    "another format": {"format": 99},
+    "no processes": {"world_size": 0},
+    "processes as text": {"world_size": "2"},
     "no progress": {"progress": {}},
     "progress as text": {"progress": {"step": "1", "applied": 0, "block": 0}},
     "progress as truth": {"progress": {"step": True, "applied": 0, "block": 0}},
     "negative progress": {"progress": {"step": 1, "applied": -1, "block": 0}},
     "endless progress": {"progress": {"step": float("inf"), "applied": 0, "block": 0}},
-    "a number without end": b'{"format": 1, "progress": {"step": ' + b"9" * 100_000 + b"}}",
+    "a number without end": b'{"format": 2, "progress": {"step": ' + b"9" * 100_000 + b"}}",
     "another step": {"progress": {"step": 10**30, "applied": 0, "block": 0}},
     "foreign progress": {"progress": {"step": 1, "applied": 0, "block": 0, "position": 3}},
     "config as a list": {"config": []},

@@ -29,9 +29,9 @@ def named(folder: Path) -> list[str]:
 def test_a_sample_is_named_and_counted_once_in_all_starts_of_a_run(tmp_path: Path) -> None:
     for _ in range(3):
         start = one_start(tmp_path)
-        start.note([FIRST], step=1)
-        start.note([FIRST._replace(reason="its image cannot be read"), SECOND], step=2)
-        assert not start.news([SECOND, FIRST])
+        start.record([FIRST], step=1)
+        start.record([FIRST._replace(reason="its image cannot be read"), SECOND], step=2)
+        assert not start.has_unseen([SECOND, FIRST])
     assert named(tmp_path) == ["one", "two"]
     assert len(start.known) == 2
 
@@ -39,19 +39,19 @@ def test_a_sample_is_named_and_counted_once_in_all_starts_of_a_run(tmp_path: Pat
 def test_what_is_lost_without_a_name_is_told_apart_by_the_reason(tmp_path: Path) -> None:
     lost = [BadSample(shard="s3://a.tar", key="", number=-1, reason=reason) for reason in ("cut", "damaged header")]
     for _ in range(2):
-        one_start(tmp_path).note(lost, step=1)
+        one_start(tmp_path).record(lost, step=1)
     assert named(tmp_path) == ["cut", "damaged header"]
 
 
 def test_samples_of_earlier_starts_count_towards_the_limit(tmp_path: Path) -> None:
-    one_start(tmp_path, limit=0.01).note([FIRST], step=1)
+    one_start(tmp_path, limit=0.01).record([FIRST], step=1)
     with pytest.raises(DataError, match=r"(?s)2 of 100 samples are bad.*'one'.*'two'"):
-        one_start(tmp_path, limit=0.01).note([SECOND], step=2)
+        one_start(tmp_path, limit=0.01).record([SECOND], step=2)
 
 
 def test_a_run_that_was_stopped_for_them_goes_on_once_they_are_mended(tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        one_start(tmp_path, limit=0.0).note([FIRST], step=1)
+        one_start(tmp_path, limit=0.0).record([FIRST], step=1)
     mended = one_start(tmp_path, limit=0.0)
-    mended.note([], step=1)  # as after every evaluation
-    assert mended.news([FIRST])
+    mended.record([], step=1)  # as after every evaluation
+    assert mended.has_unseen([FIRST])

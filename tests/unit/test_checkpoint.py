@@ -53,7 +53,7 @@ def step_on_random_gradients(module: TrainModule, engine: Engine) -> None:
 def save_checkpoint(folder: Path, module: TrainModule, engine: Engine, progress: Progress, config: RunConfig) -> Path:
     """One checkpoint, on disk when this returns."""
     saved: list[Saved] = []
-    writes = CheckpointWriter(folder, engine, config, data={}, written=saved.append)
+    writes = CheckpointWriter(folder, engine, config, data_fingerprints={}, written=saved.append)
     writes.save(module, progress)
     writes.wait()
     writes.close()
@@ -68,6 +68,7 @@ def write_small(folder: Path, step: int, *, skipped: int = 0, keep: int = 1) -> 
         progress=Progress(step=step, applied=step - skipped, block=step, skipped=skipped),
         config={},
         data={},
+        world_size=1,
         keep=keep,
     )
 
@@ -80,7 +81,7 @@ def test_a_save_amid_trouble_costs_no_sound_checkpoint(tmp_path: Path) -> None:
     latest = find_latest(tmp_path, pytest.fail)
     assert latest is not None
     assert latest.progress.step == 8, "where a start goes on"
-    sound = find_sound(tmp_path, None, pytest.fail, lambda: None)
+    sound = find_sound(tmp_path, None, pytest.fail)
     assert sound is not None
     assert sound.progress.step == 4
     write_small(tmp_path, 10)
@@ -92,12 +93,12 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
         write_small(tmp_path, step, skipped=2 if step == 6 else 0, keep=9)
 
     def rollback_step(before: int | None) -> int:
-        found = find_sound(tmp_path, before, pytest.fail, lambda: None)
+        found = find_sound(tmp_path, before, pytest.fail)
         assert found is not None
         return found.progress.step
 
     assert [rollback_step(before) for before in (None, 8, 4, 2)] == [8, 4, 2, 2], "at last there is nothing further"
-    assert find_sound(tmp_path / "nothing", None, pytest.fail, lambda: None) is None
+    assert find_sound(tmp_path / "nothing", None, pytest.fail) is None
 
 
 def test_round_trip_restores_every_tensor(
@@ -114,7 +115,7 @@ def test_round_trip_restores_every_tensor(
     assert found.progress == progress
     torch.manual_seed(1)
     other = build_train_module(tiny_config)
-    load_modules(found, other, rank=0)
+    load_modules(found, other, statistics_of=0)
     other_engine = Engine(engine.accelerator, tiny_config)
     other_engine.prepare(other, build_optimizer(other, tiny_config.optim))
     load_optimizer(found, other, other_engine)
@@ -188,7 +189,7 @@ def test_another_network_is_refused(
     assert found is not None
     tiny_config.rebuilder.width = 64
     with pytest.raises(ConfigError, match="of another network"):
-        load_modules(found, build_train_module(tiny_config), rank=0)
+        load_modules(found, build_train_module(tiny_config))
 
 
 def test_a_manifest_cannot_point_outside_its_folder(
@@ -246,7 +247,7 @@ def test_training_goes_on_while_a_slow_disk_writes(
 
     monkeypatch.setattr("mfm_dist.checkpoint.writer.write_checkpoint", slow)
     saved: list[Saved] = []
-    writes = CheckpointWriter(tmp_path, engine, tiny_config, data={}, written=saved.append)
+    writes = CheckpointWriter(tmp_path, engine, tiny_config, data_fingerprints={}, written=saved.append)
     expected = module.student.state_dict()
     expected = {name: value.clone() for name, value in expected.items()}
     progress = Progress(step=1)
@@ -265,7 +266,7 @@ def test_training_goes_on_while_a_slow_disk_writes(
     written = read_checkpoint(tmp_path / "step_00000001").tensors("student")
     assert [name for name in written if not torch.equal(written[name], expected[name])] == []
     tiny_config.checkpoint.background = False
-    at_once = CheckpointWriter(tmp_path, engine, tiny_config, data={}, written=saved.append)
+    at_once = CheckpointWriter(tmp_path, engine, tiny_config, data_fingerprints={}, written=saved.append)
     at_once.save(module, Progress(step=3))
     assert saved[2].step == 3
     assert saved[2].stall_seconds > saved[2].write_seconds > 0.4

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mfm_dist
 from mfm_dist import export
 from mfm_dist.build import build_student, build_train_module
-from mfm_dist.checkpoint import find_latest, load_modules, load_student, load_teacher
+from mfm_dist.checkpoint import find_latest, load_modules, load_teacher
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
@@ -53,8 +53,7 @@ def trained_module(run: Path) -> TrainModule:
     module = build_train_module(load_config(run / "config.yaml"))
     checkpoint = find_latest(run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
-    load_modules(checkpoint, module, rank=0)
-    load_student(checkpoint, module.student)  # BatchNorm: the mean over ranks in the place of rank 0's own
+    load_modules(checkpoint, module)
     return module.eval()
 
 

@@ -43,7 +43,7 @@ def two_micro_batches(network: list[str], *overrides: str, weight: float = 0.5) 
     engine.prepare(module, build_optimizer(module, config.optim))
     held = Held()
     with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
-        losses = [engine.micro_batch(block(number), weight) for number in (3, 4)]
+        losses = [engine.forward_backward(block(number), weight) for number in (3, 4)]
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert len(gradients) == sum(p.requires_grad for p in module.parameters())
     return Step(losses, gradients, batch_norm_buffers(module.student), module, held.most)
@@ -117,7 +117,7 @@ def test_the_teacher_is_asked_once_for_all_terms() -> None:
     questions: list[nn.Module] = []
     assert module.teacher is not None
     module.teacher.register_forward_hook(lambda teacher, *_: questions.append(teacher))
-    losses = engine.micro_batch(block(), 1.0)
+    losses = engine.forward_backward(block(), 1.0)
     assert len(questions) == 1
     assert set(losses) == {"total", "source", "mixed", "mfm", "pseudo_weight"}
 

@@ -61,7 +61,7 @@ def set_key(config: RunConfig, key: str, value: Any) -> None:
 
 
 def trained(config: RunConfig, **data: str) -> Checkpoint:
-    return Checkpoint(Path("run/checkpoints/step_00000200"), Progress(step=200), to_tree(config), data)
+    return Checkpoint(Path("run/checkpoints/step_00000200"), Progress(step=200), to_tree(config), data, world_size=1)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_everything_else_may_change_and_is_listed(key: str, config: RunConfig) -
 def test_the_same_settings_are_no_problem_after_a_trip_through_json(config: RunConfig) -> None:
     config.model.backbone_options = {"out_indices": [1, 2], "drop_path_rate": 0.1}
     stored = json.loads(json.dumps(to_tree(config)))
-    checkpoint = Checkpoint(Path("step_00000200"), Progress(step=200), stored)
+    checkpoint = Checkpoint(Path("step_00000200"), Progress(step=200), stored, data={}, world_size=1)
     assert resume_problems(checkpoint, config, {}) == []
 
 

@@ -14,8 +14,10 @@ import pytest
 from mfm_dist.run.watchdog import NAMED, Phase, Report, Watchdog, name_the_hang, read_reports
 
 
-def report(rank: int, beats: int, phase: Phase = "micro-batch", step: int = 12, start: str = "now") -> Report:
-    return Report(start=start, rank=rank, beats=beats, phase=phase, step=step, host=f"node{rank}", process=100 + rank)
+def report(rank: int, entered: int, phase: Phase = "micro-batch", step: int = 12, start: str = "now") -> Report:
+    return Report(
+        start=start, rank=rank, entered=entered, phase=phase, step=step, host=f"node{rank}", process=100 + rank
+    )
 
 
 def test_the_rank_behind_is_named() -> None:
@@ -67,8 +69,8 @@ from mfm_dist.run.watchdog import Watchdog
 run, rank, pauses = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 dog = Watchdog(run, rank=rank, world_size=2, seconds=1.0, start="now", on_hang=lambda reason, step: print(reason, step))
 for step, pause in enumerate(pauses):
-    dog.beat(*(pause.split("=")[:-1] or ["data"]), step)
-    time.sleep(float(pause.split("=")[-1]))
+    with dog.phase(*(pause.split("=")[:-1] or ["data"]), step):
+        time.sleep(float(pause.split("=")[-1]))
 """
 """A rank that moves at the given intervals (seconds, or phase=seconds), then ends."""
 
@@ -119,5 +121,6 @@ def test_a_job_that_was_suspended_as_a_whole_does_not_hang(monkeypatch: pytest.M
 
 
 def test_off_means_no_files(tmp_path: Path) -> None:
-    Watchdog(tmp_path, rank=0, world_size=1, seconds=0, start="now", on_hang=print).beat("data", 0)
+    with Watchdog(tmp_path, rank=0, world_size=1, seconds=0, start="now", on_hang=print).phase("data", 0):
+        pass
     assert list(tmp_path.iterdir()) == []

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
+import yaml
 
 from mfm_dist.config.loader import changed_keys, describe, dump_config, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.validate import problems, range_of
 from mfm_dist.errors import ConfigError
+from mfm_dist.train import parse_arguments
 
 
-def problems_of(*overrides: str, path: Path | None = None) -> list[str]:
+def hints_by_key(kind: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """The type of every field, with its range, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        found |= hints_by_key(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
+    return found
+
+
+KEYS = hints_by_key()
+RANGED = [key for key, hint in KEYS.items() if range_of(hint)]
+
+
+def value_of(config: RunConfig, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def problems_of(*overrides: str, path: Path | Sequence[Path] | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return caught.value.problems
+
+
+def write(folder: Path, *texts: str) -> list[Path]:
+    """Configuration files a.yaml, b.yaml, ... with these texts."""
+    files = [folder / f"{name}.yaml" for name, _ in zip("abc", texts, strict=False)]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    return files
 
 
 def test_precedence_is_default_then_yaml_then_override(tmp_path: Path) -> None:
@@ -25,6 +56,98 @@ def test_precedence_is_default_then_yaml_then_override(tmp_path: Path) -> None:
     config = load_config(file, ["train.steps=9"])
     assert (config.train.steps, config.train.micro_batch, config.train.clip_norm) == (9, 4, 0.0)
     assert config.optim.lr == 6e-5  # YAML reads 6e-5 as text
+
+
+def test_later_files_win_key_by_key_and_overrides_over_all(tmp_path: Path) -> None:
+    files = write(
+        tmp_path,
+        "train: {steps: 7, micro_batch: 4, global_batch: 8}\ndata: {rare_class_sampling: {enabled: true}}\n",
+        "train: {steps: 8, global_batch: 16}\ndata: {rare_class_sampling: {temperature: 0.5}}\noptim:\n",
+        "train: {global_batch: 4}\n",
+    )
+    config = load_config(files, ["train.steps=9"])
+    assert (config.train.steps, config.train.micro_batch, config.train.global_batch) == (9, 4, 4)
+    assert (config.data.rare_class_sampling.enabled, config.data.rare_class_sampling.temperature) == (True, 0.5)
+    assert load_config(files[::-1]).train.steps == 7
+    assert load_config([]) == load_config(None) == RunConfig()
+    assert load_config(files[:1]) == load_config(files[0])
+
+
+def test_a_mapping_is_replaced_whole_and_an_override_of_one_entry_keeps_the_others(tmp_path: Path) -> None:
+    files = write(
+        tmp_path,
+        "model: {backbone_options: {output_stride: 8, out_indices: [1, 2]}}\n",
+        "model: {backbone_options: {output_stride: 16}}\n",
+    )
+    assert load_config(files).model.backbone_options == {"output_stride": 16}
+    config = load_config(files[0], ["model.backbone_options.output_stride=16", "hrda.attention_options.dilations=[6]"])
+    assert config.model.backbone_options == {"output_stride": 16, "out_indices": [1, 2]}
+    assert config.hrda.attention_options == {"width": 256, "dilations": [6]}  # the default's entry, too
+    assert load_config(files[0], ["model.backbone_options={}"]).model.backbone_options == {}
+    assert RunConfig().hrda.attention_options == {"width": 256}
+
+
+def test_problems_name_the_file_they_come_from(tmp_path: Path) -> None:
+    first, second, third = write(
+        tmp_path,
+        "train: {global_batch: 4, stepz: 3}\nmodel: {pretrained: true}\n",
+        "optim: {lr: fast}\n",
+        "train: {micro_batch: 3, global_batch: 4}\n",
+    )
+    assert problems_of(path=[first, second]) == [
+        f"unknown key 'train.stepz' ({first}): did you mean 'train.steps'?",
+        f"optim.lr: expected a number, got 'fast' ({second})",
+    ]
+    first.write_text("model: {pretrained: true}\ntrain: {steps: 0}\n")
+    assert problems_of("model.weights=x.pth", "mfm.mask_ratio=2", path=[first, third]) == [
+        "mfm.mask_ratio=2.0: must lie between 0 and 1 (command line)",
+        f"train.steps=0: must be at least 1 ({first})",
+        f"train.global_batch=4 is not a multiple of train.micro_batch=3 ({third})",
+        "model.pretrained and model.weights are both set: keep one, they both start the encoder "
+        f"({first}, command line)",
+    ]
+    missing = tmp_path / "d.yaml"
+    assert [text.partition(":")[0] for text in problems_of("=", path=[first, missing])] == [
+        str(missing),
+        "override '='",
+    ]
+
+
+def test_what_a_later_source_sets_right_is_no_problem(tmp_path: Path) -> None:
+    files = write(tmp_path, "train: {steps: many}\n", "train: {steps: 3}\n")
+    assert load_config(files).train.steps == 3
+    assert load_config(files[0], ["train.steps=4"]).train.steps == 4
+    assert "got 'many'" in problems_of(path=files[::-1])[0]
+
+
+def test_the_command_takes_several_files_anywhere_and_none() -> None:
+    arguments = parse_arguments(["--config", "a.yaml", "seed=1", "--config", "b.yaml", "--check", "seed=2"])
+    assert (arguments.config, arguments.overrides) == ([Path("a.yaml"), Path("b.yaml")], ["seed=1", "seed=2"])
+    assert parse_arguments([]).config == [Path("configs/quickstart.yaml")]
+
+
+ON_TOP = """
+data: {lanes: 0, rare_class_sampling: {enabled: yes}}
+model: {weights: null, pretrained: on}
+mfm: {reconstruction: classes, use_rebuilder: off, trained_parts: decoder}
+"""
+"""Keys that do not go together with others of every_key.yaml, and what lets them go."""
+
+
+def test_every_key_can_be_set_from_yaml_text(tmp_path: Path) -> None:
+    """Overrides are split before YAML reads them, so only a file shows a key that YAML takes for a boolean."""
+    most = Path(__file__).with_name("every_key.yaml")
+    configs = [load_config(most), load_config([most, *write(tmp_path, ON_TOP)])]
+    as_by_default = [
+        key for key in KEYS if all(value_of(config, key) == value_of(RunConfig(), key) for config in configs)
+    ]
+    assert as_by_default == []
+
+
+def test_no_key_is_a_word_that_yaml_reads_as_something_else() -> None:
+    words = {part for key in KEYS for part in key.split(".")}
+    assert [word for word in words if yaml.safe_load(word) != word] == []
+    assert yaml.safe_load("on") is True  # what the test is about
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -46,14 +169,84 @@ def test_unknown_keys_are_named_with_the_nearest_valid_one() -> None:
     assert problems_of("train.stepz=3") == ["unknown key 'train.stepz' (command line): did you mean 'train.steps'?"]
     assert "did you mean 'train.steps'" in problems_of("steps=3")[0]
     assert "did you mean 'rebuilder.width'" in problems_of("rebuilder.widht=3")[0]
+    assert "allowed are log.every, log.trackers" in problems_of("log.foo=3")[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("mic.on=daformer", "mic.base_method"),  # by its value
+        ("mic.block=32", "mic.mask_block_pixels"),  # by a word
+        ("mfm.rebuild=false", "mfm.use_rebuilder"),  # by its likeness
+        ("mfm.rebuilds=pixels", "mfm.reconstruction"),  # like use_rebuilder, which does not take it
+        ("mfm.trains=both", "mfm.trained_parts"),  # a value of several
+        ("stability.rollbacks=2", "recovery"),  # the only section with this key
+        ("trian.every=5", "train"),  # a key of several sections, the nearest of which has none
+        ("rebuilder.widht=3.5", "rebuilder.width"),  # the value does not fit either
+    ],
+)
+def test_an_unknown_key_is_understood_by_name_word_or_value(override: str, meant: str) -> None:
+    (problem,) = problems_of(override)
+    assert f"did you mean '{meant}'?" in problem
+
+
+def test_a_key_that_yaml_reads_as_a_boolean_is_explained(tmp_path: Path) -> None:
+    files = write(tmp_path, "mic: {on: daformer}\n", "mic: {on: daformer, 5: 3}\n")
+    assert problems_of(path=files[0]) == [
+        f"unknown key 'mic.True' ({files[0]}): did you mean 'mic.base_method'?; YAML reads on, yes, off and no as true "
+        "and false, and digits as a number: in quotes they are text"
+    ]
+    assert len(problems_of(path=files[1])) == 2
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = [key for key, hint in KEYS.items() if "int" in str(hint) or "float" in str(hint)]
+    assert numbers == RANGED
+
+
+@pytest.mark.parametrize("key", RANGED)
+def test_a_number_out_of_its_range_is_refused(key: str) -> None:
+    found = problems_of(f"{key}=-1")
+    assert [text for text in found if text.startswith(f"{key}=-1") and ": must " in text and "(command line)" in text]
+
+
+@pytest.mark.parametrize("key", ["data.crop", "eval.resize", "rebuilder.grid"])
+def test_each_number_of_a_pair_has_the_range(key: str) -> None:
+    assert f"{key}=0: must be at least 1 (command line)" in problems_of(f"{key}=[32, 0]")
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "refused"),
+    [
+        ("train.steps", ["1"], "0"),
+        ("optim.lr", ["0"], "-1e-9"),
+        ("optim.warmup_ratio", ["0", "1"], "1.001"),
+        ("rebuilder.mlp_ratio", ["0.1"], "0"),
+        ("recovery.spike_factor", ["0", "1.1"], "1"),
+        ("recovery.spike_window", ["1", "10000"], "10001"),
+    ],
+)
+def test_the_edges_of_a_range(key: str, allowed: list[str], refused: str) -> None:
+    for text in allowed:
+        assert problems(load_config(None, [f"{key}={text}"])) == []
+    assert len(problems_of(f"{key}={refused}")) == 1
+
+
+def test_help_shows_types_and_ranges() -> None:
+    heads = {line.partition("=")[0]: line.partition("\n")[0] for line in describe()}
+    assert list(heads) == list(KEYS)
+    assert heads["train.steps"] == "train.steps=40000  [an integer, must be at least 1]"
+    assert heads["eval.resize"] == "eval.resize=None  [2 x an integer or null, must be at least 1]"
+    assert heads["mfm.enabled"] == "mfm.enabled=False  [true or false]"
+    assert all(("must" in heads[key]) == (key in RANGED) for key in KEYS)
 
 
 def test_every_problem_is_reported_at_once_with_its_origin(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("train: {steps: many}\nmfm: {loss_on: visible}\nseed: no\n")
-    problems = problems_of("optim.lr=fast", "data.crop=3x4x5", "=1", path=file)
-    text = "\n".join(problems)
-    assert len(problems) == 6
+    found = problems_of("optim.lr=fast", "data.crop=3x4x5", "=1", path=file)
+    text = "\n".join(found)
+    assert len(found) == 6
     assert f"train.steps: expected an integer, got 'many' ({file})" in text
     assert "mfm.loss_on: expected one of all, hidden, got 'visible'" in text
     assert "seed: expected an integer, got False" in text  # YAML reads `no` as False
@@ -76,7 +269,7 @@ def test_contradictions_are_found() -> None:
     assert "rebuilder.width=100 is not a multiple of rebuilder.heads=16" in text
     assert "mfm.mask_ratio=1.5: must lie between 0 and 1" in text
     assert "model.pretrained and model.weights" in text
-    assert "recovery.spike_window=100000: at most 10000" in text
+    assert "recovery.spike_window=100000: must be 1 to 10000 steps" in text
 
 
 def test_a_world_that_does_not_fit_is_refused_with_numbers_that_do() -> None:
@@ -92,6 +285,11 @@ def test_files_that_are_missing_or_no_mapping(tmp_path: Path) -> None:
     assert "expected sections" in problems_of(path=tmp_path / "there.yaml")[0]
     (tmp_path / "broken.yaml").write_text("train: {steps: 3\n")
     assert "not valid YAML" in problems_of(path=tmp_path / "broken.yaml")[0]
+    (tmp_path / "broken.yaml").write_text("run: {folder: 2024-13-45}\n")
+    assert "not valid YAML: month must be in 1..12" in problems_of(path=tmp_path / "broken.yaml")[0]
+    assert problems_of("run.folder=2024-13-45") == [
+        "override 'run.folder=2024-13-45': '2024-13-45' is not a YAML value; quote it"
+    ]
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:

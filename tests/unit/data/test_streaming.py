@@ -11,7 +11,7 @@ import pytest
 from mfm_dist.batch import BadSample
 from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.schema import DataSection, RareClassSection, RunConfig
-from mfm_dist.config.validate import data_problems
+from mfm_dist.config.validate import problems
 from mfm_dist.data import streaming as tar_stream
 from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.pipeline import TrainPipeline
@@ -180,12 +180,12 @@ def test_urls() -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(data: DataSection, problem: str) -> None:
-    assert [text for text in data_problems(data) if problem in text]
+    assert [text for text in problems(RunConfig(data=data)) if problem in text]
 
 
 def test_the_defaults_have_no_problem_and_lanes_need_a_world_that_divides_them() -> None:
-    assert data_problems(DataSection()) == []
-    assert data_problems(DataSection(rare_class_sampling=RareClassSection(enabled=True))) == []
+    assert problems(RunConfig()) == []
+    assert problems(RunConfig(data=DataSection(rare_class_sampling=RareClassSection(enabled=True)))) == []
     config = RunConfig(data=DataSection(lanes=6))
     config.train.global_batch = 8
     assert config.world_problems(2) == []
