@@ -222,7 +222,7 @@ def test_mistakes_are_told_with_exit_code_2(
 def test_a_run_without_a_teacher_says_so(trained_run: Path, tmp_path: Path) -> None:
     checkpoint = find_latest(trained_run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
-    lonely = type(checkpoint)(tmp_path, checkpoint.progress, checkpoint.config)
+    lonely = replace(checkpoint, path=tmp_path)
     with pytest.raises(ConfigError, match="has no teacher"):
         load_teacher(lonely, plain_segmentor(trained_run))
 
