@@ -4,6 +4,11 @@ Bad data has three names. ``DataError``: the run stops. ``BadSample``: one sampl
 ``CorruptFileError``: a file is not what was written; whoever knows which one makes one of the other two of it.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import NamedTuple
 
 EXIT_DONE = 0
@@ -91,3 +96,22 @@ class RankMismatchError(UserError):
     """What several places hold is not the same any more; a memory or network fault. The last checkpoint is sound."""
 
     exit_code = EXIT_MISMATCH
+
+
+def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code."""
+
+    @wraps(main)
+    def told(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+
+    return told
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the lines that follow; its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,28 +15,25 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, first_line, tell_user_errors
 from mfm_dist.inference.open_run import open_run
 from mfm_dist.inference.segmentor import CONFIG, ONNX, WEIGHTS, TrainedSegmentor, is_export
 from mfm_dist.storage import whole_folder
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     output: Path = arguments.output
-    try:
-        refuse_what_is_no_export(output)
-        if arguments.onnx:
-            refuse_without_onnx()
-        model = open_run(arguments.run, arguments.weights).trained_segmentor().eval()
-        write_export(model, output, onnx=arguments.onnx)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    about, parameters = model.about, sum(p.numel() for p in model.parameters())
-    miou = "" if about.miou is None else f", target mIoU {about.miou:.2f} %"
-    print(f"{output}: {about.weights} of {about.run} at step {about.step}{miou}, {parameters / 1e6:.2f} M parameters")
+    refuse_what_is_no_export(output)
+    if arguments.onnx:
+        refuse_without_onnx()
+    model = open_run(arguments.run, arguments.weights).model
+    write_export(model, output, onnx=arguments.onnx)
+    card, parameters = model.card, sum(p.numel() for p in model.parameters())
+    miou = "" if card.miou is None else f", target mIoU {card.miou:.2f} %"
+    print(f"{output}: {card.weights} of {card.run} at step {card.step}{miou}, {parameters / 1e6:.2f} M parameters")
     print(f"load it with: mfm_dist.load({str(output)!r})")
     return EXIT_DONE
 
@@ -53,7 +50,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
             # Copies, because safetensors refuses tensors that share memory.
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.segmentor.state_dict().items()}
             (folder / WEIGHTS).write_bytes(save(tensors))  # save_file would keep it from other users
-            (folder / CONFIG).write_text(model.about.to_json(), encoding="utf-8")
+            (folder / CONFIG).write_text(model.card.to_json(), encoding="utf-8")
             if onnx:
                 _write_onnx(model, folder / ONNX)
     except OSError as error:
@@ -61,7 +58,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
 
 
 def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
-    """Normalised images to logits, at any batch size, height and width from 64; config.json stands in its metadata.
+    """Write normalised images to logits as ONNX, at any batch size and sides from 64; its metadata hold config.json.
 
     A segmentor that predicts in windows takes windows: images of exactly their size.
     """
@@ -72,7 +69,7 @@ def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
     try:
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, 3, *model.about.crop),),
+            (torch.zeros(2, 3, *model.card.crop),),
             input_names=["image"],
             output_names=["logits"],
             dynamic_shapes={"image": sizes},
@@ -80,10 +77,10 @@ def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # torch's exporter raises many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--onnx: torch cannot export {model.about.backbone} ({reason}); leave --onnx out") from error
+        failed = f"torch cannot export {model.card.backbone} ({first_line(error)})"
+        raise ConfigError(f"--onnx: {failed}; leave --onnx out") from error
     assert program is not None
-    program.model.metadata_props["mfm_dist"] = model.about.to_json()
+    program.model.metadata_props["mfm_dist"] = model.card.to_json()
     program.save(path)
 
 
@@ -113,7 +110,7 @@ def refuse_without_onnx() -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mfm_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +20,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from mfm_dist import load
-from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
+from mfm_dist.errors import (
+    EXIT_DATA,
+    EXIT_DONE,
+    ConfigError,
+    CorruptFileError,
+    StorageError,
+    first_line,
+    tell_user_errors,
+)
+from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.overlays import SUFFIXES, overlay, read_image, save_ids, save_picture
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.storage import write_atomically
@@ -31,50 +38,41 @@ SUMMARY = "predictions.json"
 """Marks a folder of predictions, which a later start may write into."""
 
 
-@dataclass(frozen=True)
-class Done:
-    """What became of each input, by its name below --input."""
-
-    ids: dict[str, str] = field(default_factory=dict)
-    """Id picture of each image, below --output."""
-    bad: dict[str, str] = field(default_factory=dict)
-    """Why an image could not be used."""
-
-
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     output: Path = arguments.output
+    refuse_unsafe_folders(arguments.input, output)
+    names = find_images(arguments.input, output)
+    model = load(arguments.run or arguments.model, checked_device(arguments.device))
+    root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
-        refuse_unsafe_folders(arguments.input, output)
-        names = find_images(arguments.input, output)
-        model = load(arguments.run or arguments.model, checked_device(arguments.device))
-        root = arguments.input if arguments.input.is_dir() else arguments.input.parent
-        try:
-            done = predict_all(model, root, names, output, overlays=arguments.overlays)
-            summary = {"model": model.about.run, "step": model.about.step, "ids": done.ids, "bad": done.bad}
-            write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(f"--output {output} cannot be written: {error}") from error
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    for name, reason in done.bad.items():
+        ids, bad = predict_all(model, root, names, output, overlays=arguments.overlays)
+        summary = {"model": model.card.run, "step": model.card.step, "ids": ids, "bad": bad}
+        write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(f"--output {output} cannot be written: {error}") from error
+    for name, reason in bad.items():
         print(f"not done: {root / name}: {reason}", file=sys.stderr)
-    print(f"{len(done.ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
+    print(f"{len(ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
     print(f", overlays in {output / 'overlays'}" if arguments.overlays else "")
-    return EXIT_DATA if done.bad else EXIT_DONE
+    return EXIT_DATA if bad else EXIT_DONE
 
 
 def predict_all(
     model: TrainedSegmentor, root: Path, names: Sequence[Path], output: Path, *, overlays: bool = True
-) -> Done:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Segment ``root / name`` for each name and write the pictures.
+
+    Returns:
+        the id picture of each image that is done, below ``output``, and why each of the others could not be used.
 
     Raises:
         OSError: if ``output`` cannot be written.
     """
-    done = Done()
+    ids_of: dict[str, str] = {}
+    bad: dict[str, str] = {}
     pictures = picture_names(names)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / SUMMARY, "{}\n")  # so that an interrupted start may be repeated
@@ -84,18 +82,18 @@ def predict_all(
             image = read_image(root / name)
             ids = model.predict(image).cpu()
         except CorruptFileError as error:
-            done.bad[str(name)] = str(error)
+            bad[str(name)] = str(error)
             continue
         except torch.OutOfMemoryError:
-            done.bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
+            bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
             continue
         picture = pictures[name]
         save_ids(output / "ids" / picture, ids)
         if overlays:
             blended = overlay(image.permute(1, 2, 0).numpy(), ids)
             save_picture(output / "overlays" / picture, Image.fromarray(blended))
-        done.ids[str(name)] = str(Path("ids") / picture)
-    return done
+        ids_of[str(name)] = str(Path("ids") / picture)
+    return ids_of, bad
 
 
 def refuse_unsafe_folders(source: Path, output: Path) -> None:
@@ -115,7 +113,7 @@ def refuse_unsafe_folders(source: Path, output: Path) -> None:
 
 
 def find_images(source: Path, output: Path) -> list[Path]:
-    """The image at ``source``, or all below it but those in ``output``: names below it, sorted.
+    """Return the image at ``source``, or all below it but those in ``output``: names below it, sorted.
 
     Raises:
         ConfigError: if there is none.
@@ -124,18 +122,15 @@ def find_images(source: Path, output: Path) -> list[Path]:
         if source.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--input {source}: not an image by its name ({', '.join(SUFFIXES)})")
         return [Path(source.name)]
-    found = []
-    for folder, subfolders, files in os.walk(source):
-        here = Path(folder)
-        subfolders[:] = [name for name in subfolders if (here / name).resolve() != output.resolve()]
-        found += [(here / name).relative_to(source) for name in files if Path(name).suffix.lower() in SUFFIXES]
+    images = [path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    found = [path for path in images if not path.parent.resolve().is_relative_to(output.resolve())]
     if not found:
         raise ConfigError(f"--input {source}: no images in it ({', '.join(SUFFIXES)})")
-    return sorted(found)
+    return sorted(path.relative_to(source) for path in found)
 
 
 def picture_names(names: Sequence[Path]) -> dict[Path, Path]:
-    """A PNG's name for each image: a.jpg becomes a.png, but a.jpg.png where another image would become a.png too."""
+    """Name a PNG for each image: a.jpg becomes a.png, but a.jpg.png where another image would become a.png too."""
     chosen = {name: name.with_suffix(".png") for name in names}
     while True:
         # Letters of either case, because some file systems tell no difference.
@@ -147,7 +142,7 @@ def picture_names(names: Sequence[Path]) -> dict[Path, Path]:
 
 
 def checked_device(name: str) -> torch.device:
-    """The device of that name, tried.
+    """Return the device of that name, once it has been tried.
 
     Raises:
         ConfigError: if there is none.
@@ -156,19 +151,13 @@ def checked_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason})") from error
+        raise ConfigError(f"--device {name}: cannot be used here ({first_line(error)})") from error
     return device
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mfm_dist.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", type=Path, help="run folder; the student of its newest checkpoint predicts")
-    model.add_argument("--model", type=Path, metavar="EXPORT", help="folder written by mfm_dist.export")
+    """Read the command line."""
+    parser = model_parser("predict", __doc__)
     parser.add_argument("--input", type=Path, required=True, help="an image, or a folder of jpg, png and webp images")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or earlier output")
     parser.add_argument(

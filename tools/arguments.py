@@ -24,7 +24,7 @@ def config_arguments(files: Sequence[Path]) -> list[str]:
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``least`` on, up to ``most`` if there is a bound."""
+    """Make an argparse type: a whole number from ``least`` on, up to ``most`` if there is a bound."""
 
     def whole_number(text: str) -> int:
         number = int(text)

@@ -22,9 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,6 +47,7 @@ from tools.bench_memory import random_batch
 from tools.profile_throughput import QUICKSTART
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
+from tools.records import write_record
 from tools.step_profile import cpu_name
 
 STARTS = {"single": ("cpu_single", 1), "ddp": ("cpu_ddp", 2), "zero2": ("cpu_zero2", 2), "zero3": ("cpu_zero3", 2)}
@@ -63,7 +62,7 @@ RATIOS = (("engine", "bare"), ("engine", "raw DeepSpeed"), ("raw DeepSpeed", "ba
 
 
 def engine_loop(config: RunConfig, engine: Engine) -> Loop:
-    """What the trainer asks the engine for in one step, and for a checkpoint."""
+    """Ask the engine for what the trainer does in one step, and for a checkpoint."""
     module = build_train_module(config)
     engine.prepare(module, build_optimizer(module, config.optim))
     weight = mfm_weight(0, config.mfm)
@@ -91,7 +90,7 @@ Rounds = list[dict[str, float]]
 
 
 def time_ways(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Rounds] | None:
-    """In a rank: how long steps and saves take. Rank 0 returns it, the others None."""
+    """Measure, in a rank, how long steps and saves take. Rank 0 returns it, the others None."""
     engine = start_engine(config)
     ways: dict[str, Loop] = {"engine": engine_loop(config, engine)}
     if Launch.from_environment().zero_stage is not None:
@@ -126,7 +125,7 @@ def take_turns(
     warmup: int,
     pause: float = 0.0,
 ) -> Rounds:
-    """Times what ``work`` gives for each round, there and back."""
+    """Time what ``work`` gives for each round, there and back."""
     own: Rounds = []
     for number in range(warmup + rounds):
         ways = work(number)
@@ -143,7 +142,7 @@ def take_turns(
 
 
 def summary(rounds: Sequence[Mapping[str, float]], saves: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Medians of one start: seconds of each way, and the ratios of ``RATIOS`` that it has."""
+    """Return medians of one start: seconds of each way, and the ratios of ``RATIOS`` that it has."""
     ways = rounds[0]
     ratios = {f"{over} / {under}": [one[over] / one[under] for one in rounds]
               for over, under in RATIOS if over in ways and under in ways}  # fmt: skip
@@ -160,7 +159,7 @@ def median_and_quartiles(values: list[float]) -> dict[str, float]:
 
 
 def table(starts: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one line a start."""
+    """Return Markdown, one line a start."""
     ways, ratios = ("engine", "raw DeepSpeed", "bare"), [f"{over} / {under}" for over, under in RATIOS]
     heads = [*(f"{way}, ms" for way in ways), *ratios, *(f"{way} saves, ms" for way in ways)]
     lines = ["| start | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
@@ -175,7 +174,7 @@ def table(starts: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures under the names that the JSON file has."""
+    """Measure all figures, under the names that the JSON file has."""
     starts: dict[str, Any] = {}
     rounds: dict[str, Any] = {}
     files = [file.absolute() for file in arguments.config]
@@ -190,7 +189,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, str(QUICKSTART))
     parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS), help="which to measure (all)")
@@ -219,16 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"promised: engine / bare at most {PROMISE} without DeepSpeed, engine / raw DeepSpeed at most {PROMISE} with it"
     )
     if arguments.json:
-        record = {
-            "command": ["python", "tools/bench_engine.py", *(sys.argv[1:] if argv is None else argv)],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
-            "changed": changed_keys(to_tree(RunConfig()), config),
-            "torch_threads": config.train.threads,
+        write_record(
+            arguments.json,
+            ["tools/bench_engine.py", *(sys.argv[1:] if argv is None else argv)],
+            ("torch", "deepspeed", "accelerate", "timm"),
+            changed=changed_keys(to_tree(RunConfig()), config),
+            torch_threads=config.train.threads,
             **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        )
     return EXIT_DONE
 
 

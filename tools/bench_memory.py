@@ -11,15 +11,12 @@ the settings take turns, measured without the profiler.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,10 @@ from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
-from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import add_run_arguments, whole
+from tools.records import write_record
 from tools.step_profile import cpu_name, peak_gib, synchronise
 
 DEFAULT = ["model.backbone=mit_b0", "data.crop=256x256", "mfm.enabled=true"]
@@ -53,7 +50,7 @@ SETTINGS = {
 
 
 def random_batch(config: RunConfig, number: int) -> UDABatch:
-    """Pictures of noise: neither memory nor time depends on what they show."""
+    """Make pictures of noise: neither memory nor time depends on what they show."""
     generator = torch.Generator().manual_seed(number)
     size = (config.train.micro_batch, *config.data.crop)
     images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
@@ -67,7 +64,7 @@ def random_batch(config: RunConfig, number: int) -> UDABatch:
 
 
 def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
-    """An engine, one optimiser step of it, and the bytes of weights, teacher and optimiser state after a first one."""
+    """Build an engine, a step of it, and the bytes of weights, teacher and optimiser state after a first one."""
     engine = start_engine(config)
     module = build_train_module(config)
     engine.prepare(module, build_optimizer(module, config.optim))
@@ -85,7 +82,7 @@ def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
 
 
 def measure(config: RunConfig, *, rounds: int) -> dict[str, Any]:
-    """All figures under the names that the JSON file has.
+    """Measure all figures, under the names that the JSON file has.
 
     Raises:
         ConfigError: for several processes, or networks that cannot be built.
@@ -117,7 +114,7 @@ def measure(config: RunConfig, *, rounds: int) -> dict[str, Any]:
 
 
 def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, one line a setting; ratios are to the plain step."""
+    """Return Markdown, one line a setting; ratios are to the plain step."""
     lines = ["| memory | step's peak, MiB | of plain | step, ms | of plain |", "|---|---|---|---|---|"]
     seconds = {name: statistics.median(one["seconds"]) for name, one in settings.items()}
     for name, one in settings.items():
@@ -128,7 +125,7 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, " ".join(DEFAULT))
     parser.add_argument(
@@ -149,15 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"weights, teacher and optimiser beside it {found['settings']['plain']['standing_mib']:.1f} MiB")
     print(table(found["settings"]))
     if arguments.json:
-        record = {
-            "command": ["python", "tools/bench_memory.py", *(sys.argv[1:] if argv is None else argv)],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "timm", "accelerate")},
-            "changed": changed_keys(to_tree(RunConfig()), config),
-            **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        command = ["tools/bench_memory.py", *(sys.argv[1:] if argv is None else argv)]
+        changed = changed_keys(to_tree(RunConfig()), config)
+        write_record(arguments.json, command, ("torch", "timm", "accelerate"), changed=changed, **found)
     return EXIT_DONE
 
 

@@ -14,8 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from tools.arguments import add_run_arguments, config_arguments
 from tools.bench_memory import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
+from tools.records import write_record
 
 DEFAULT = [
     "model.backbone=convnext_base", "model.decoder=daformer", "model.decoder_options={width: 472}", "data.crop=64x64",
@@ -57,14 +56,14 @@ PROMISE = 1.1
 
 
 def cases(launches: Sequence[str], precisions: Sequence[str], processes: int) -> list[tuple[str, str, int]]:
-    """(launch file, precision, processes) of every start: twice as many processes also at ZeRO-3."""
+    """List (launch file, precision, processes) of every start: twice as many processes also at ZeRO-3."""
     found = [(launch, precision, processes) for precision in precisions for launch in launches]
     found += [("cpu_zero3", precision, 2 * processes) for precision in precisions if "cpu_zero3" in launches]
     return [case for case in found if case[1] != "bf16_weights" or case[0] in ("cpu_zero2", "cpu_zero3")]
 
 
 def count_state(config: RunConfig) -> dict[str, Any] | None:
-    """In a rank: train and count. Rank 0 returns what the fullest rank holds, the others None."""
+    """Train and count, in a rank. Rank 0 returns what the fullest rank holds, the others None."""
     engine = start_engine(config)
     module = build_train_module(config)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -94,14 +93,14 @@ def count_state(config: RunConfig) -> dict[str, Any] | None:
 
 
 def total_bytes(launch: str, precision: str, *, trainable: int, teacher: int) -> int:
-    """The state of one run over all ranks together, every number once."""
+    """Return the state of one run over all ranks together, every number once."""
     each = BYTES[precision]
     master = 0 if launch in ("cpu_ddp", "cpu_zero0") else 4
     return trainable * (each["trainable"] - 4 + master) + teacher * each["teacher"]
 
 
 def with_ratios(case: tuple[str, str, int], found: Mapping[str, Any]) -> dict[str, Any]:
-    """A case as the JSON file has it: what was counted, the total, and how much of it a rank holds."""
+    """Return a case as the JSON file has it: what was counted, the total, and how much of it a rank holds."""
     launch, precision, processes = case
     total = total_bytes(launch, precision, trainable=found["trainable"], teacher=found["teacher"])
     state = max(sum(found[when]["state"].values()) for when in ("after backward", "after step"))
@@ -118,7 +117,7 @@ def with_ratios(case: tuple[str, str, int], found: Mapping[str, Any]) -> dict[st
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, one line a case, MiB."""
+    """Return Markdown, one line a case, MiB."""
     roles = list(results[0]["after backward"]["state"])
     heads = ["launch", "ranks", "precision", *roles, "state", "of total", "x N", "after step", "buffers"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -135,22 +134,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_record(path: Path, argv: Sequence[str], config: RunConfig, results: Sequence[Mapping[str, Any]]) -> None:
-    """Everything that was found, and how."""
-    record = {
-        "command": ["python", "tools/bench_ranks.py", *argv],
-        "date": date.today().isoformat(),
-        "packages": {name: version(name) for name in ("torch", "deepspeed", "accelerate", "timm")},
-        "changed": changed_keys(to_tree(RunConfig()), config),
-        "bytes_a_parameter": BYTES,
-        "results": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, " ".join(DEFAULT))
     parser.add_argument("--launch", nargs="*", choices=LAUNCHES, default=list(LAUNCHES), help="launch files (all)")
@@ -177,7 +162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
             print(f"{one['of_share']:.3f} of total / N", flush=True)
             if arguments.json:  # after each case: a later one may not fit the machine
-                write_record(arguments.json, sys.argv[1:] if argv is None else argv, config, results)
+                write_record(
+                    arguments.json,
+                    ["tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
+                    ("torch", "deepspeed", "accelerate", "timm"),
+                    changed=changed_keys(to_tree(RunConfig()), config),
+                    bytes_a_parameter=BYTES,
+                    results=results,
+                )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def summary(miou: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each variant, and of its difference to every other, paired by seed."""
+    """Return mean and interval of each variant, and of its difference to every other, paired by seed."""
     return {
         name: {
             "miou": values,
@@ -62,7 +62,7 @@ def summary(miou: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown, one row a variant."""
+    """Return Markdown, one row a variant."""
     base = next(iter(results))
     lines = [f"| variant | target mIoU, % (mean ± 95 %) | minus {base}, paired | by seed |", "|---|---|---|---|"]
     for name, result in results.items():
@@ -74,7 +74,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, str(VARIED))
     parser.add_argument(

@@ -22,14 +22,14 @@ PAPER, TEXT = (255, 255, 255), (40, 40, 40)
 
 
 def coloured(label: np.ndarray) -> np.ndarray:
-    """Train ids, uint8 [H, W], in the colours of Cityscapes, uint8 [H, W, 3]; unlabelled is black."""
+    """Show train ids, uint8 [H, W], in the colours of Cityscapes, uint8 [H, W, 3]; unlabelled is black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(PALETTE)] = PALETTE
     return table[label]
 
 
 def contact_sheet(*, seed: int, split: str, indices: dict[str, Sequence[int]]) -> Image.Image:
-    """One column of pictures and one of labels for each domain.
+    """Draw one column of pictures and one of labels for each domain.
 
     Args:
         indices: the scenes to show for each domain, equally many.

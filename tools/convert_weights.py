@@ -29,9 +29,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mfm_dist.classes import CLASS_NAMES, PALETTE
-from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.export import refuse_what_is_no_export, write_export
-from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor, segmentor_of
+from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.backbone import build_classifier
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 
@@ -45,7 +45,7 @@ HRDA = {"decoder": "decode_head.head.", "attention": "decode_head.scale_attentio
 
 
 def convert_encoder(source: Path, output: Path, *, weights: str = "student", ignore: Sequence[str] = ()) -> list[str]:
-    """The ``encoder`` command; returns what to tell about it.
+    """Run the ``encoder`` command and return what to tell about it.
 
     Raises:
         ConfigError: ``source`` cannot be used, or ``output`` is taken.
@@ -92,7 +92,7 @@ def convert_segmentor(
     crop: tuple[int, int] | None = None,
     resize: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The ``segmentor`` command; returns what to tell about it.
+    """Run the ``segmentor`` command and return what to tell about it.
 
     Raises:
         ConfigError: ``source`` cannot be used, or ``output`` holds other files than an export's.
@@ -103,7 +103,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
-    about = ModelCard(
+    card = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
         decoder=decoder.name,
@@ -128,7 +128,7 @@ def convert_segmentor(
         renamed |= {f"{role}.{name}": tensor for name, tensor in part.tensors.items()}
     used = ("backbone.", *(HRDA if attention else PLAIN).values())
     renamed |= {name: tensor for name, tensor in tensors.items() if not name.startswith(used)}
-    model = _build(about)
+    model = TrainedSegmentor(card).eval()
     fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
     model.segmentor.load_state_dict(fitted)
     write_export(model, output)
@@ -145,7 +145,7 @@ def convert_segmentor(
 def _read_parts(
     tensors: Mapping[str, Tensor], source: Path, dilations: Sequence[int] | None, coarse_first: bool | None
 ) -> tuple[Part, dict[str, Part]]:
-    """The encoder, and the heads by what an ``HRDASegmentor`` calls them."""
+    """Read the encoder, and the heads by what an ``HRDASegmentor`` calls them."""
     with _blaming(f"{source}, backbone."):
         encoder = read_encoder(inside(tensors, "backbone."))
     heads: dict[str, Part] = {}
@@ -164,15 +164,11 @@ def _read_parts(
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Says in front of every problem where it was found."""
+    """Say in front of every problem where it was found."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError([f"{what}: {problem}" for problem in error.problems]) from error
-
-
-def _build(about: ModelCard) -> TrainedSegmentor:
-    return TrainedSegmentor(segmentor_of(about), about).eval()
 
 
 def _left_out(ignored: Counter[str]) -> list[str]:
@@ -181,7 +177,7 @@ def _left_out(ignored: Counter[str]) -> list[str]:
 
 
 def _flat(name: str) -> str:
-    """timm's name of an encoder's tensor -> its name where only feature maps are asked for."""
+    """Turn timm's name of an encoder's tensor into its name where only feature maps are asked for."""
     return name.replace("stages.", "stages_", 1) if name.startswith("stages.") else name
 
 
@@ -197,7 +193,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Two sub-commands."""
+    """Build the parser of two sub-commands."""
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -242,26 +238,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    try:
-        args = build_parser().parse_args(argv)
-        if args.command == "encoder":
-            lines = convert_encoder(args.source, args.output, weights=args.weights, ignore=args.ignore)
-        else:
-            lines = convert_segmentor(
-                args.source,
-                args.output,
-                weights=args.weights,
-                ignore=args.ignore,
-                dilations=args.dilations,
-                coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
-                crop=tuple(args.crop) if args.crop else None,
-                resize=tuple(args.resize) if args.resize else None,
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    """Run the command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    if args.command == "encoder":
+        lines = convert_encoder(args.source, args.output, weights=args.weights, ignore=args.ignore)
+    else:
+        lines = convert_segmentor(
+            args.source,
+            args.output,
+            weights=args.weights,
+            ignore=args.ignore,
+            dilations=args.dilations,
+            coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
+            crop=tuple(args.crop) if args.crop else None,
+            resize=tuple(args.resize) if args.resize else None,
+        )
     print("\n".join(lines))
     return EXIT_DONE
 

@@ -46,7 +46,7 @@ class Source:
     """What is measured: the shards of a run and how its blocks are made."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Raises UserError when the shards cannot be read."""
+        """Open the shards. Raises UserError when they cannot be read."""
         self.config = config
         data = config.data
         self.readers = [ShardReader(data.root / name, decoder=data.decoder) for name in (data.source, data.target)]
@@ -71,7 +71,7 @@ class Source:
 
 
 def crop(plane: Tensor, size: tuple[int, int], draws: np.random.Generator) -> tuple[slice, slice]:
-    """A uniform box."""
+    """Draw a uniform box."""
     top, left = (int(draws.integers(max(a - b, 0) + 1)) for a, b in zip(plane.shape[-2:], size, strict=True))
     return slice(top, top + size[0]), slice(left, left + size[1])
 
@@ -140,7 +140,7 @@ class PlainWebDataset(IterableDataset[tuple[tuple[Tensor, ...], ...]]):
 
 
 def endless(source: Source, kind: str, workers: int) -> Callable[[int], object]:
-    """A way to get the next micro-batch of source and target images."""
+    """Return a way to get the next micro-batch of source and target images."""
     if kind == "bare":
         return BareDecoder(source, 24).block
     if kind == "pipeline":
@@ -152,13 +152,13 @@ def endless(source: Source, kind: str, workers: int) -> Callable[[int], object]:
 
 
 def one_core(source: Source, rounds: int, blocks: int) -> dict[str, Any]:
-    """Everything in this process, by its CPU time, which other load on the machine disturbs little."""
+    """Run everything in this process, by its CPU time, which other load on the machine disturbs little."""
     ways = {kind: endless(source, kind, 0) for kind in ("bare", "pipeline", "webdataset")}
     return turns(ways, rounds, blocks, source.images_per_block, time.process_time)
 
 
 def with_workers(source: Source, workers: int, rounds: int, blocks: int) -> dict[str, Any]:
-    """With worker processes, by the clock on the wall."""
+    """Run with worker processes, by the clock on the wall."""
     ways = {kind: endless(source, kind, workers) for kind in ("pipeline", "webdataset")}
     return turns(ways, rounds, blocks, source.images_per_block, time.perf_counter)
 
@@ -166,7 +166,7 @@ def with_workers(source: Source, workers: int, rounds: int, blocks: int) -> dict
 def turns(
     ways: dict[str, Callable[[int], object]], rounds: int, blocks: int, images: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
-    """Seconds a block of each way, ``blocks`` of them in a turn, and the ratios of their rates."""
+    """Measure seconds a block of each way, ``blocks`` of them in a turn, and the ratios of their rates."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name in list(ways)[:: 1 if number % 2 else -1]:
@@ -185,7 +185,7 @@ def turns(
 
 @contextmanager
 def timed(owner: Any, name: str, into: dict[str, float]) -> Iterator[None]:
-    """Adds the time in a function to ``into`` while the block runs."""
+    """Add the time in a function to ``into`` while the ``with`` lasts."""
     original = getattr(owner, name)
 
     def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -203,7 +203,7 @@ def timed(owner: Any, name: str, into: dict[str, float]) -> Iterator[None]:
 
 
 def parts(source: Source, blocks: int) -> dict[str, float]:
-    """Milliseconds a block spends in each part, in one process."""
+    """Measure the milliseconds that a block spends in each part, in one process."""
     spent: dict[str, float] = {}
     ours = iter(source.pipeline(0))
     for _ in islice(ours, 4):
@@ -229,7 +229,7 @@ def parts(source: Source, blocks: int) -> dict[str, float]:
 
 
 def transfers(source: Source, blocks: int) -> dict[str, float]:
-    """Milliseconds to put a block where the training reads it, and to the GPU where there is one."""
+    """Measure the milliseconds to put a block where the training reads it, and to the GPU where there is one."""
     made = source.pipeline(0)
     batches: list[UDABatch] = list(islice(made, min(blocks, 4)))
     started = time.perf_counter()
@@ -247,7 +247,7 @@ def transfers(source: Source, blocks: int) -> dict[str, float]:
 
 
 def starts(source: Source) -> dict[str, float]:
-    """Seconds to the first batch at step 0 and at a far one, without the start of workers; medians of turns."""
+    """Return seconds to the first batch at step 0 and at a far one, without the start of workers; medians of turns."""
     seconds: dict[int, list[float]] = {0: [], FAR_STEP: []}
     for _ in range(STARTS):
         for step, found in seconds.items():
@@ -259,7 +259,7 @@ def starts(source: Source) -> dict[str, float]:
 
 
 def augmentation(source: Source, rounds: int) -> dict[str, float]:
-    """Jitter and blur of one micro-batch in both forms: milliseconds, and how far apart the pictures are."""
+    """Jitter and blur one micro-batch in both forms: milliseconds, and how far apart the pictures are."""
     image = normalise(next(iter(source.pipeline(0))).target_image)
     spread = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
     seconds: dict[str, list[float]] = {"published": [], "fast": []}
@@ -280,7 +280,7 @@ def augmentation(source: Source, rounds: int) -> dict[str, float]:
 
 
 def measure_data(config: RunConfig, *, workers: list[int], rounds: int, blocks: int) -> dict[str, Any]:
-    """All figures under the names that the JSON file has.
+    """Measure all figures, under the names that the JSON file has.
 
     Raises:
         UserError: for shards that are missing or damaged.
@@ -304,7 +304,7 @@ def measure_data(config: RunConfig, *, workers: list[int], rounds: int, blocks: 
 
 
 def data_table(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """Return Markdown."""
     one = found["one_core"]
     rows = [
         "| one core, by CPU time | images/s | ours / this |",

@@ -124,20 +124,20 @@ def count_forward(module: nn.Module, *inputs: Any) -> ForwardCost:
 
 
 def torch_mac(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of one forward by torch's own counter, also of a module without storage."""
+    """Count multiply-adds of one forward by torch's own counter, also of a module without storage."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module.eval()(*inputs)
     return counter.get_total_flops() // 2
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """Shape of a value in fvcore's graph; None for what is no tensor of known shape, such as a computed size."""
+    """Return the shape of a value in fvcore's graph; None for no tensor of known shape, such as a computed size."""
     sizes: list[int] | None = value.type().sizes() if value.isCompleteTensor() else None
     return sizes
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> Counter[str]:  # noqa: ARG001 - fvcore passes both
-    """The two products of attention: q k^T and its weights times v; [..., heads, positions, channels] each."""
+    """Count attention's products: q k^T and its weights times v; [..., heads, positions, channels] each."""
     query, key, value = (_sizes(v) for v in inputs[:3])
     assert query is not None
     assert key is not None
@@ -163,7 +163,7 @@ def _one_an_input(inputs: list[Any], outputs: list[Any]) -> int:  # noqa: ARG001
 
 
 def without_weights(config: RunConfig) -> RunConfig:
-    """A copy that loads no weights and draws no augmentation, whose blur would be counted by chance."""
+    """Return a copy that loads no weights and draws no augmentation, whose blur would be counted by chance."""
     config = deepcopy(config)
     config.model.pretrained, config.model.weights = False, None
     config.self_training.blur_prob = config.self_training.jitter_prob = 0.0
@@ -171,13 +171,13 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 
 def build_without_storage(config: RunConfig) -> TrainModule:
-    """The networks of a run on torch's meta device: shapes without numbers."""
+    """Build the networks of a run on torch's meta device: shapes without numbers."""
     with torch.device("meta"):
         return build_train_module(without_weights(config))
 
 
 def with_zeros(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, every number zero."""
+    """Return a copy on the CPU, every number zero."""
     copy = deepcopy(module).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*copy.parameters(), *copy.buffers()):
@@ -186,7 +186,7 @@ def with_zeros(module: nn.Module) -> nn.Module:
 
 
 def rebuilder_inputs(student: Segmentor, rebuilder: Rebuilder, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """What the Rebuilder is given for an image: zeros on the CPU of the right shapes.
+    """Return what the Rebuilder is given for an image: zeros on the CPU of the right shapes.
 
     Args:
         student: without storage.
@@ -212,7 +212,7 @@ class TermCost:
 
 
 def count_step(config: RunConfig) -> dict[str, TermCost]:
-    """Forward and backward of one micro-batch, by term in the order they run; the teacher comes first.
+    """Count forward and backward of one micro-batch, by term in the order they run; the teacher comes first.
 
     The forward is ``TrainModule``'s own, run without storage and counted by torch. A product has two more in its
     backward, one for the gradient of each factor, so the backward counts twice the forward of every part that has

@@ -85,7 +85,7 @@ DILATED: Mapping[str, Any] = {"output_stride": 8, "out_indices": [1, 2, 3, 4]}
 
 
 def read_encoder(state: Mapping[str, Tensor]) -> Part:
-    """An encoder in timm's names, without the ImageNet classifier that may stand beside it.
+    """Read an encoder in timm's names, without the ImageNet classifier that may stand beside it.
 
     Raises:
         ConfigError: the names are those of no encoder that is known here, or its size is none.
@@ -123,7 +123,7 @@ def _mit(tensors: dict[str, Tensor], ignored: Counter[str]) -> Part:
 
 
 def _join_keys_and_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One layer ``attn.kv`` for each pair of ``attn.key`` and ``attn.value``, its rows those of the keys first."""
+    """Make each pair of ``attn.key`` and ``attn.value`` one layer ``attn.kv``, its rows those of the keys first."""
     joined = dict(tensors)
     for key in [name for name in tensors if ".attn.key." in name]:
         value = key.replace(".attn.key.", ".attn.value.")
@@ -178,7 +178,7 @@ DILATIONS: Mapping[tuple[str, int], tuple[int, ...]] = {
 
 
 def read_decoder(state: Mapping[str, Tensor], *, dilations: Sequence[int] | None, coarse_first: bool | None) -> Part:
-    """A decoder in our names.
+    """Read a decoder in our names.
 
     Args:
         state: tensors by the names behind ``decode_head.``, ``decode_head.head.`` or ``decode_head.scale_attention.``.
@@ -235,7 +235,7 @@ def _decoder_name(state: Mapping[str, Tensor]) -> str:
 
 
 def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Tensors under their new names.
+    """Give tensors their new names.
 
     Raises:
         ConfigError: two names become one.
@@ -252,14 +252,14 @@ def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
 
 
 def _without(tensors: Mapping[str, Tensor], pattern: str) -> tuple[dict[str, Tensor], Counter[str]]:
-    """All but the tensors that match, and how many of those there are by the pattern's first group."""
+    """Return all but the tensors that match, and how many do by the pattern's first group."""
     matches = {name: re.match(pattern, name) for name in tensors}
     kept = {name: tensors[name] for name, match in matches.items() if match is None}
     return kept, Counter(match[1] for match in matches.values() if match is not None)
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern's first group finds in a name."""
+    """Return one more than the largest number that the pattern's first group finds in a name."""
     return max((int(match[1]) + 1 for name in tensors if (match := re.match(pattern, name))), default=0)
 
 

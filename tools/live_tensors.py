@@ -22,7 +22,7 @@ ROLES = ("parameters", "gradients", "optimiser", "master", "teacher")
 
 
 def state_tensors(engine: Engine, module: TrainModule) -> dict[str, list[Tensor]]:
-    """The tensors of the run's state on this rank, by role; DeepSpeed's gradients are read where it keeps them."""
+    """Find this rank's tensors of the run's state, by role; DeepSpeed's gradients are read where it keeps them."""
     trained = [p for p in module.parameters() if p.requires_grad]
     gradients = [g for p in trained for g in (p.grad, getattr(p, "grad_accum", None)) if g is not None]
     base: Any = engine.optimizer
@@ -59,7 +59,7 @@ class StateCount:
         self._seen: dict[str, list[tuple[StorageWeakRef, int, int]]] = {}
 
     def now(self) -> dict[str, dict[str, int]]:
-        """Bytes of ``state`` by role and of ``buffers`` by name."""
+        """Count the bytes of ``state`` by role and of ``buffers`` by name."""
         gc.collect()
         counted: set[int] = set()
         state: dict[str, int] = {}
@@ -80,7 +80,7 @@ class StateCount:
         return {"state": state, "buffers": self._buffers(counted)}
 
     def _buffers(self, counted: set[int]) -> dict[str, int]:
-        """Everything else that is alive, by what holds it."""
+        """Return everything else that is alive, by what holds it."""
         named: dict[str, Iterable[Tensor]] = {
             "gathered parameters": [p.data for p in self.module.parameters() if hasattr(p, "ds_tensor")],
             "module buffers": list(self.module.buffers()),
@@ -97,7 +97,7 @@ class StateCount:
 
 
 def count_once(tensors: Iterable[Tensor], counted: set[int]) -> int:
-    """Bytes of the storages that were not counted yet; they are from now on."""
+    """Count the bytes of the storages that were not counted yet; they are from now on."""
     total = 0
     for tensor in tensors:
         if tensor.layout is not torch.strided or tensor.is_meta:
@@ -110,7 +110,7 @@ def count_once(tensors: Iterable[Tensor], counted: set[int]) -> int:
 
 
 def tensors_in(value: Any, *, depth: int) -> Iterator[Tensor]:
-    """The tensors in nested lists and dictionaries, this many levels down."""
+    """Return the tensors in nested lists and dictionaries, this many levels down."""
     if isinstance(value, Tensor):
         yield value
     elif depth > 0 and isinstance(value, (Mapping, list, tuple)):

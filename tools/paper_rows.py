@@ -40,7 +40,7 @@ class Row:
 
 
 def row(name: str, *published: Published, config: str | None = None, overrides: tuple[str, ...] = ()) -> Row:
-    """The row that is ``configs/<name>.yaml``, or that file of another name with overrides."""
+    """Make the row that is ``configs/<name>.yaml``, or that file of another name with overrides."""
     return Row(name, Path("configs") / f"{config or name}.yaml", published or (Published(),), overrides)
 
 
@@ -147,13 +147,13 @@ memory there."""
 
 
 def ablation(benchmark: str, name: str, override: str, figure: float | None = None) -> Row:
-    """A row of DACS with MFM."""
+    """Make a row of DACS with MFM."""
     config = Path(f"configs/{benchmark}/dacs.yaml")
     return Row(f"{benchmark}/dacs_{name}", config, (Published(with_mfm=figure),), (override,), ("with",))
 
 
 def in_small(override: str) -> str:
-    """A setting at the size of ``configs/scenes``, whose Rebuilder is a quarter as wide as the paper's.
+    """Bring a setting to the size of ``configs/scenes``, whose Rebuilder is a quarter as wide as the paper's.
 
     Its grid has 8 x 16 cells where the paper's has 16 x 16, because the crop is twice as wide as high.
     """
@@ -174,5 +174,5 @@ SCENES_ABLATIONS = tuple(ablation("scenes", name, in_small(override)) for name, 
 
 
 def paper_rows() -> Iterator[Row]:
-    """All of the papers' rows."""
+    """Return all of the papers' rows."""
     yield from (*RESULTS, *NETWORKS, *MIC_ON_OTHERS, *ABLATIONS)

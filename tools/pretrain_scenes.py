@@ -44,7 +44,7 @@ WEIGHT_DECAY = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def render(arguments: argparse.Namespace, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images uint8 [count, 3, size, size] and kinds int64 [count]."""
+    """Render images uint8 [count, 3, size, size] and kinds int64 [count]."""
     size = (arguments.size, arguments.size)
     draw = partial(render_one, seed=arguments.seed, split=split, size=size)
     with ProcessPoolExecutor(arguments.threads, mp_context=get_context("spawn")) as pool:
@@ -74,13 +74,13 @@ def render(arguments: argparse.Namespace, split: str, count: int) -> tuple[Tenso
 
 
 def render_one(index: int, *, seed: int, split: str, size: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """One picture as plain values, for another process to return."""
+    """Render one picture as plain values, for another process to return."""
     picture = render_object(seed=seed, split=split, index=index, size=size)
     return picture.image, picture.kind
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.Namespace) -> None:
-    """AdamW with a one-cycle learning rate over random crops and mirror images."""
+    """Train by AdamW with a one-cycle learning rate over random crops and mirror images."""
     steps = arguments.epochs * (len(images) // arguments.batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, total_steps=steps, pct_start=0.1)
@@ -102,7 +102,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, arguments: argparse.
 
 
 def random_view(image: Tensor) -> Tensor:
-    """[B, 3, H, W]: each image cropped at a scale and place of its own and mirrored half the time, at its old size."""
+    """Crop each of [B, 3, H, W] at a scale and place of its own, mirror it half the time, and restore its size."""
     batch = len(image)
     side = torch.empty(batch, 1).uniform_(*SCALE)
     mirror = torch.randint(0, 2, (batch, 1)) * 2 - 1
@@ -115,14 +115,14 @@ def random_view(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose kind is found."""
+    """Return the share of images whose kind is found."""
     model.eval()
     hits = [model(normalise(x)).argmax(1).eq(y) for x, y in zip(images.split(100), labels.split(100), strict=True)]
     return float(torch.cat(hits).float().mean())
 
 
 def save(model: nn.Module, accuracy: float, seconds: float, arguments: argparse.Namespace) -> None:
-    """The weights at half precision, and the recipe."""
+    """Write the weights at half precision, and the recipe."""
     path = arguments.output.with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
@@ -144,7 +144,7 @@ def save(model: nn.Module, accuracy: float, seconds: float, arguments: argparse.
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where to write, without an ending")
     parser.add_argument("--backbone", default="test_resnet", help="as model.backbone (default: %(default)s)")

@@ -9,11 +9,9 @@ network is the published one, MiT-B5 with the DAFormer decoder at 512x512. No we
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ import torch
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.storage import write_atomically
 from mfm_dist.train_module import TrainModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -37,6 +34,7 @@ from tools.flops import (
     torch_mac,
     with_zeros,
 )
+from tools.records import write_record
 
 RULE = (
     "forward: multiply-adds of convolutions and matrix products; backward: twice the forward of what is trained (one\n"
@@ -46,7 +44,7 @@ RULE = (
 
 
 def measure(config: RunConfig, size: tuple[int, int]) -> dict[str, Any]:
-    """All counts, as plain numbers under the names that the JSON file has.
+    """Make all counts, as plain numbers under the names that the JSON file has.
 
     Args:
         config: of the run.
@@ -102,7 +100,7 @@ def _term(cost: TermCost) -> dict[str, Any]:
 
 
 def forward_lines(title: str, found: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """One forward as a table by module, and what must be known to read it."""
+    """Show one forward as a table by module, and what must be known to read it."""
     yield f"\n{title}"
     yield f"{'module':<44} {'parameters':>12} {'GMAC':>10} {'GFLOP':>10} {'other, G':>10}"
     for name, cost in found["modules"].items():
@@ -124,7 +122,7 @@ def forward_lines(title: str, found: Mapping[str, Any], depth: int) -> Iterator[
 
 
 def step_lines(step: Mapping[str, Any], crop: Sequence[int]) -> Iterator[str]:
-    """The training step as a table by term."""
+    """Show the training step as a table by term."""
     images = step["micro_batch"]
     yield f"\n3. training step, {images} source and {images} target images of {crop[0]}x{crop[1]} (one micro-batch)"
     terms = step["terms"]
@@ -146,7 +144,7 @@ def step_lines(step: Mapping[str, Any], crop: Sequence[int]) -> Iterator[str]:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """An argparse type: ``512x1024``, height first."""
+    """Read an image size as argparse does: ``512x1024``, height first."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; expected height x width such as 512x1024")
@@ -154,7 +152,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser, "the published network")
     parser.add_argument("--size", type=image_size, metavar="HxW", help="of the segmented image (default: data.crop)")
@@ -181,12 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*forward_lines(title, found["rebuilder"], arguments.depth), sep="\n")
     print(*step_lines(found["step"], found["crop"]), sep="\n")
     if arguments.json:
-        packages = {name: version(name) for name in ("torch", "timm", "fvcore")}
-        command = ["python", "tools/profile_flops.py", *(argv or sys.argv[1:])]
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            arguments.json, json.dumps({"command": command, "packages": packages, **found}, indent=1) + "\n"
-        )
+        command = ["tools/profile_flops.py", *(sys.argv[1:] if argv is None else argv)]
+        write_record(arguments.json, command, ("torch", "timm", "fvcore"), **found)
     return EXIT_DONE
 
 

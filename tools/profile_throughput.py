@@ -10,29 +10,26 @@ GPU where there is one. Real shards are read; data.render_scenes=true makes some
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, UserError
-from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import add_run_arguments, whole
 from tools.data_profile import data_table, measure_data
+from tools.records import write_record
 from tools.step_profile import PARTS, measure
 
 QUICKSTART = Path("configs/quickstart.yaml")
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown, one column with MFM and one without."""
+    """Return Markdown, one column with MFM and one without."""
     both = (found["without"], found["with"])
 
     def row(name: str, values: Sequence[float], form: str) -> str:
@@ -55,7 +52,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def profile_step(argv: Sequence[str]) -> int:
-    """The ``step`` command."""
+    """Run the ``step`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py [step]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,20 +71,14 @@ def profile_step(argv: Sequence[str]) -> int:
     print(f"{arguments.steps} rounds after {arguments.warmup}; {found['images_per_step']} images a step")
     print(table(found))
     if arguments.json:
-        record = {
-            "command": ["python", "tools/profile_throughput.py", "step", *argv],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "timm", "numpy", "accelerate")},
-            "settings": changed_keys(to_tree(RunConfig()), config),
-            **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        command = ["tools/profile_throughput.py", "step", *argv]
+        changed = changed_keys(to_tree(RunConfig()), config)
+        write_record(arguments.json, command, ("torch", "timm", "numpy", "accelerate"), settings=changed, **found)
     return EXIT_DONE
 
 
 def profile_data(argv: Sequence[str]) -> int:
-    """The ``data`` command."""
+    """Run the ``data`` command."""
     parser = argparse.ArgumentParser(
         prog="profile_throughput.py data",
         description="Measures the data pipeline: images/s by workers, split by its parts, beside the bare decoder and "
@@ -108,15 +99,11 @@ def profile_data(argv: Sequence[str]) -> int:
     print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.rounds} rounds, {found['image_sizes']}")
     print(data_table(found))
     if arguments.json:
-        record = {
-            "command": ["python", "tools/profile_throughput.py", "data", *argv],
-            "date": date.today().isoformat(),
-            "packages": {name: version(name) for name in ("torch", "torchvision", "numpy", "webdataset")},
-            "settings": changed_keys(to_tree(RunConfig()), config),
-            **found,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(record, indent=1) + "\n")
+        command = ["tools/profile_throughput.py", "data", *argv]
+        changed = changed_keys(to_tree(RunConfig()), config)
+        write_record(
+            arguments.json, command, ("torch", "torchvision", "numpy", "webdataset"), settings=changed, **found
+        )
     return EXIT_DONE
 
 
@@ -125,7 +112,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"step": profile_step, "da
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     command = given.pop(0) if given and given[0] in COMMANDS else "step"
     return COMMANDS[command](given)

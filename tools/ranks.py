@@ -20,7 +20,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run_ranks(script: Path, arguments: Sequence[str], *, launch: str, processes: int) -> Any:
-    """Run ``script --worker FILE arguments`` on this many CPU processes; what rank 0 wrote to FILE, a JSON value.
+    """Run ``script --worker FILE arguments`` on so many CPU processes; return what rank 0 wrote to FILE, as JSON.
 
     Args:
         launch: a file of configs/accelerate, by its name without the ending.

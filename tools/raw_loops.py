@@ -40,7 +40,7 @@ class Loop:
 
 
 def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> Loop:
-    """Plain PyTorch; below torch's DDP, set up as the engine does it, where there are several processes."""
+    """Build plain PyTorch's loop; for several processes below torch's DDP, set up as the engine does it."""
     module = build_train_module(config).to(device)
     optimizer = build_optimizer(module, config.optim)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -71,7 +71,7 @@ def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> Loop:
 
 
 def deepspeed_loop(config: RunConfig, device: torch.device) -> Loop:
-    """DeepSpeed called by hand, told the same as by the engine but for the clipping, which is its own here."""
+    """Call DeepSpeed by hand, told the same as by the engine but for the clipping, which is its own here."""
     import deepspeed
 
     module = build_train_module(config)
@@ -93,7 +93,7 @@ def deepspeed_loop(config: RunConfig, device: torch.device) -> Loop:
 
 
 def ema(module: TrainModule, config: RunConfig) -> Callable[[], None]:
-    """Moves the teacher after a step."""
+    """Move the teacher after a step."""
     updates = count(1)
     pairs = list(module.teacher_pairs())
 

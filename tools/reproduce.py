@@ -56,13 +56,13 @@ class Run(NamedTuple):
 
 
 def runs_of(rows: Iterable[Row], forms: Iterable[str], seeds: int) -> list[Run]:
-    """Seed by seed, so that what an interruption leaves is paired."""
+    """List runs seed by seed, so that what an interruption leaves is paired."""
     every = product(range(seeds), rows, forms)
     return [Run(row, form, seed) for seed, row, form in every if form in row.forms]
 
 
 def submit(run: Run, under: Path, overrides: Sequence[str]) -> str:
-    """The number of the job that trains a run; it goes on by itself until the run is finished.
+    """Submit a job that trains a run, by itself until it is finished; return its number.
 
     Raises:
         RuntimeError: Slurm takes no job, or the folder holds a run with other settings.
@@ -80,7 +80,7 @@ def submit(run: Run, under: Path, overrides: Sequence[str]) -> str:
 
 
 def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
-    """For each row and class set: the published figures, and those of all finished runs."""
+    """Collect for each row and class set the published figures, and those of all finished runs."""
     results = []
     for row in rows:
         finished = {
@@ -103,7 +103,7 @@ def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
 
 
 def ours(values: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Means of what was trained here, by form and seed, and of the gain, paired by seed; None without a pair."""
+    """Return means of what was trained here, by form and seed, and of the gain, paired by seed; None without a pair."""
     without, with_mfm = (values.get(form, {}) for form in FORMS)
     gains = [with_mfm[seed] - without[seed] for seed in sorted(without.keys() & with_mfm.keys())]
     return {
@@ -113,18 +113,18 @@ def ours(values: dict[str, dict[int, float]]) -> dict[str, Any]:
 
 
 def finds(run: Run, under: Path) -> bool:
-    """Whether this run is there and finished."""
+    """Tell whether this run is there and finished."""
     return is_finished(run.folder(under))
 
 
 def scores(folders: dict[int, Path], score: str) -> dict[int, float]:
-    """mIoU by seed, in percent."""
+    """Return mIoU by seed, in percent."""
     last = {seed: last_scores(folder) for seed, folder in folders.items()}
     return {seed: found["miou"] if score == "miou" else found["means"][score] for seed, found in last.items()}
 
 
 def cost(folders: Iterable[Path]) -> dict[str, float]:
-    """Images a second (median of all lines) and memory (the most), as the runs logged them."""
+    """Return images a second (median of all lines) and memory (the most), as the runs logged them."""
     lines = [json.loads(text) for folder in folders for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         name: of([line[name] for line in lines if line.get(name) is not None])
@@ -133,7 +133,7 @@ def cost(folders: Iterable[Path]) -> dict[str, float]:
 
 
 def other_settings(row: Row, form: str, folders: dict[int, Path]) -> list[str]:
-    """What finished runs were told beside the row's configuration."""
+    """Return what finished runs were told beside the row's configuration."""
     lines = []
     for seed, folder in folders.items():
         shipped = load_config(row.config, Run(row, form, seed).overrides())
@@ -143,7 +143,7 @@ def other_settings(row: Row, form: str, folders: dict[int, Path]) -> list[str]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, one line a row and class set."""
+    """Return Markdown, one line a row and class set."""
     columns = ["row", "classes", "published", "with MFM", "ours (mean ± 95 %)", "with MFM", "gain, paired", "seeds"]
     columns += ["time a step", "memory"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -163,7 +163,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def relative_cost(costs: dict[str, dict[str, float]]) -> list[str]:
-    """Step time and memory with MFM, as multiples of those without."""
+    """Return step time and memory with MFM, as multiples of those without."""
     if len(costs) < len(FORMS):
         return ["", ""]
     without, with_mfm = (costs[form] for form in FORMS)
@@ -172,7 +172,7 @@ def relative_cost(costs: dict[str, dict[str, float]]) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ``rows`` become ``Row``s and ``overrides``."""
+    """Read the command line; ``rows`` become ``Row``s and ``overrides``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "rows",
@@ -204,7 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_all(arguments: argparse.Namespace) -> list[str]:
-    """Train or submit what is not finished; what failed. The figures are written after each run."""
+    """Train or submit what is not finished; return what failed. The figures are written after each run."""
 
     def run_one(run: Run) -> str:
         folder = run.folder(arguments.folder)
@@ -229,7 +229,7 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
 
 
 def save(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The figures of all finished runs, in the file that was asked for."""
+    """Write the figures of all finished runs to the file that was asked for."""
     results = collect(arguments.table.values(), arguments.folder)
     if arguments.json:
         save_record(arguments.json, ["tools/reproduce.py", *arguments.said], results)
@@ -237,7 +237,7 @@ def save(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse(argv)
     arguments.said = sys.argv[1:] if argv is None else list(argv)
     failed = run_all(arguments)

@@ -9,15 +9,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.run.folder import OUTCOME
-from mfm_dist.storage import write_atomically
 from tools.arguments import config_arguments
+from tools.records import write_record
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for a two-sided 95 % interval of a mean, by number of seeds."""
@@ -25,13 +23,13 @@ MOST_SEEDS = max(T_95)
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run in this folder has trained to its end."""
+    """Tell whether the run in this folder has trained to its end."""
     outcome = run / OUTCOME
     return outcome.exists() and json.loads(outcome.read_text())["code"] == 0
 
 
 def last_scores(run: Path) -> dict[str, Any]:
-    """What the last evaluation of a run wrote. Raises RuntimeError: there is none."""
+    """Read what the last evaluation of a run wrote. Raises RuntimeError: there is none."""
     written = sorted((run / "eval").glob("step_*.json"))
     if not written:
         raise RuntimeError(f"{run} has no evaluation")
@@ -40,7 +38,7 @@ def last_scores(run: Path) -> dict[str, Any]:
 
 
 def refuse_other_settings(files: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:
-    """Raises RuntimeError if a run in this folder was begun with other settings."""
+    """Raise RuntimeError if a run in this folder was begun with other settings."""
     if (run / "config.yaml").exists():
         before = to_tree(load_config(run / "config.yaml"))
         if different := changed_keys(before, load_config(files, overrides)):
@@ -48,7 +46,7 @@ def refuse_other_settings(files: Sequence[Path], run: Path, overrides: Sequence[
 
 
 def train(files: Sequence[Path], run: Path, overrides: Sequence[str], *, launch: Path | None = None) -> dict[str, Any]:
-    """Run, or finish, one training; the scores at its end.
+    """Run, or finish, one training and return the scores at its end.
 
     Args:
         files: its configuration; later files win over earlier ones.
@@ -74,31 +72,24 @@ def train(files: Sequence[Path], run: Path, overrides: Sequence[str], *, launch:
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half width of the 95 % interval of the mean; None for a single value."""
+    """Return the half width of the 95 % interval of the mean; None for a single value."""
     if len(values) < 2:
         return None
     return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def mean_of(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and half width of its 95 % interval."""
+    """Return mean and half width of its 95 % interval."""
     return {"mean": statistics.fmean(values), "interval_95": interval(values)}
 
 
 def shown(result: dict[str, Any], form: str) -> str:
-    """A mean with its interval, where there is one."""
+    """Write a mean with its interval, where there is one."""
     half_width = result["interval_95"]
     return format(result["mean"], form) + (f" ± {half_width:.2f}" if half_width is not None else " (one seed)")
 
 
 def save_record(path: Path, command: Sequence[str], results: Any) -> None:
-    """Figures beside what they were made with, as JSON."""
-    record = {
-        "command": ["python", *command],
-        "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "packages": {name: version(name) for name in ("torch", "timm", "numpy")},
-        "results": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    """Write figures beside what they were made with, as JSON."""
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    write_record(path, command, ("torch", "timm", "numpy"), machine=machine, results=results)

@@ -56,7 +56,7 @@ class PartClock:
         self.mark("start")
 
     def mark(self, part: str) -> None:
-        """What was done since the last mark belongs to ``part``."""
+        """Count what was done since the last mark as ``part``."""
         if not self.runs:
             return
         if self.on_gpu:
@@ -67,7 +67,7 @@ class PartClock:
             self.marks.append((part, time.perf_counter()))
 
     def pop(self) -> dict[str, float]:
-        """Seconds by part since the start, and stop. The device must be idle; without a start there is nothing."""
+        """Stop and return seconds by part since the start, none without one. The device must be idle."""
         seconds: dict[str, float] = {}
         for (_, before), (part, after) in zip(self.marks, self.marks[1:], strict=False):
             passed = before.elapsed_time(after) / 1000 if self.on_gpu else after - before
@@ -77,7 +77,7 @@ class PartClock:
 
 
 def mark_backward(engine: Engine, clock: PartClock) -> None:
-    """From now on every backward of the engine marks the clock."""
+    """Have every backward of the engine mark the clock from now on."""
     backward = engine.backward
 
     def marked(loss: Tensor) -> None:
@@ -100,7 +100,7 @@ class Setting:
 
 
 def build_setting(config: RunConfig, readers: Readers) -> Setting:
-    """Everything that a run of ``config`` trains with, but for the data."""
+    """Build everything that a run of ``config`` trains with, but for the data."""
     engine = start_engine(config)
     module = build_train_module(config)
     engine.prepare(module, build_optimizer(module, config.optim))
@@ -123,7 +123,7 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
 
 
 def bare_twin(config: RunConfig, module: TrainModule, engine: Engine) -> StepFunction:
-    """The same passes in a plain loop: no engine, no Accelerate, no schedule, no running means, no console."""
+    """Build the same passes in a plain loop: no engine, Accelerate, schedule, running means or console."""
     device, optimizer = engine.device, engine.optimizer
     parameters = [p for p in module.parameters() if p.requires_grad]
     limit = config.train.clip_norm or float("inf")
@@ -167,7 +167,7 @@ class Blocks:
         self._blocks: Iterator[UDABatch] = iter(pipeline)
 
     def take(self, round_number: int) -> list[UDABatch]:
-        """The blocks of one step, numbered by the round: all four draw the same jitter, blur and masks in it."""
+        """Return the blocks of one step, numbered by the round: all four draw the same jitter, blur and masks in it."""
         first = round_number * self._count
         return [replace(next(self._blocks), block=first + number) for number in range(self._count)]
 
@@ -178,7 +178,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def measured_step(step: StepFunction, take: Callable[[], list[UDABatch]], device: torch.device) -> dict[str, float]:
-    """Seconds of one step, data included, and of its wait for data."""
+    """Measure seconds of one step, data included, and of its wait for data."""
     synchronise(device)
     started = time.perf_counter()
     batches = take()
@@ -189,7 +189,7 @@ def measured_step(step: StepFunction, take: Callable[[], list[UDABatch]], device
 
 
 def peak_gib(work: Callable[[], None], device: torch.device) -> float:
-    """The most memory that torch holds at once for what ``work`` makes: weights, optimiser, activations."""
+    """Measure the most memory that torch holds for what ``work`` makes: weights, optimiser, activations."""
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats()
@@ -211,7 +211,7 @@ def peak_gib(work: Callable[[], None], device: torch.device) -> float:
 
 
 def build_and_weigh(config: RunConfig, readers: Readers, blocks: Blocks, device: torch.device) -> Setting:
-    """A setting that has run its first steps, and the memory that this took."""
+    """Build a setting, run its first steps, and measure the memory that this took."""
     built: list[Setting] = []
 
     def build_and_step() -> None:
@@ -226,7 +226,7 @@ def build_and_weigh(config: RunConfig, readers: Readers, blocks: Blocks, device:
 
 
 def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
-    """All figures under the names that the JSON file has; times in seconds, ``rounds`` holds every single one.
+    """Measure all figures, under the JSON file's names; times in seconds, ``rounds`` holds every single one.
 
     Raises:
         UserError: for shards that are missing or damaged, or networks that cannot be built.
@@ -271,7 +271,7 @@ def with_mfm(config: RunConfig, enabled: bool) -> RunConfig:
 
 
 def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
-    """Medians over the rounds of one setting."""
+    """Return medians over the rounds of one setting."""
 
     def median_and_quartiles(values: list[float]) -> dict[str, float]:
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -291,7 +291,7 @@ def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's name where Linux tells it."""
+    """Return the CPU's name where Linux tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -37,7 +37,7 @@ class Source:
 
 
 def read_source(path: Path, weights: str, ignore: Sequence[str]) -> Source:
-    """One network of a published file: names as in the file, without the prefix of the network.
+    """Read one network of a published file: names as in the file, without the prefix of the network.
 
     Args:
         path: a safetensors or torch file.
@@ -72,7 +72,7 @@ def read_source(path: Path, weights: str, ignore: Sequence[str]) -> Source:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    """What a file holds. Nothing but tensors, plain containers, numbers and texts is ever built from it."""
+    """Read a file. Nothing but tensors, plain containers, numbers and texts is ever built from it."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
     try:
@@ -90,7 +90,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _other_objects(path: Path, error: Exception) -> list[str]:
-    """Names of the functions and classes that a torch file would call; empty where that cannot be told."""
+    """Return names of functions and classes that a torch file would call; empty where that cannot be told."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # no torch file, or one from before torch 1.6, of which torch.load names the first
@@ -98,7 +98,7 @@ def _other_objects(path: Path, error: Exception) -> list[str]:
 
 
 def fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The tensors that a network of ours expects, all of them and no other.
+    """Pick the tensors that a network of ours expects, all of them and no other.
 
     Counters of BatchNorm batches, which files from before torch 0.4.1 lack and inference never reads, start at 0.
 
@@ -128,12 +128,12 @@ def _some(names: Sequence[str], most: int = 40) -> str:
 
 
 def inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
+    """Return the tensors whose names begin so, without that beginning."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def leave_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], ignored: Counter[str]) -> dict[str, Tensor]:
-    """All tensors but those whose names begin so, which are counted in ``ignored``."""
+    """Return all tensors but those whose names begin so, which are counted in ``ignored``."""
     kept = {}
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)

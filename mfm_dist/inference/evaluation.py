@@ -1,8 +1,9 @@
-"""Scoring the student on a labelled data set, over all ranks, with no image counted twice."""
+"""Score the student on a labelled data set, over all ranks, with no image counted twice."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfm_dist.classes import CLASS_NAMES, CLASS_SETS
+from mfm_dist.classes import CLASS_NAMES, CLASS_SETS, IGNORE_INDEX
 from mfm_dist.data.pipeline import EvaluationItem
 from mfm_dist.errors import BadSample
-from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
 from mfm_dist.models.preprocessing import normalise
@@ -30,37 +30,28 @@ FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
 
 
 class Ranks(Protocol):
-    """What scoring needs of the engine; a lone process has its own below."""
+    """What scoring needs of the engine; each method is collective, and gives a lone process what it has."""
 
     device: torch.device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks."""
+        """Return the element-wise sum over ranks."""
+        return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Element-wise mean over ranks."""
+        """Return the element-wise mean over ranks."""
+        return values
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks."""
+        """Return the element-wise maximum over ranks."""
+        return values
 
 
-class OneProcess:
+class OneProcess(Ranks):
     """``Ranks`` without a launcher, for the commands that run after training."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +72,7 @@ class Scores:
     protocol: str = PROTOCOL.format(images="whole image", precision="fp32")
 
     def to_json(self) -> str:
-        """Indented JSON text."""
+        """Return indented JSON text."""
         values = asdict(self)
         for part in ("iou", "means"):
             values[part] = {name: value if value == value else None for name, value in values[part].items()}
@@ -93,15 +84,14 @@ class Scores:
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:
-        """``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
+        """Return ``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
         values = {**self.means, **{f"iou/{name}": value for name, value in self.iou.items()}}
         return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in values.items() if value == value}}
 
     def table(self) -> str:
-        """One line a class, for people."""
-        lines = [f"  {name:<14} {value:6.2f}" for name, value in self.iou.items()]
-        lines.append(f"  {'mean':<14} {self.miou:6.2f}")
-        return "\n".join([*lines, *(f"  {name:<14} {value:6.2f}" for name, value in self.means.items())])
+        """Return one line a class, for people."""
+        values = {**self.iou, "mean": self.miou, **self.means}
+        return "\n".join(f"  {name:<14} {value:6.2f}" for name, value in values.items())
 
 
 @torch.no_grad()
@@ -136,7 +126,7 @@ def evaluate(
     confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
     scored = 0
     bad: list[BadSample] = []
-    with evaluation_mode(student), mean_batch_norm(student, ranks):
+    with evaluation_mode(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
             image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
@@ -167,7 +157,7 @@ def evaluate(
 
 
 def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
-    """How the scores came about, for people."""
+    """Say how the scores came about, for people."""
     window = student.window
     images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     if fit_into is not None:
@@ -176,7 +166,7 @@ def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision:
 
 
 def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:
-    """How many forwards every rank makes in this turn: as many as the largest of the ranks' images needs. Collective.
+    """Return how many forwards every rank makes in this turn, those of the largest of their images. Collective.
 
     Under ZeRO-3 a forward is collective, and images of several sizes need several numbers of windows.
     """
@@ -187,7 +177,7 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
 
 
 def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
-    """Mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
+    """Return the mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
 
     Both means are over the classes of the set. ``miou_<set>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those
     of other classes are false positives of what is predicted there. ``miou_<set>_others_ignored`` leaves pixels
@@ -196,41 +186,56 @@ def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
     classes = list(CLASS_SETS[class_set])
     known = torch.zeros_like(confusion)
     known[classes] = confusion[classes]
-    names = (f"miou_{class_set}", f"miou_{class_set}_others_ignored")
-    return {name: _mean_of(iou_percent(c), classes) for name, c in zip(names, (confusion, known), strict=True)}
+    return {
+        f"miou_{class_set}": mean_iou_percent(confusion, classes),
+        f"miou_{class_set}_others_ignored": mean_iou_percent(known, classes),
+    }
 
 
-def _mean_of(iou: list[float], classes: Sequence[int]) -> float:
-    occurring = [iou[index] for index in classes if iou[index] == iou[index]]
-    return sum(occurring) / len(occurring) if occurring else float("nan")
+def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
+
+    Args:
+        label: integer [..., H, W] with ``IGNORE_INDEX`` where unlabelled.
+        prediction: integer, of the same shape, in 0..C-1.
+    """
+    counts = label != IGNORE_INDEX
+    pairs = label[counts].long() * num_classes + prediction[counts].long()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """``module.eval()`` for a while."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
+def iou_percent(confusion: Tensor) -> list[float]:
+    """Return IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
+    true_positive = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return (100.0 * true_positive / union).tolist()
+
+
+def mean_iou_percent(confusion: Tensor, classes: Sequence[int] | None = None) -> float:
+    """Return the mean of ``iou_percent`` over the classes that have one, all or some of them."""
+    iou = iou_percent(confusion)
+    chosen = iou if classes is None else [iou[index] for index in classes]
+    values = [value for value in chosen if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """Running means and variances of a module's BatchNorm layers, in a fixed order."""
+    """Return the running means and variances of a module's BatchNorm layers, in a fixed order."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 
 
 @contextmanager
-def mean_batch_norm(module: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Put the all-rank mean of the running statistics in place for a while. Collective."""
-    buffers = batch_norm_buffers(module)
+def evaluation_mode(student: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Put a module into evaluation mode for a while, with the all-rank mean of BatchNorm's statistics. Collective."""
+    buffers, was_training = batch_norm_buffers(student), student.training
     own = [buffer.clone() for buffer in buffers]
-    for buffer in buffers:
-        buffer.copy_(ranks.mean(buffer))
     try:
+        student.eval()
+        for buffer in buffers:
+            buffer.copy_(ranks.mean(buffer))
         yield
     finally:
+        student.train(was_training)
         for buffer, before in zip(buffers, own, strict=True):
             buffer.copy_(before)

@@ -1,4 +1,4 @@
-"""A run folder opened for the commands that come after training."""
+"""Open a run folder for the commands that come after training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.build import build_student
 from mfm_dist.checkpoint import Checkpoint, find_latest, load_student, load_teacher
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import load_config
@@ -16,7 +15,6 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
-from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.folder import RunFolder
 
 
@@ -24,41 +22,13 @@ from mfm_dist.run.folder import RunFolder
 class TrainedRun:
     """A run, its newest checkpoint, and the segmentor in it."""
 
-    path: Path
     config: RunConfig
     checkpoint: Checkpoint
-    segmentor: Segmentor
-    weights: Literal["student", "teacher"]
-
-    def trained_segmentor(self) -> TrainedSegmentor:
-        """The segmentor with what there is to say about it."""
-        config, step = self.config, self.checkpoint.progress.step
-        scores = _read_json(RunFolder(self.path, writes=False).evaluation(step))
-        about = ModelCard(
-            backbone=config.model.backbone,
-            backbone_options=config.model.backbone_options,
-            decoder=config.model.decoder,
-            decoder_options=config.model.decoder_options,
-            attention=config.hrda.attention if config.two_resolutions else None,
-            attention_options=config.hrda.attention_options if config.two_resolutions else {},
-            class_names=CLASS_NAMES,
-            palette=PALETTE,
-            mean=IMAGE_MEAN,
-            std=IMAGE_STD,
-            weights=self.weights,
-            run=self.path.resolve().name,
-            method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
-            crop=config.data.crop,
-            resize=config.eval.resize,
-            step=step,
-            miou=scores.get("miou") if self.weights == "student" else None,  # evaluation scores the student
-            revision=_read_json(self.path / "environment.json").get("revision"),
-        )
-        return TrainedSegmentor(self.segmentor, about)
+    model: TrainedSegmentor
 
 
 def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:
-    """The segmentor of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
+    """Load the segmentor of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
 
     Raises:
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
@@ -69,15 +39,39 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
     checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
-    config.model.pretrained, config.model.weights = False, None  # the checkpoint brings all weights
-    segmentor = build_student(config)
+    model = TrainedSegmentor(_card(path, config, weights, checkpoint.progress.step))
     load = load_student if weights == "student" else load_teacher
-    load(checkpoint, segmentor)
-    return TrainedRun(path, config, checkpoint, segmentor, weights)
+    load(checkpoint, model.segmentor)
+    return TrainedRun(config, checkpoint, model.eval())
+
+
+def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], step: int) -> ModelCard:
+    """Gather what there is to say about the segmentor that a run has at a step."""
+    scores = _read_json(RunFolder(path, writes=False).evaluation(step))
+    return ModelCard(
+        backbone=config.model.backbone,
+        backbone_options=config.model.backbone_options,
+        decoder=config.model.decoder,
+        decoder_options=config.model.decoder_options,
+        attention=config.hrda.attention if config.two_resolutions else None,
+        attention_options=config.hrda.attention_options if config.two_resolutions else {},
+        class_names=CLASS_NAMES,
+        palette=PALETTE,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+        weights=weights,
+        run=path.resolve().name,
+        method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
+        crop=config.data.crop,
+        resize=config.eval.resize,
+        step=step,
+        miou=scores.get("miou") if weights == "student" else None,  # evaluation scores the student
+        revision=_read_json(path / "environment.json").get("revision"),
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation."""
+    """Read a small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation."""
     if not path.is_file():
         return {}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

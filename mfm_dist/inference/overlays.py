@@ -1,4 +1,4 @@
-"""Label maps as colours, and overlays of image, label and prediction."""
+"""Draw label maps in colours, and overlays of image, label and prediction; read photographs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ GAP = 4
 
 
 def colourise(label: Tensor) -> npt.NDArray[np.uint8]:
-    """Train ids [H, W] to uint8 RGB [H, W, 3] in the Cityscapes palette; ignored pixels are black."""
+    """Turn train ids [H, W] into uint8 RGB [H, W, 3] in the Cityscapes palette; ignored pixels are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(PALETTE)] = PALETTE
     return table[label.numpy().astype(np.uint8)]
 
 
 def overlay(image: npt.NDArray[np.uint8], label: Tensor) -> npt.NDArray[np.uint8]:
-    """Class colours laid over an RGB image [H, W, 3]."""
+    """Lay class colours over an RGB image [H, W, 3]."""
     blended = (1 - OPACITY) * image + OPACITY * colourise(label)
     return blended.round().astype(np.uint8)
 
 
 def save_ids(path: Path, ids: Tensor) -> None:
-    """Train ids [H, W] as a PNG whose pixel values are the ids and whose palette shows them in class colours."""
+    """Write train ids [H, W] as a PNG whose pixel values they are and whose palette shows them in class colours."""
     picture = Image.fromarray(ids.numpy().astype(np.uint8))
     picture.putpalette(colourise(torch.arange(256)).flatten().tolist())
     save_picture(path, picture)
@@ -50,7 +50,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -> None:
-    """One PNG with three panels side by side: the image, its label, the prediction, the latter two laid over it.
+    """Write a PNG of three panels side by side: the image, its label, the prediction, the latter two laid over it.
 
     Args:
         image: uint8 [3, H, W]; label and prediction: integer [H, W].

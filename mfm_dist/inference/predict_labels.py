@@ -1,4 +1,4 @@
-"""Prediction with a trained segmentor; the Rebuilder has no part in it."""
+"""Predict with a trained segmentor; the Rebuilder has no part in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def predict_labels(
     at_least: int = 1,
     fit_into: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
+    """Return the most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
 
     The image is taken whole, in one forward, unless the segmentor has a window: then in windows that overlap by half,
     one forward each, whose logits are averaged.
@@ -47,12 +47,12 @@ def predict_labels(
 
 
 def seen_size(image: Tensor, fit_into: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width at which a segmentor sees an image [..., H, W]."""
+    """Return the height and width at which a segmentor sees an image [..., H, W]."""
     own = (image.shape[-2], image.shape[-1])
     return own if fit_into is None else fitted(own, fit_into)
 
 
 def windows_of(segmentor: Segmentor, size: tuple[int, int]) -> list[Window]:
-    """The windows that an image of this height and width is predicted in."""
+    """Return the windows that an image of this height and width is predicted in."""
     window = segmentor.window or size
     return sliding_boxes(size, window, (max(1, window[0] // 2), max(1, window[1] // 2)))

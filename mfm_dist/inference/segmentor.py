@@ -64,77 +64,77 @@ class ModelCard:
     format: str = FORMAT
 
     def to_json(self) -> str:
-        """The text of config.json."""
+        """Return the text of config.json."""
         return json.dumps(to_tree(self), indent=1) + "\n"
 
 
 class TrainedSegmentor(nn.Module):
-    """A ``Segmentor`` with its meaning beside it; parameters and forward are the segmentor's."""
+    """The ``Segmentor`` that a card describes, with the card beside it; parameters and forward are the segmentor's.
 
-    def __init__(self, segmentor: Segmentor, about: ModelCard) -> None:
-        super().__init__()
-        self.segmentor = segmentor
-        self.about = about
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] -> logits [B, num_classes, H, W]."""
-        logits: Tensor = self.segmentor(image)
-        return logits
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """uint8 RGB [B, 3, H, W] to the float32 images that the forward takes, as in training."""
-        return normalise(image, self.about.mean, self.about.std)
-
-    def predict(self, image: Tensor) -> Tensor:
-        """Most probable train id of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W], on the model's device.
-
-        As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``about.resize``.
-        """
-        device = next(self.parameters()).device
-        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.about.resize)
-
-
-def segmentor_of(about: ModelCard) -> Segmentor:
-    """The network that is described, with random weights.
+    Its weights are random until some are loaded into ``segmentor``.
 
     Raises:
         ConfigError: if there is no such network.
     """
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__()
+        self.segmentor = _build(card)
+        self.card = card
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the logits [B, num_classes, H, W] of normalised images [B, 3, H, W]."""
+        logits: Tensor = self.segmentor(image)
+        return logits
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Turn uint8 RGB [B, 3, H, W] into the float32 images that the forward takes, as in training."""
+        return normalise(image, self.card.mean, self.card.std)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Return the most probable train id of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
+
+        As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``card.resize``.
+        """
+        device = next(self.parameters()).device
+        return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.card.resize)
+
+
+def _build(card: ModelCard) -> Segmentor:
     segmentor = build_segmentor(
-        backbone=about.backbone,
-        decoder=about.decoder,
-        num_classes=len(about.class_names),
-        backbone_options=about.backbone_options,
-        decoder_options=about.decoder_options,
+        backbone=card.backbone,
+        decoder=card.decoder,
+        num_classes=len(card.class_names),
+        backbone_options=card.backbone_options,
+        decoder_options=card.decoder_options,
     )
-    if about.attention is None:
+    if card.attention is None:
         return segmentor
     return build_hrda_segmentor(
         segmentor,
-        attention=about.attention,
-        options=about.attention_options,
-        num_classes=len(about.class_names),
-        window=about.crop,
+        attention=card.attention,
+        options=card.attention_options,
+        num_classes=len(card.class_names),
+        window=card.crop,
     )
 
 
 def load_export(folder: Path) -> TrainedSegmentor:
-    """The segmentor of an export folder, on the CPU, in evaluation mode.
+    """Load the segmentor of an export folder, on the CPU, in evaluation mode.
 
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
     """
-    about = read_about(folder)
-    segmentor = segmentor_of(about)
+    model = TrainedSegmentor(read_card(folder))
     try:
-        segmentor.load_state_dict(load_file(folder / WEIGHTS))
+        model.segmentor.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
-    return TrainedSegmentor(segmentor, about).eval()
+    return model.eval()
 
 
-def read_about(folder: Path) -> ModelCard:
-    """``config.json`` of an export folder.
+def read_card(folder: Path) -> ModelCard:
+    """Read ``config.json`` of an export folder.
 
     Raises:
         ConfigError: if there is none, or not one that this code can read.
@@ -148,16 +148,16 @@ def read_about(folder: Path) -> ModelCard:
         found = tree.get("format")
         if found != FORMAT:
             raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
-        about = from_tree(ModelCard, tree, problems)
+        card = from_tree(ModelCard, tree, problems)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError([*problems.values(), f"{file} cannot be read ({error}): export the run again"]) from error
     if problems:
         raise ConfigError([f"{file}: {problem}" for problem in problems.values()])
-    return about
+    return card
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an export and nothing else, so that another may take its place."""
+    """Tell whether a folder is an export and nothing else, so that another may take its place."""
     if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
         return False
     try:

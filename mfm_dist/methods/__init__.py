@@ -12,13 +12,13 @@ from mfm_dist.methods.base import Method
 
 
 def method_names() -> list[str]:
-    """Names that ``method.name`` may take: the files of this folder that have a ``build``."""
+    """Return the names that ``method.name`` may take: the files of this folder that have a ``build``."""
     modules = [module.name for module in pkgutil.iter_modules(__path__)]
     return [name for name in modules if hasattr(importlib.import_module(f"{__name__}.{name}"), "build")]
 
 
 def build_method(config: RunConfig) -> Method:
-    """The method that ``config.method.name`` asks for.
+    """Build the method that ``config.method.name`` asks for.
 
     Raises:
         ConfigError: if there is no such method; names those that exist.

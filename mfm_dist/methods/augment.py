@@ -58,7 +58,7 @@ def strong_augment(
 
 
 def _draw_factors(strength: float, generator: np.random.Generator, order: np.ndarray | None) -> ColourFactors:
-    """What changes one image, in this order, or else in a drawn one."""
+    """Draw what changes one image, in this order, or else in a drawn one."""
     brightness, contrast, saturation = generator.uniform(1 - strength, 1 + strength, size=3)
     turn = generator.uniform(-strength, strength)
     drawn = generator.permutation(4) if order is None else order
@@ -66,7 +66,7 @@ def _draw_factors(strength: float, generator: np.random.Generator, order: np.nda
 
 
 def _jitter_one(rgb: Tensor, factors: ColourFactors) -> Tensor:
-    """The four colour changes on one image [3, H, W] in 0..1."""
+    """Make the four colour changes on one image [3, H, W] in 0..1."""
     changes = (
         lambda x: adjust_brightness(x, factors.brightness),
         lambda x: adjust_contrast(x, factors.contrast),
@@ -101,7 +101,7 @@ def adjust_hue(rgb: Tensor, turn: float) -> Tensor:
 
 
 def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., 3, H, W] in 0..1 to hue (in turns), saturation and value, each [..., H, W]."""
+    """Turn [..., 3, H, W] in 0..1 into hue (in turns), saturation and value, each [..., H, W]."""
     red, green, blue = rgb.unbind(-3)
     value, brightest = rgb.max(dim=-3)
     span = value - rgb.amin(dim=-3)
@@ -115,7 +115,7 @@ def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """Inverse of ``rgb_to_hsv``: three maps [..., H, W] to [..., 3, H, W]."""
+    """Invert ``rgb_to_hsv``: three maps [..., H, W] to [..., 3, H, W]."""
     channels = []
     for offset in (5.0, 3.0, 1.0):
         sector = (offset + hue * 6.0) % 6.0
@@ -125,13 +125,13 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def blur_kernel_size(side: int) -> int:
-    """Odd kernel size for an image side in pixels, a tenth of it (DACS: 51 for 512, 77 for 768, 103 for 1024)."""
+    """Return an odd kernel size, a tenth of a side in pixels (DACS: 51 for 512, 77 for 768, 103 for 1024)."""
     tenth = math.ceil(0.1 * side)
     return math.floor(tenth - 0.5 + tenth % 2)
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian blur of one image [3, H, W] with reflected borders."""
+    """Blur one image [3, H, W] by a separable Gaussian with reflected borders."""
     blurred = image.unsqueeze(0)
     for side_index, side in ((-2, image.shape[-2]), (-1, image.shape[-1])):
         size = blur_kernel_size(side)

@@ -102,7 +102,7 @@ def classify(
     weight: Tensor | None = None,
     /,
 ) -> Classified:
-    """Cross-entropy at one resolution; it is the loss that enlarges the decoder's logits, once and in fp32."""
+    """Compute cross-entropy at one resolution; the loss enlarges the decoder's logits, once and in fp32."""
     features = student.encode(image)
     return Classified({kind.label: Loss(cross_entropy(student.decode(features), label, weight))}, features)
 
@@ -121,12 +121,12 @@ class Method(ABC):
 
     @abstractmethod
     def terms(self) -> Mapping[str, Term]:
-        """Loss terms by name, in the order they run. The total loss is their weighted sum.
+        """Return loss terms by name, in the order they run. The total loss is their weighted sum.
 
         The last one must reach every parameter of the student: under DDP with ``memory.lean`` it is in its backward
         that the ranks exchange gradients.
         """
 
     def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
-        """L_sup: supervised cross-entropy on labelled images."""
+        """Compute L_sup: supervised cross-entropy on labelled images."""
         return self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, inputs.source_label).losses

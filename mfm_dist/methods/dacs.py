@@ -28,7 +28,7 @@ class DACS(Method):
         return {"source": self.source_term, "mixed": self.mixed_term}
 
     def mixed_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
-        """L_mix: source i is pasted onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
+        """Compute L_mix: paste source i onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
         assert inputs.pseudo is not None
         image, label, weight = mixed_batch(inputs, self.settings)
         return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight).losses
@@ -36,7 +36,7 @@ class DACS(Method):
 
 @torch.no_grad()
 def mixed_batch(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tensor, Tensor, Tensor]:
-    """ClassMix and strong augmentation.
+    """Mix classes and augment strongly (ClassMix).
 
     Returns:
         image float32 [B, 3, H, W], label int64 [B, H, W] and pixel weight float32 [B, H, W] of the mixed batch.
@@ -53,5 +53,5 @@ def mixed_batch(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tens
 
 
 def build(config: RunConfig) -> Method:
-    """The method as configured."""
+    """Build the method as configured."""
     return DACS(config.self_training)

@@ -37,7 +37,7 @@ class DAFormer(Method):
         return {**self.dacs.terms(), "source": self.source_term}
 
     def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
-        """L_sup, and L_fd on the same features."""
+        """Compute L_sup, and L_fd on the same features."""
         assert inputs.initial_feature is not None
         label = inputs.source_label
         losses, features = self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, label)
@@ -49,7 +49,7 @@ class DAFormer(Method):
 
 @torch.no_grad()
 def thing_mask(label: Tensor, size: tuple[int, int], share: float) -> Tensor:
-    """Which positions of a feature map lie on an object: one of ``THING_CLASSES`` has this share of their pixels.
+    """Mark the positions of a feature map on an object: one of ``THING_CLASSES`` has this share of their pixels.
 
     Args:
         label: integer [B, H, W]; ``IGNORE_INDEX`` counts as one class more, which is no thing.
@@ -72,7 +72,7 @@ def thing_mask(label: Tensor, size: tuple[int, int], share: float) -> Tensor:
 
 
 def feature_distance(feature: Tensor, initial: Tensor, mask: Tensor) -> Tensor:
-    """Mean Euclidean distance of two maps [B, C, h, w] over the positions of ``mask`` [B, h, w]; 0 if there is none.
+    """Return two maps' [B, C, h, w] mean Euclidean distance where ``mask`` [B, h, w] is True; 0 if it is nowhere.
 
     The published code takes the mean of nothing there, which logs NaN and has no gradient either.
     """
@@ -81,5 +81,5 @@ def feature_distance(feature: Tensor, initial: Tensor, mask: Tensor) -> Tensor:
 
 
 def build(config: RunConfig) -> Method:
-    """The method as configured."""
+    """Build the method as configured."""
     return DAFormer(config.daformer, config.self_training)

@@ -36,7 +36,7 @@ class ColourFactors(NamedTuple):
 
 
 def colour_map(factors: ColourFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix [3, 3] and offset [3] of the four changes in their order, for RGB in 0..1."""
+    """Return matrix [3, 3] and offset [3] of the four changes in their order, for RGB in 0..1."""
     saturation = np.diag([1.0, factors.saturation, factors.saturation])
     cosine, sine = math.cos(2 * math.pi * factors.turn), math.sin(2 * math.pi * factors.turn)
     # Red, yellow, green is anticlockwise in the hexagon of HSV and clockwise in the plane of I and Q.
@@ -56,7 +56,7 @@ def colour_map(factors: ColourFactors) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jitter_batch(image: Tensor, factors: list[ColourFactors], mean: Tensor, std: Tensor) -> Tensor:
-    """One multiplication for a normalised batch [B, 3, H, W], and one clamp to the range of colours.
+    """Jitter a normalised batch [B, 3, H, W] by one multiplication and one clamp to the range of colours.
 
     Args:
         factors: of each image.
@@ -76,7 +76,7 @@ def jitter_batch(image: Tensor, factors: list[ColourFactors], mean: Tensor, std:
 
 
 def blur_batch(image: Tensor, sigmas: np.ndarray) -> Tensor:
-    """Separable Gaussian blur of [B, 3, H, W] with reflected borders and a sigma for each image."""
+    """Blur [B, 3, H, W] by a separable Gaussian with reflected borders and a sigma for each image."""
     batch, channels, height, width = image.shape
     radius = min(math.ceil(BLUR_REACH * float(sigmas.max())), height - 1, width - 1)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Keeping a loss from training a part of the networks, while its backward still reaches every parameter.
+"""Keep a loss from training a part of the networks, while its backward still reaches every parameter.
 
 A parameter that a backward leaves out would be updated by ZeRO-3 with its previous gradient, and DDP with
 ``memory.lean`` would not exchange it: what must not learn gets a gradient of 0 instead of none.
@@ -17,7 +17,7 @@ from mfm_dist.models.layers import batch_norm_untracked
 
 
 def zero_gradient(feature: Tensor) -> Tensor:
-    """The same values; the gradient that flows back from here is 0."""
+    """Return the same values; the gradient that flows back from here is 0."""
     stopped: Tensor = _WithoutGradient.apply(feature)
     return stopped
 
@@ -34,7 +34,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """In here gradients pass through a module to its input, and its own parameters get none."""
+    """Let gradients pass through a module to its input in here, and give its own parameters none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -46,7 +46,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def zero_loss_through(heads: Sequence[nn.Module], features: list[Tensor]) -> Tensor:
-    """The scalar 0, whose backward gives a gradient of 0 to every parameter of these decoders.
+    """Return the scalar 0, whose backward gives a gradient of 0 to every parameter of these decoders.
 
     They run on a corner of the encoder's maps, which costs next to nothing.
     """

@@ -32,7 +32,7 @@ def classify_at_two_resolutions(
     *,
     detail_weight: float,
 ) -> Classified:
-    """(1 - w) * cross-entropy of the fused logits + w * that of the detail window's, one window for the batch."""
+    """Sum (1 - w) * cross-entropy of the fused logits and w * that of the detail window's, one window for the batch."""
     assert isinstance(student, HRDASegmentor)
     box = draw_detail_box(student, inputs, kind)
     seen = student.forward_crops(image, box)
@@ -45,14 +45,14 @@ def classify_at_two_resolutions(
 
 
 def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, kind: ForwardKind) -> Window:
-    """The detail window of one forward of one micro-batch."""
+    """Draw the detail window of one forward of one micro-batch."""
     height, width = inputs.target_image.shape[-2:]
     generator = keyed_generator(inputs.seed, Stream.DETAIL_BOX, inputs.block, kind)
     return detail_box((height, width), student.detail_size, student.box_step, generator)
 
 
 def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Window:
-    """A window at a multiple of ``step`` pixels. As published, the last place of all is never drawn (UDA_FACTS 5)."""
+    """Draw a window at a multiple of ``step`` pixels. As published, never at the last place of all (UDA_FACTS 5)."""
     top, left = (
         step * int(generator.integers(max(1, (side - part + 1) // step)))
         for side, part in zip(size, window, strict=True)
@@ -61,6 +61,6 @@ def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, genera
 
 
 def build(config: RunConfig) -> Method:
-    """The method as configured."""
+    """Build the method as configured."""
     classify = partial(classify_at_two_resolutions, detail_weight=config.hrda.detail_loss_weight)
     return DAFormer(config.daformer, config.self_training, classify)

@@ -30,7 +30,7 @@ Encode = Callable[[Tensor], list[Tensor]]
 
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
-    """The forwards of the term, each with the weight lambda: source before target, context before detail."""
+    """List the forwards of the term, each with the weight lambda: source before target, context before detail."""
     target, source = [ForwardKind.MFM], [ForwardKind.MFM_SOURCE]
     if settings.view == "both":
         target, source = (
@@ -61,7 +61,7 @@ def mfm_term(
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
 ) -> Tensor:
-    """L_mfm: hide part of the target's features, rebuild it, and classify the result as the teacher does.
+    """Compute L_mfm: hide part of the target's features, rebuild it, and classify the result as the teacher does.
 
     f_t = E(x_t); f_r = R(f_t); cross-entropy of D(f_r) with the pseudo-label, weighted by the pseudo-weight. The
     image is clean (neither mixed nor augmented), and encoder, decoder and Rebuilder all receive gradients.
@@ -70,7 +70,7 @@ def mfm_term(
         rebuilder: None where hidden features stay empty.
         grid: rows and columns of the mask.
         teacher: the teacher's encoder, without gradients.
-        which: one of ``passes_of(settings)``.
+        kind: one of ``passes_of(settings)``.
     """
     view = view_of(student, inputs, settings, kind)
     features = student.encode(view.image)
@@ -99,7 +99,7 @@ def mfm_term(
 
 
 def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
-    """Image, label and weight of a domain, the source's labels given; under HRDA of context or detail window."""
+    """Return image, label and weight of a domain, the source's labels given; in HRDA of context or detail window."""
     if kind in (ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL):
         label = inputs.source_label.long()
         image, weight = inputs.source_image, torch.ones_like(label, dtype=torch.float32)
@@ -116,7 +116,7 @@ def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: 
 def keyed_masks(
     inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, kind: ForwardKind = ForwardKind.MFM
 ) -> Tensor:
-    """bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
+    """Draw bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
     masks = [
         draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
         for position in inputs.positions
@@ -125,7 +125,7 @@ def keyed_masks(
 
 
 def rebuild(student: Segmentor, rebuilder: Rebuilder | None, features: list[Tensor], mask: Tensor) -> list[Tensor]:
-    """The encoder's maps with the hidden cells of those that the decoder reads replaced by rebuilt ones.
+    """Return the encoder's maps with the masked blocks of those that the decoder reads replaced by rebuilt ones.
 
     Without a Rebuilder they are 0.
     """
@@ -151,7 +151,7 @@ def regression_loss(
     settings: MFMSection,
     teacher: Encode,
 ) -> Tensor:
-    """Mean squared error of the rebuilt part against what was there, averaged over maps.
+    """Return the mean squared error of the rebuilt part against what was there, averaged over maps.
 
     The paper does not say how its regression is normalised. Here each position of the target has mean 0 and deviation
     1 over its channels, as masked autoencoders regress pixels.
@@ -168,7 +168,7 @@ def regression_loss(
 
 
 def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean over hidden positions and channels of the squared error of two maps [B, C, h, w]; 0 if none is hidden."""
+    """Return the mean squared error of two maps [B, C, h, w] over what is hidden; 0 if nothing is."""
     normalised = F.layer_norm(target.float().movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
     hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1)
     # Selected, not multiplied with: visible places hold the encoder's own values, of any size.
@@ -177,5 +177,5 @@ def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def enlarge_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """A grid mask [B, rows, cols] at another size, nearest cell: bool [B, H, W]."""
+    """Bring a grid mask [B, rows, cols] to another size, nearest cell: bool [B, H, W]."""
     return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").squeeze(1).bool()

@@ -17,7 +17,7 @@ from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
 
 BLOCKS = 16
-"""Blocks from top to bottom of a crop, unless their size is given: 32 pixels each of 512, 64 of 1024 (MIC)."""
+"""Masked blocks from top to bottom of a crop, unless their size is given: 32 pixels each of 512, 64 of 1024 (MIC)."""
 
 
 class MIC(Method):
@@ -35,7 +35,7 @@ class MIC(Method):
         return {**self.base.terms(), "masked": self.masked_term}
 
     def masked_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
-        """L_mask, over all pixels, masked or not."""
+        """Compute L_mask, over all pixels, masked or not."""
         image, label, weight = masked_batch(inputs, self.settings, self.self_training)
         losses = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight).losses
         # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
@@ -46,7 +46,7 @@ class MIC(Method):
 def masked_batch(
     inputs: StepInputs, settings: MICSection, self_training: SelfTrainingSection
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The images of ``settings.mode``, augmented if asked for, with blocks of them hidden.
+    """Return the images of ``settings.mode``, augmented if asked for, with masked blocks in them.
 
     Returns:
         image float32 [B', 3, H, W], label int64 [B', H, W] and pixel weight float32 [B', H, W].
@@ -76,7 +76,7 @@ def masked_batch(
 
 
 def chosen_images(batch: int, mode: str) -> tuple[int, int]:
-    """How many images of a micro-batch are masked: (source, target), each counted from the first.
+    """Return how many images of a micro-batch are masked: (source, target), each counted from the first.
 
     ``separate`` takes half of each domain, so that as many images are masked as there are of one domain. The
     published code knows it for two images only, where it is one of each; so it is here for one.
@@ -90,9 +90,9 @@ def chosen_images(batch: int, mode: str) -> tuple[int, int]:
 
 
 def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch.Generator) -> Tensor:
-    """float32 [H, W], 1 where the image stays visible.
+    """Draw float32 [H, W], 1 where the image stays visible, 0 in masked blocks.
 
-    Blocks of about ``mask_block_pixels`` a side are hidden independently of one another, so the share varies.
+    Masked blocks are about ``mask_block_pixels`` a side and drawn independently of one another, so the share varies.
     """
     block = settings.mask_block_pixels or max(1, size[0] // BLOCKS)
     grid = [max(1, round(side / block)) for side in size]
@@ -101,7 +101,7 @@ def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch
 
 
 def _target_weight(inputs: StepInputs, settings: MICSection) -> Tensor:
-    """The pseudo-weight [B, H, W] of the step, or by a threshold of its own."""
+    """Return the pseudo-weight [B, H, W] of the step, or by a threshold of its own."""
     assert inputs.pseudo is not None
     if settings.pseudo_threshold is None:
         return inputs.pseudo.weight
@@ -109,6 +109,6 @@ def _target_weight(inputs: StepInputs, settings: MICSection) -> Tensor:
 
 
 def build(config: RunConfig) -> Method:
-    """The method as configured."""
+    """Build the method as configured."""
     bases = {"source_only": source_only, "dacs": dacs, "daformer": daformer, "hrda": hrda}
     return MIC(config.mic, config.self_training, bases[config.mic.base_method].build(config))

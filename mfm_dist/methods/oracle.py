@@ -19,5 +19,5 @@ class Oracle(Method):
 
 
 def build(config: RunConfig) -> Method:  # noqa: ARG001 - no setting of its own
-    """The method as configured."""
+    """Build the method as configured."""
     return Oracle()

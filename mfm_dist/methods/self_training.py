@@ -32,7 +32,7 @@ class PseudoTarget:
 
 @torch.no_grad()
 def pseudo_target(logits: Tensor, valid: Tensor, threshold: float) -> PseudoTarget:
-    """Pseudo-label and pseudo-weight from the teacher's logits at image size.
+    """Make pseudo-label and pseudo-weight from the teacher's logits at image size.
 
     Args:
         logits: [B, C, H, W].
@@ -46,19 +46,19 @@ def pseudo_target(logits: Tensor, valid: Tensor, threshold: float) -> PseudoTarg
 
 
 def pseudo_weight(confidence: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """float32 [B, H, W]: the share of all pixels held at ``threshold`` at least; 0 where not ``valid``."""
+    """Return float32 [B, H, W]: the share of all pixels held at ``threshold`` at least; 0 where not ``valid``."""
     return (confidence >= threshold).float().mean() * valid
 
 
 def without_margins(valid: Tensor, top: int, bottom: int) -> Tensor:
-    """``valid`` [B, H, W] with this many rows at the top and at the bottom made False (DAFormer, UDA_FACTS 2.5)."""
+    """Make this many rows of ``valid`` [B, H, W] False at the top and at the bottom (DAFormer, UDA_FACTS 2.5)."""
     rows = torch.arange(valid.shape[1], device=valid.device)
     inside = (rows >= top) & (rows < valid.shape[1] - bottom)
     return valid & inside[:, None]
 
 
 def draw_class_masks(label: Tensor, ranks: Tensor, scope: Literal["batch", "image"]) -> Tensor:
-    """Which source pixels ClassMix pastes: those of a random half of the classes, drawn anew for each image.
+    """Choose the source pixels that ClassMix pastes: those of a random half of the classes, anew for each image.
 
     Of n candidate classes ceil(n / 2) are drawn without replacement. Like the published code this treats 255 as a
     class and takes the candidates from the whole micro-batch (``scope="batch"``), so that a drawn class may be absent
@@ -87,7 +87,7 @@ def draw_class_masks(label: Tensor, ranks: Tensor, scope: Literal["batch", "imag
 
 
 def mix(mask: Tensor, pasted: Tensor, background: Tensor) -> Tensor:
-    """``pasted`` where the class mask [B, H, W] is True, else ``background``; any [B, ..., H, W]."""
+    """Return ``pasted`` where the class mask [B, H, W] is True, else ``background``; any [B, ..., H, W]."""
     while mask.ndim < pasted.ndim:
         mask = mask.unsqueeze(1)
     return torch.where(mask, pasted, background)

@@ -18,5 +18,5 @@ class SourceOnly(Method):
 
 
 def build(config: RunConfig) -> Method:  # noqa: ARG001 - no setting of its own
-    """The method as configured."""
+    """Build the method as configured."""
     return SourceOnly()

@@ -19,7 +19,7 @@ from mfm_dist.models.backbone import Backbone
 
 
 def checkpoint_blocks(backbone: Backbone) -> None:
-    """From now on a block holds its input alone and computes the rest again when its backward needs it.
+    """Have a block keep its input alone from now on, and compute the rest again when its backward needs it.
 
     Where no blocks can be told apart (RegNet, DenseNet, DLA, Inception, DPN), whole stages do, which saves less.
 
@@ -41,7 +41,7 @@ def checkpoint_blocks(backbone: Backbone) -> None:
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """The innermost parts with layers of their own that are listed in a container: a stage's residual blocks.
+    """Find the innermost parts with layers of their own that are listed in a container: a stage's residual blocks.
 
     timm has no common name for them, but writes them all as entries of a Sequential or a ModuleList.
     """
@@ -56,7 +56,7 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def find_stages(net: nn.Module) -> list[nn.Module]:
-    """The parts with layers of their own that timm's feature wrapper calls one after the other; [] of another wrapper.
+    """Find the parts with layers that timm's feature wrapper calls one after the other; [] of another wrapper.
 
     ``FeatureHookNet`` is another: it collects maps where layers inside of stages run, and would do so again in the
     recomputation.
@@ -70,7 +70,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
-    """The block's forward, checkpointed where there will be a backward."""
+    """Run the block's forward, checkpointed where there will be a backward."""
     compute = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return compute(*inputs, **options)
@@ -80,14 +80,14 @@ def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What to do around the block's forward, nothing, and around its recomputation."""
+    """Return what to do around the block's forward, nothing, and around its recomputation."""
     tracked = {m: m.track_running_stats for m in block.modules() if isinstance(m, _BatchNorm)}
     return nullcontext(), _statistics_kept(tracked)
 
 
 @contextmanager
 def _statistics_kept(tracked: dict[_BatchNorm, bool]) -> Iterator[None]:
-    """BatchNorm layers work as in the forward, but on copies of their running statistics, which are then dropped.
+    """Let BatchNorm layers work as in the forward, but on copies of their running statistics, then dropped.
 
     Copies, because without the buffers other tensors would be saved than in the forward, which torch refuses.
 

@@ -94,7 +94,7 @@ class Backbone(nn.Module):
             self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Normalised image [B, 3, H, W] -> maps, the i-th [B, channels[i], H / strides[i], W / strides[i]]."""
+        """Turn a normalised image [B, 3, H, W] into maps, the i-th [B, channels[i], H / strides[i], W / strides[i]]."""
         maps = self.net(image)
         if self._channels_come_last:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
 
 
 def build_classifier(name: str, num_classes: int) -> nn.Module:
-    """The image classifier [B, 3, H, W] -> [B, num_classes] whose encoder ``Backbone(name)`` is; random weights.
+    """Build the image classifier [B, 3, H, W] -> [B, num_classes] whose encoder ``Backbone(name)`` is; random weights.
 
     Its state dict is what ``Backbone(weights=...)`` reads, so this is the net to pre-train.
 
@@ -117,7 +117,7 @@ def build_classifier(name: str, num_classes: int) -> nn.Module:
 
 
 def _resolve(name: str, options: dict[str, object]) -> tuple[str, dict[str, object]]:
-    """The timm name and all arguments behind a name of ours."""
+    """Return the timm name and all arguments behind a name of ours."""
     reserved = sorted(OWN_ARGUMENTS & set(options))
     if reserved:
         raise ConfigError(
@@ -155,7 +155,7 @@ def _load(net: nn.Module, architecture: str, options: Mapping[str, object], stat
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name. Never unpickles anything but tensors and plain containers."""
+    """Read the tensors of a weights file by name. Never unpickle anything but tensors and plain containers."""
     if not path.is_file():
         raise ConfigError(
             f"model.weights: there is no file {path}; tools/convert_weights.py makes one of published weights"
@@ -180,7 +180,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _builds(architecture: str, options: Mapping[str, object], *, features_only: bool) -> bool:
-    """Whether timm accepts this at all, weights aside."""
+    """Tell whether timm accepts this at all, weights aside."""
     wrapper = {"features_only": True} if features_only else {}
     try:
         timm.create_model(architecture, **wrapper, **options)
@@ -197,7 +197,7 @@ def _explain(
     weights: Path | None,
     state: Mapping[str, Tensor] | None,
 ) -> str:
-    """Why timm refused. Its own messages often name no cause, so this finds it by leaving things out."""
+    """Say why timm refused. Its own messages often name no cause, so find it by leaving things out."""
     if _builds(architecture, options, features_only=True):
         if state is not None:
             chosen = f" with {options}" if options else ""
@@ -225,6 +225,6 @@ def _explain(
 
 
 def _brief(error: Exception) -> str:
-    """The kind of an error and the first lines of its message, long ones cut: enough for a few keys of each kind."""
+    """Return an error's kind and the first lines of its message, long ones cut: enough for a few keys of each kind."""
     lines = [textwrap.shorten(line, 240, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
     return " ".join([f"{type(error).__name__}:", *lines[:4]]) if lines else type(error).__name__

@@ -8,13 +8,13 @@ from mfm_dist.models.segmentor import Segmentor
 
 
 def compile_segmentor(segmentor: Segmentor) -> None:
-    """Have the encoder and each head translated at their first forward, each by itself; names and weights stay."""
+    """Compile the encoder and each head by torch.compile, at their first forward; names and weights stay."""
     for part in (segmentor.backbone, *segmentor.heads):
         compile_module(part)
 
 
 def compile_module(module: nn.Module) -> None:
-    """Have a module translated at its first forward.
+    """Compile a module by torch.compile, at its first forward.
 
     Dropout draws torch's own numbers, so that a compiled run sees the same ones as any other.
     """

@@ -85,11 +85,11 @@ class HRDASegmentor(Segmentor):
         return SCALE * self.stride
 
     def context(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 3, H / 2, W / 2]."""
+        """Shrink [B, 3, H, W] to [B, 3, H / 2, W / 2]."""
         return resize(image, [side // SCALE for side in image.shape[-2:]])
 
     def forward_crops(self, image: Tensor, box: Window) -> TwoResolutions:
-        """An image [B, 3, H, W] at both resolutions, the detail in one window of it."""
+        """Classify an image [B, 3, H, W] at both resolutions, the detail in one window of it."""
         features = self.encode(self.context(image))
         coarse, attention = self.decode(features), self.attend(features)
         detail = self.decode(self.encode(box.crop(image)))
@@ -100,11 +100,11 @@ class HRDASegmentor(Segmentor):
         return TwoResolutions(features, fuse(coarse, inside, pasted), detail)
 
     def attend(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps of the context -> how much of the detail to believe, 0..1, [B, C, h, w]."""
+        """Say from the context's encoder maps how much of the detail to believe, 0..1, [B, C, h, w]."""
         return torch.sigmoid(self.attention(features))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] -> logits [B, C, H, W], the detail from windows that slide over all of it."""
+        """Turn normalised images [B, 3, H, W] into logits [B, C, H, W], with windows of detail that slide over all."""
         height, width = image.shape[-2:]
         grid = SCALE * self.stride
         # To whole cells of the context; 0 is the mean colour.
@@ -114,7 +114,7 @@ class HRDASegmentor(Segmentor):
         return resize(fused, padded.shape[-2:])[..., :height, :width]
 
     def _detail_everywhere(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, C, H / stride, W / stride], all windows in one forward."""
+        """Turn [B, 3, H, W] into logits [B, C, H / stride, W / stride], all windows in one forward."""
         size = (image.shape[-2], image.shape[-1])
         step = (self.detail_size[0] // 2, self.detail_size[1] // 2)
         boxes = sliding_boxes(size, self.detail_size, step)
@@ -131,7 +131,7 @@ def build_hrda_segmentor(
     num_classes: int,
     window: tuple[int, int],
 ) -> HRDASegmentor:
-    """HRDA's segmentor from a plain one and the name and options of the decoder that is its attention.
+    """Build HRDA's segmentor from a plain one and the name and options of the decoder that is its attention.
 
     Raises:
         ConfigError: no such decoder, or what does not fit.
@@ -145,7 +145,7 @@ def build_hrda_segmentor(
 
 
 def fuse(coarse: Tensor, attention: Tensor, detail: Tensor) -> Tensor:
-    """(1 - a) * coarse + a * detail at the detail's resolution, with coarse and a enlarged bilinearly (HRDA).
+    """Return (1 - a) * coarse + a * detail at the detail's resolution; coarse and a are enlarged bilinearly (HRDA).
 
     Args:
         coarse: logits of the context [B, C, h, w].

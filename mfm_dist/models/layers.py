@@ -18,7 +18,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
+        """Normalise [B, C, H, W]."""
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -65,7 +65,7 @@ class SeparableConv(nn.Sequential):
 
 
 def embed_all(embeddings: nn.ModuleList, features: list[Tensor]) -> Tensor:
-    """Each map through its linear layer and to the finest map's size, then side by side: [B, sum of widths, h, w].
+    """Put each map through its linear layer, to the finest's size, and side by side: [B, sum of widths, h, w].
 
     Args:
         embeddings: a ``Linear`` for each map.
@@ -79,7 +79,7 @@ def embed_all(embeddings: nn.ModuleList, features: list[Tensor]) -> Tensor:
 
 
 def init_classifier(conv: nn.Conv2d) -> nn.Conv2d:
-    """Weights of a convolution that emits logits: normal with std 0.01, bias zero (DAFormer, DeepLabV2)."""
+    """Initialise a convolution that emits logits: normal with std 0.01, bias zero (DAFormer, DeepLabV2)."""
     nn.init.normal_(conv.weight, std=0.01)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -87,7 +87,7 @@ def init_classifier(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear [B, C, h, w] -> [B, C, *size]; the tensor itself when it already has that size."""
+    """Resize [B, C, h, w] to [B, C, *size] bilinearly; return the tensor itself when it already has that size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -95,7 +95,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @contextmanager
 def batch_norm_untracked(module: nn.Module) -> Iterator[None]:
-    """BatchNorm layers go on normalising with batch statistics, but leave their running statistics alone."""
+    """Have BatchNorm layers go on normalising with batch statistics, but leave their running statistics alone."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False

@@ -16,13 +16,13 @@ IMAGE_STD = (58.395, 57.12, 57.375)
 def _channel_constants(
     like: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of RGB as [1, 3, 1, 1] beside ``like``."""
+    """Return mean and deviation of RGB as [1, 3, 1, 1] beside ``like``."""
     means, stds = (torch.tensor(values, device=like.device).view(1, 3, 1, 1) for values in (mean, std))
     return means, stds
 
 
 def normalise(image: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> Tensor:
-    """uint8 RGB [B, 3, H, W] to the float32 scale the networks expect, channels innermost in memory.
+    """Bring uint8 RGB [B, 3, H, W] to the float32 scale the networks expect, channels innermost in memory.
 
     Convolutions follow the layout of their input, and this one is the fast one: a fifth less time for a step of the
     quickstart on a CPU.

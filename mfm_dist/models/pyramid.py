@@ -54,7 +54,7 @@ class SimplePyramid(nn.Module):
         )
 
     def forward(self, feature: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """One map [B, C, ceil(H / s), ceil(W / s)] -> four, the i-th [B, 256, ceil(H / s_i), ceil(W / s_i)].
+        """Turn one map [B, C, ceil(H / s), ceil(W / s)] into four, the i-th [B, 256, ceil(H / s_i), ceil(W / s_i)].
 
         Args:
             feature: the map; it may reach beyond the image, as that of a padded image does.
@@ -68,5 +68,5 @@ class SimplePyramid(nn.Module):
 
 
 def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
-    """[B, in_channels, h, w] -> [B, out_channels, 2h, 2w]."""
+    """Build a layer from [B, in_channels, h, w] to [B, out_channels, 2h, 2w]."""
     return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)

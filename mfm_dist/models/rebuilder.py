@@ -20,12 +20,16 @@ from mfm_dist.models.layers import ChannelLayerNorm, resize
 NOMINAL_INPUT = 512
 """Side, in pixels, of the published training crop; the projectors are sized for it and resize for any other."""
 
+PROJECTOR_EPS = 1e-6
+"""Of the projectors' norms: the authors' code (arXiv 2509.13801) has timm's ``LayerNorm2d`` with its default there, and
+1e-5 in the transformer's."""
+
 TEMPERATURE = 10_000
 """Slowest wavelength of the position table, in units of 2 pi cells (paper)."""
 
 
 def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Which cells of each image are hidden: independent draws, so the share varies from image to image (paper).
+    """Draw which cells of each image are hidden: independently, so the share varies from image to image (paper).
 
     Args:
         batch: number of images, B.
@@ -45,7 +49,7 @@ def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: t
 
 
 def sine_cosine_positions(rows: int, cols: int, width: int) -> Tensor:
-    """Fixed 2-D position table, float32 [rows x cols, width], cells in row-major order.
+    """Return the fixed 2-D position table, float32 [rows x cols, width], cells in row-major order.
 
     The first half of the channels encodes the row, the second half the column; within a half, sines come before
     cosines, from the fastest frequency (1 radian a cell) to the slowest (1 / ``TEMPERATURE``).
@@ -72,7 +76,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Let every cell attend to all: [B, N, width] -> [B, N, width]."""
         # [B, N, 3 x width] -> [B, N, 3, heads, width / heads] -> [3, B, heads, N, width / heads]
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -91,7 +95,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Add attention and perceptron to the input: [B, N, width] -> [B, N, width]."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -107,11 +111,12 @@ class Projector(nn.Sequential):
         channels = width
         for index in range(doublings):
             if index > 0:
-                layers += [ChannelLayerNorm(channels), nn.GELU()]
+                layers += [ChannelLayerNorm(channels, eps=PROJECTOR_EPS), nn.GELU()]
             narrowed = width // 2 if index == 0 else width // 4
             layers.append(nn.ConvTranspose2d(channels, narrowed, kernel_size=4, stride=2, padding=1))
             channels = narrowed
-        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), ChannelLayerNorm(out_channels))
+        layers += [nn.Conv2d(channels, out_channels, 1), ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)]
+        super().__init__(*layers)
 
 
 class Rebuilder(nn.Module):
@@ -180,7 +185,7 @@ class Rebuilder(nn.Module):
         ]
 
     def _rebuild(self, last_feature: Tensor, mask: Tensor) -> Tensor:
-        """Last map [B, embed_channels, h, w] and mask [B, rows, cols] -> rebuilt grid [B, width, rows, cols]."""
+        """Rebuild the grid [B, width, rows, cols] of last maps [B, embed_channels, h, w] masked by [B, rows, cols]."""
         assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
         embedded = self.embed(last_feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, width, h, w]
         tokens = resize(embedded, self.grid).flatten(2).transpose(1, 2)  # [B, rows x cols, width]
@@ -192,7 +197,7 @@ class Rebuilder(nn.Module):
 
 
 def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
-    """Rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
+    """Take rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
     size = feature.shape[-2:]
     hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
     # The feature's own type and memory layout: with nothing hidden, the decoder must compute the same bits as without
@@ -204,7 +209,7 @@ def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
 
 
 def _doublings(stride: int, grid: tuple[int, int]) -> int:
-    """How often the grid doubles on its way to a map of this stride, for an input of ``NOMINAL_INPUT`` pixels.
+    """Return how often the grid doubles on its way to a map of this stride, for an input of ``NOMINAL_INPUT`` pixels.
 
     The longer side of the grid counts, as an input that is wider than high has a grid of that shape too. Rounded down:
     the rest is left to a bilinear step, which costs no parameters.
@@ -213,14 +218,14 @@ def _doublings(stride: int, grid: tuple[int, int]) -> int:
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (paper)."""
+    """Set Xavier-uniform weights and zero biases (paper)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def _check(*, width: int, depth: int, num_heads: int, mlp_ratio: float, grid: int | Sequence[int]) -> tuple[int, int]:
-    """The grid as (rows, cols), once every number is known to be usable."""
+    """Return the grid as (rows, cols), once every number is known to be usable."""
     problems = []
     for name, value in (("width", width), ("depth", depth), ("heads", num_heads)):
         if value < 1:

@@ -38,19 +38,19 @@ class Segmentor(nn.Module):
         return [self.decoder]
 
     def context(self, image: Tensor) -> Tensor:
-        """The image [B, 3, H, W] as the encoder sees it whole: itself."""
+        """Return the image [B, 3, H, W] as the encoder sees it whole: itself."""
         return image
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Normalised image [B, 3, H, W] -> encoder maps, fine to coarse, the i-th [B, channels[i], h_i, w_i]."""
+        """Turn a normalised image [B, 3, H, W] into encoder maps, fine to coarse, i-th [B, channels[i], h_i, w_i]."""
         return self.backbone(image)
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """All encoder maps -> logits [B, num_classes, h, w] at the decoder's own resolution."""
+        """Turn all encoder maps into logits [B, num_classes, h, w] at the decoder's own resolution."""
         return self.decoder(features)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [B, 3, H, W] -> fp32 logits [B, num_classes, H, W]."""
+        """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""
         return resize(self.decode(self.encode(image)).float(), image.shape[-2:])
 
 
@@ -64,7 +64,7 @@ def build_segmentor(
     backbone_options: Mapping[str, object] | None = None,
     decoder_options: Mapping[str, object] | None = None,
 ) -> Segmentor:
-    """A Segmentor from names and options (see ``Backbone`` and ``build_decoder`` for both).
+    """Build a Segmentor from names and options (see ``Backbone`` and ``build_decoder`` for both).
 
     Raises:
         ConfigError: an unknown name, a wrong option, or weights that cannot be used.

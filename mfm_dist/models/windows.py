@@ -19,23 +19,23 @@ class Window:
     width: int
 
     def crop(self, plane: Tensor) -> Tensor:
-        """[..., H, W] -> [..., height, width]."""
+        """Cut the window out: [..., H, W] -> [..., height, width]."""
         return plane[..., self.top : self.top + self.height, self.left : self.left + self.width]
 
     def paste(self, patch: Tensor, size: tuple[int, int]) -> Tensor:
-        """[..., height, width] -> [..., *size], 0 around it."""
+        """Put a patch in its place: [..., height, width] -> [..., *size], 0 around it."""
         right, bottom = size[1] - self.left - self.width, size[0] - self.top - self.height
         return F.pad(patch, (self.left, right, self.top, bottom))
 
     def scaled_down(self, stride: int) -> Window:
-        """The same window of a map that has one position for ``stride`` of these; all sides must be multiples."""
+        """Return the same window of a map with one position for ``stride`` of these; all sides must be multiples."""
         sides = (self.top, self.left, self.height, self.width)
         assert all(side % stride == 0 for side in sides), f"{self} does not lie on a grid of {stride}"
         return Window(*(side // stride for side in sides))
 
 
 def sliding_boxes(size: tuple[int, int], window: tuple[int, int], step: tuple[int, int]) -> list[Window]:
-    """Windows that cover a map of ``size``, row by row; the last of each row and column is moved back inside.
+    """Cover a map of ``size`` with windows, row by row; the last of each row and column is moved back inside.
 
     A side that is shorter than the window makes the window shorter (mmsegmentation's rule, UDA_FACTS 5).
     """
@@ -50,7 +50,7 @@ def _starts(length: int, window: int, step: int) -> list[int]:
 
 
 def average_windows(patches: list[Tensor], boxes: list[Window], size: tuple[int, int]) -> Tensor:
-    """The mean, at each position, of the patches [..., height, width] that cover it: fp32 [..., *size]."""
+    """Average, at each position, the patches [..., height, width] that cover it: fp32 [..., *size]."""
     total = patches[0].new_zeros(*patches[0].shape[:-2], *size, dtype=torch.float32)
     count = torch.zeros(size, device=total.device)
     for patch, box in zip(patches, boxes, strict=True):

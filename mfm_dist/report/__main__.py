@@ -10,37 +10,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mfm_dist.errors import EXIT_DONE, StorageError, UserError
+from mfm_dist.errors import EXIT_DONE, StorageError, tell_user_errors
 from mfm_dist.report.page import render
 from mfm_dist.report.run import read_runs
 from mfm_dist.storage import write_atomically
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     folders: list[Path] = arguments.runs
     output: Path = arguments.output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    try:
-        page = render(read_runs(folders), images=arguments.images)
-        _write(output, page)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(f"{output} ({len(page.encode()) / 2**20:.1f} MiB)")
-    return EXIT_DONE
-
-
-def _write(output: Path, page: str) -> None:
+    page = render(read_runs(folders), images=arguments.images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, page)
     except OSError as error:
         raise StorageError(f"{output} cannot be written ({error}); choose another place with --output") from error
+    print(f"{output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    return EXIT_DONE
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m mfm_dist.report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first gives the order")
     parser.add_argument(

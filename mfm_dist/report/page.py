@@ -1,49 +1,80 @@
-"""From runs to the text of the page."""
+"""From runs to the text of the page: the rows of its tables, and the templates filled with them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.config.loader import to_tree
+from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
-from mfm_dist.report.curves import compared_charts, miou_chart, run_charts
+from mfm_dist.report.charts import Chart, compared_charts, draw, miou_chart, run_charts
 from mfm_dist.report.gallery import Gallery, compare_galleries, make_gallery
 from mfm_dist.report.picture import RIGHT_COLOUR, WRONG_COLOUR, hexadecimal
 from mfm_dist.report.run import Run
-from mfm_dist.report.svg import Chart, draw
-from mfm_dist.report.tables import differing_settings, environment, group_events, repeated, settings
-from mfm_dist.report.views import ALL_VIEWS, HIDDEN_CELLS, MISTAKES, PSEUDO_LABEL
 
 DASH = "\N{EN DASH}"
 """Stands for a figure that there is not."""
+SHOWN_EVENTS = 20
+"""Single events listed of each group."""
+NOT_COMPARED = ("seed", "run.folder")
+"""Settings in which repetitions of a run differ."""
+EVENT_NAMES: Mapping[str, str] = {
+    "skipped_step": "Step skipped",
+    "bad_sample": "Sample left out",
+    "too_many_bad_samples": "Stopped for bad samples",
+    "signal": "Stopped by a signal",
+    "hang": "A rank hung",
+    "audit": "Weights differ",
+    "tracker_failed": "A tracker failed",
+}
+
+
+class Setting(NamedTuple):
+    """One line of the configuration."""
+
+    key: str
+    value: str
+    default: str
+    changed: bool
 
 
 @dataclass(frozen=True)
-class Headline:
-    """The figures that a page opens with."""
+class EventGroup:
+    """Events of one kind and one cause."""
 
-    run: Run
-    letter: str
-    method: str
-    seeds: str
-    steps: str
-    status: str
-    finished: bool
-    machine: str
-    processes: str
-    revision: str
+    name: str
+    cause: str
+    count: int
+    first: int | None
+    last: int | None
+    examples: list[str]
+    """The first ``SHOWN_EVENTS`` in words, where they say more than kind and cause."""
+
+
+class Repeated(NamedTuple):
+    """Runs that differ in the seed alone."""
+
+    names: list[str]
+    seeds: list[int]
+    mean: float
+    deviation: float
+    lowest: float
+    highest: float
 
 
 def render(runs: Sequence[Run], *, images: int) -> str:
-    """The whole page: of one run, or of several side by side.
+    """Return the whole page: of one run, or of several side by side.
 
     Args:
         images: validation images to show; 0 for none.
@@ -52,16 +83,11 @@ def render(runs: Sequence[Run], *, images: int) -> str:
     single = len(runs) == 1
     gallery = Gallery(notes=["There are no pictures, because --images was 0."])
     if images:
-        gallery = make_gallery(runs[0], images, ALL_VIEWS) if single else compare_galleries(runs, images)
+        gallery = make_gallery(runs[0], images) if single else compare_galleries(runs, images)
     context: dict[str, Any] = {
         "heads": [_headline(run, letter) for run, letter in zip(runs, letters, strict=True)],
         "classes": list(zip(CLASS_NAMES, map(hexadecimal, PALETTE), strict=True)),
         "gallery": gallery,
-        "shown": {
-            "hatched": gallery.shows(PSEUDO_LABEL),
-            "hidden": gallery.shows(HIDDEN_CELLS),
-            "mistakes": gallery.shows(MISTAKES),
-        },
         "right_and_wrong": (hexadecimal(RIGHT_COLOUR), hexadecimal(WRONG_COLOUR)),
         "events": [(run, group_events(run.events)) for run in runs],
         "environments": [environment(run) for run in runs],
@@ -76,30 +102,26 @@ def render(runs: Sequence[Run], *, images: int) -> str:
             "settings": settings(run.config) if run.config else [],
             "gains": _gains(run),
         }
-        return _filled("run.html", context)
-    context |= {
-        "charts": _drawn(compared_charts(runs, letters), "curve"),
-        "differing": differing_settings([run.config for run in runs]),
-        "readable": sum(run.config is not None for run in runs),
-        "repeated": repeated(runs),
-    }
-    return _filled("comparison.html", context)
-
-
-def _filled(template: str, context: Mapping[str, Any]) -> str:
-    page = _templates().get_template(template).render(context)
+    else:
+        context |= {
+            "charts": _drawn(compared_charts(runs, letters), "curve"),
+            "differing": differing_settings([run.config for run in runs]),
+            "readable": sum(run.config is not None for run in runs),
+            "repeated": repeated(runs),
+        }
+    page = _templates().get_template("run.html" if single else "comparison.html").render(context)
     # JSON and file names can hold halves of characters, which no file can.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _templates() -> Environment:
-    """Everything that a template prints is escaped, but for the charts drawn here."""
+    """Return the templates. Everything that they print is escaped, but for the charts drawn here."""
     templates = Environment(
         loader=PackageLoader("mfm_dist.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     filters: dict[str, Callable[..., Any]] = {
-        "score": lambda value: _or_dash(value, "{:.1f}"),
+        "score": lambda value: f"{value:.1f}" if math.isfinite(value) else DASH,
         "change": _change,
         "share": lambda value: 0.0 if not math.isfinite(value) else min(max(value, 0.0), 100.0),
         "grouped": lambda value: DASH if value is None else f"{value:,}",
@@ -111,11 +133,12 @@ def _templates() -> Environment:
 
 
 def _drawn(charts: Sequence[Chart], word: str) -> list[tuple[Chart, Markup]]:
-    # draw escapes every name that came from a file; see svg.py.
+    # draw escapes every name that came from a file; see charts.py.
     return [(chart, Markup(draw(chart, f"{word}{number}"))) for number, chart in enumerate(charts)]
 
 
-def _headline(run: Run, letter: str) -> Headline:
+def _headline(run: Run, letter: str) -> dict[str, Any]:
+    """Gather the figures that a page opens with."""
     config, place = run.config, run.environment
     gpus = place.get("gpus")
     device = (
@@ -124,59 +147,149 @@ def _headline(run: Run, letter: str) -> Headline:
     world = place.get("world_size")
     processes = f"{world} process{'es' if world != 1 else ''}" if isinstance(world, int) else "unknown processes"
     done = f"{run.step:,}" if run.step is not None else "none yet"
-    return Headline(
-        run=run,
-        letter=letter,
-        method="unknown" if config is None else config.method.name + (" + MFM" if config.mfm.enabled else ""),
-        seeds="unknown" if config is None else str(config.seed),
-        steps=done if config is None or run.step == config.train.steps else f"{done} of {config.train.steps:,}",
-        status=_status(run),
-        finished=run.outcome.get("code") == EXIT_DONE,
-        machine=str(place.get("machine", "unknown")),
-        processes=f"{processes} on {device}" if device else processes,
-        revision=str(place.get("revision") or "unknown"),
-    )
+    return {
+        "run": run,
+        "letter": letter,
+        "method": "unknown" if config is None else config.method.name + (" + MFM" if config.mfm.enabled else ""),
+        "seeds": "unknown" if config is None else str(config.seed),
+        "steps": done if config is None or run.step == config.train.steps else f"{done} of {config.train.steps:,}",
+        "status": _status(run.outcome),
+        "finished": run.outcome.get("code") == EXIT_DONE,
+        "machine": str(place.get("machine", "unknown")),
+        "processes": f"{processes} on {device}" if device else processes,
+        "revision": str(place.get("revision") or "unknown"),
+    }
 
 
-def _status(run: Run) -> str:
-    if not run.outcome:
+def _status(outcome: Mapping[str, Any]) -> str:
+    if not outcome:
         return "no outcome yet"
-    if run.outcome.get("code") == EXIT_DONE:
+    code, reason = outcome.get("code"), outcome.get("reason")
+    if code == EXIT_DONE:
         return "finished"
-    if run.outcome.get("code") == EXIT_STOPPED:
-        return f"{run.outcome.get('reason')}; the same command goes on"
-    return f"ended with code {run.outcome.get('code')}: {run.outcome.get('reason')}"
+    return f"{reason}; the same command goes on" if code == EXIT_STOPPED else f"ended with code {code}: {reason}"
 
 
 def _gains(run: Run) -> list[tuple[str, float]]:
-    """Classes with an IoU at both ends, by how much they gained, the most first."""
+    """Return the classes with an IoU at both ends, by how much they gained, the most first."""
     first, last = run.first, run.last
     if first is None or last is None:
         return []
-    changes = [
-        (name, last.iou[name] - first.iou[name])
-        for name in CLASS_NAMES
-        if math.isfinite(last.iou[name] - first.iou[name])
+    changes = [(name, last.iou[name] - first.iou[name]) for name in CLASS_NAMES]
+    return sorted((one for one in changes if math.isfinite(one[1])), key=lambda one: -one[1])
+
+
+def settings(config: RunConfig) -> list[Setting]:
+    """Return every setting beside its default."""
+    default = _by_key(RunConfig())
+    return [
+        Setting(key, text(value), text(default[key]), value != default[key]) for key, value in _by_key(config).items()
     ]
-    return sorted(changes, key=lambda one: -one[1])
+
+
+def _by_key(config: RunConfig) -> dict[str, Any]:
+    """Return the values of all sections by ``section.key``; a section within one counts as a value."""
+    values: dict[str, Any] = {}
+    for name, value in to_tree(config).items():
+        values |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return values
+
+
+def differing_settings(configs: Sequence[RunConfig | None]) -> list[tuple[str, list[str]]]:
+    """Return the settings but for the folder that readable configurations do not share, with each one's value.
+
+    A configuration that cannot be read has "?" everywhere.
+    """
+    found = [None if config is None else _by_key(config) for config in configs]
+    known = [one for one in found if one is not None]
+    keys = [key for key in (known[0] if known else {}) if any(one[key] != known[0][key] for one in known)]
+    keys = [key for key in keys if key != "run.folder"]
+    return [(key, ["?" if one is None else text(one[key]) for one in found]) for key in keys]
+
+
+def group_events(events: Iterable[Mapping[str, Any]]) -> list[EventGroup]:
+    """Return events out of the ordinary (checkpoints are not) by kind and cause, the most frequent first."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        kind = text(event.get("event", "unknown"))
+        if kind != "checkpoint":  # the ordinary course of a run
+            groups[kind, text(event.get("signal", event.get("reason", "")))].append(event)
+    found = [_event_group(kind, cause, group) for (kind, cause), group in groups.items()]
+    return sorted(found, key=lambda group: -group.count)
+
+
+def _event_group(kind: str, cause: str, events: Sequence[Mapping[str, Any]]) -> EventGroup:
+    steps = [event["step"] for event in events if isinstance(event.get("step"), int)]
+    name = EVENT_NAMES.get(kind, kind.replace("_", " "))
+    examples = [example for event in events if (example := _example(event))]
+    return EventGroup(
+        name, cause, len(events), min(steps, default=None), max(steps, default=None), examples[:SHOWN_EVENTS]
+    )
+
+
+def _example(event: Mapping[str, Any]) -> str:
+    """Say in words what an event holds beside its kind, step and cause; nothing if that is all."""
+    details = {key: one for key, one in event.items() if key not in ("event", "step", "reason", "signal")}
+    place = f"step {event['step']:,}: " if isinstance(event.get("step"), int) else ""
+    return place + text(details) if details else ""
+
+
+def repeated(runs: Sequence[Run]) -> list[Repeated]:
+    """Group two runs or more with a final mIoU that differ in nothing but ``NOT_COMPARED``, the best first."""
+    groups: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
+    for run in runs:
+        if run.config is not None and run.last is not None and math.isfinite(run.last.miou):
+            same = {key: value for key, value in _by_key(run.config).items() if key not in NOT_COMPARED}
+            groups[repr((same, run.last.step))].append((run.name, run.config.seed, run.last.miou))
+    found = []
+    for group in groups.values():
+        if len(group) > 1:
+            names, seeds, scores = (list(column) for column in zip(*group, strict=True))
+            mean, spread = statistics.mean(scores), statistics.stdev(scores)
+            found.append(Repeated(names, seeds, mean, spread, min(scores), max(scores)))
+    return sorted(found, key=lambda one: -one.mean)
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """Return environment.json and what the run costs, as (name, text)."""
+    rows = [(name.replace("_", " "), text(value)) for name, value in run.environment.items() if name != "command"]
+    command = run.environment.get("command")
+    if isinstance(command, list):
+        rows.insert(0, ("command", " ".join(map(str, command))))
+    memory = [value for value in run.series("memory_gib")[1] if math.isfinite(value)]
+    waiting = run.median("data_wait_fraction")
+    if memory:
+        rows.append(("peak memory of a process", f"{max(memory):.2f} GiB"))
+    if math.isfinite(waiting):
+        rows.append(("time waiting for data", f"{waiting:.1%} (median)"))
+    return rows
+
+
+def text(value: object) -> str:
+    """Write a plain value as people do."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {text(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(text(one) for one in value) or "none"
+    return str(value)
 
 
 def _letter(number: int) -> str:
-    """A to Z, then A2, B2 ..."""
+    """Return A to Z, then A2, B2 ..."""
     return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number >= 26 else "")
 
 
 def _breakable(key: str) -> Markup:
-    """A dotted key that may wrap after a dot or an underscore."""
+    """Let a dotted key wrap after a dot or an underscore."""
     return Markup("<wbr>").join(re.split(r"(?<=[._])", key))
 
 
-def _or_dash(value: float, form: str) -> str:
-    return form.format(value) if math.isfinite(value) else DASH
-
-
 def _change(value: float) -> str:
-    """Points with a sign; a true minus, and none before what rounds to nothing."""
+    """Write points with a sign; a true minus, and none before what rounds to nothing."""
     if not math.isfinite(value):
         return DASH
     rounded = f"{value:+.1f}"

@@ -1,4 +1,4 @@
-"""Photographs and label maps as ``data:`` addresses, at the size a page needs."""
+"""Turn photographs and label maps into ``data:`` addresses, at the size a page needs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _COLOURS = [
 
 
 def photograph(image: Pixels) -> str:
-    """RGB [H, W, 3] as a JPEG."""
+    """Turn RGB [H, W, 3] into a JPEG."""
     picture = Image.fromarray(image)
     width, height = _size(picture.width, picture.height, enlarge=False)
     return _address(picture.resize((width, height), Image.Resampling.LANCZOS), "jpeg", quality=86)
 
 
 def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None = None) -> str:
-    """Train ids [H, W] as a PNG in the class colours, pixel for pixel.
+    """Turn train ids [H, W] into a PNG in the class colours, pixel for pixel.
 
     Args:
         label: ``IGNORE_INDEX`` where there is none: black.
@@ -66,21 +66,21 @@ def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None
 
 
 def mistakes(label: Pixels, prediction: Pixels) -> str:
-    """Where a prediction [H, W] differs from the label: a PNG of right, wrong and not labelled."""
+    """Draw where a prediction [H, W] differs from the label: a PNG of right, wrong and not labelled."""
     index = np.where(label == prediction, _RIGHT, _WRONG)
     index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, index).astype(np.uint8)
     return _palette_png(_nearest(index, _size(label.shape[1], label.shape[0], enlarge=True)))
 
 
 def greyed(image: Pixels, hidden: Mask, outside: Mask) -> Pixels:
-    """An image [H, W, 3] with the hidden pixels grey, and those outside of the crop pale."""
+    """Make the hidden pixels of an image [H, W, 3] grey, and those outside of the crop pale."""
     covered = np.where(hidden[..., None], np.uint8(GREY), image)
     pale = (0.25 * image.astype(np.float32) + 0.75 * 208).round().astype(np.uint8)
     return np.where(outside[..., None], pale, covered)
 
 
 def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
-    """The prediction [H, W] that ``pictures.save_overlay`` laid over ``image``, or None if it is of another image.
+    """Return the prediction [H, W] that ``save_overlay`` laid over ``image``, or None if it is of another image.
 
     Args:
         panels: RGB [H, 3 W + 2 gaps, 3], as saved: image, label, prediction.
@@ -96,7 +96,7 @@ def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
 
 
 def hexadecimal(colour: tuple[int, int, int]) -> str:
-    """A colour as the page writes it."""
+    """Write a colour as the page does."""
     return "#" + "".join(f"{part:02x}" for part in colour)
 
 

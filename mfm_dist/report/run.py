@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -75,37 +76,34 @@ class Run:
         return max(steps, default=None)
 
     def keys(self, prefix: str) -> list[str]:
-        """Names of the logged values that begin with ``prefix``, in the order they first occur."""
+        """Return the names of logged values that begin with ``prefix``, in the order they first occur."""
         return [key for key in dict.fromkeys(key for line in self.metrics for key in line) if key.startswith(prefix)]
 
     def series(self, key: str) -> tuple[Floats, Floats]:
-        """Steps and values of the lines that have ``key``; NaN where the value was not finite."""
+        """Return steps and values of the lines that have ``key``; NaN where the value was not finite."""
         lines = [line for line in self.metrics if key in line]
         return np.array([float(line["step"]) for line in lines]), np.array([_number(line[key]) for line in lines])
 
     def median(self, key: str) -> float:
-        """Median of the finite values logged under ``key``; NaN if there are none."""
+        """Return the median of the finite values logged under ``key``; NaN if there are none."""
         values = self.series(key)[1]
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else math.nan
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """All runs, each named by as much of the end of its path as tells it from the others.
+    """Read runs, each named by as much of the end of its path as tells it from the others.
 
     Raises:
         ConfigError: naming every folder that is none of a run, or that is given twice.
     """
-    problems = [f"{folder}: no run folder (it has no config.yaml)" for folder in folders if not _is_run(folder)]
+    no_runs = [folder for folder in folders if not (folder / "config.yaml").is_file()]
+    problems = [f"{folder}: no run folder (it has no config.yaml)" for folder in no_runs]
     resolved = [folder.resolve() for folder in folders]
     problems += [f"{folder}: given twice" for folder in dict.fromkeys(folders) if resolved.count(folder.resolve()) > 1]
     if problems:
         raise ConfigError(problems)
     return [_read(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
 
 
 def _names(resolved: list[Path]) -> list[str]:
@@ -126,7 +124,8 @@ def _read(folder: Path, name: str) -> Run:
         config = load_config(folder / "config.yaml")
     except (ConfigError, OSError, ValueError, RecursionError) as error:
         problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
-    metrics = {line["step"]: line for line in _lines(folder / "metrics.jsonl", problems) if _is_step(line.get("step"))}
+    lines = _objects(folder / "metrics.jsonl", problems)
+    metrics = {line["step"]: line for line in lines if _is_step(line.get("step"))}
     small_files = [path for path in (*folder.glob("*.json*"), *folder.glob("eval/*.json")) if path.is_file()]
     return Run(
         path=folder,
@@ -134,9 +133,9 @@ def _read(folder: Path, name: str) -> Run:
         config=config,
         metrics=[metrics[step] for step in sorted(metrics)],
         evaluations=_evaluations(folder / "eval", problems),
-        events=_lines(folder / "events.jsonl", problems) if (folder / "events.jsonl").exists() else [],
-        environment=_object(folder / "environment.json", problems),
-        outcome=_object(folder / "outcome.json", problems),
+        events=_objects(folder / "events.jsonl", problems),
+        environment=next(iter(_objects(folder / "environment.json", problems)), {}),
+        outcome=next(iter(_objects(folder / "outcome.json", problems)), {}),
         written=datetime.fromtimestamp(
             max(path.stat().st_mtime for path in (folder / "config.yaml", *small_files)), tz=timezone.utc
         ),
@@ -144,32 +143,23 @@ def _read(folder: Path, name: str) -> Run:
     )
 
 
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Return the objects that the lines of a file hold, or the one of a whole file; none where there are none."""
     if not path.is_file():
-        problems.append(f"{path.name} is not there yet: nothing has been logged.")
+        problems += _ABSENT.get(path.name, [])
         return []
     try:
-        return [line for line in JsonLines(path) if isinstance(line, dict)]
+        found = JsonLines(path) if path.suffix == ".jsonl" else [json.loads(path.read_text(encoding="utf-8"))]
+        return [one for one in found if isinstance(one, dict)]
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return []
-
-
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        problems.append(f"{path.name} is not there: {_ABSENT[path.name]}.")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 _ABSENT = {
-    "environment.json": "machine, versions and revision are unknown",
-    "outcome.json": "the run goes on, or was killed",
+    "metrics.jsonl": ["metrics.jsonl is not there yet: nothing has been logged."],
+    "environment.json": ["environment.json is not there: machine, versions and revision are unknown."],
+    "outcome.json": ["outcome.json is not there: the run goes on, or was killed."],
 }
 
 
@@ -196,11 +186,7 @@ def _is_step(value: object) -> bool:
 
 
 def _number(value: object) -> float:
-    """A finite float, or NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return a finite float, or NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+    return float(value)

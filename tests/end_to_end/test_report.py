@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.report.__main__ import main
-from mfm_dist.report.networks import load_networks
+from mfm_dist.report.gallery import Subject, first_prediction, load_networks
 from mfm_dist.report.page import render
 from mfm_dist.report.picture import label_map
 from mfm_dist.report.run import read_runs
-from mfm_dist.report.views import Subject, first_prediction
 from tests.conftest import run_train, tiny_overrides
 
 VIEWS = ["Image", "Truth", "First prediction", "Last prediction", "Mistakes", "Hidden cells", "From rebuilt features",
@@ -95,6 +93,8 @@ def test_the_page_of_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -
         "tiny", "dacs + MFM", f"{scores[1]['miou']:.1f} %", f"({scores[0]['miou']:.1f} %)", "finished",
         "1 process on cpu", "Pseudo-weight", "Learning rate", "Throughput", "traffic light",
         "Nothing out of the ordinary was noted", "camera_val_000000", "camera_val_000002", "camera_val_000004",
+        "The teacher sees one image at a time", "one draw of MFM's mask", "teacher below the threshold", "hidden cell",
+        " right ", " wrong ",
     ):  # fmt: skip
         assert expected in page.text.replace(" %", " %"), expected
     alts = [str(attributes["alt"]) for attributes in page.all("img")]
@@ -115,7 +115,7 @@ def test_the_first_prediction_made_from_the_seed_is_the_one_that_was_saved(run: 
     assert "from the seed" not in saved.note
     assert "from the seed" in again.note
     assert saved.address == again.address
-    other = torch.zeros_like(subject.label).numpy().astype(np.uint8)
+    other = np.zeros_like(subject.truth)
     assert saved.address != label_map(other)
 
 

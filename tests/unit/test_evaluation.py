@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,40 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.geometry import resize_box
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.inference.evaluation import OneProcess, batch_norm_buffers, evaluate, mean_batch_norm, means_over
-from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
+from mfm_dist.inference.evaluation import (
+    OneProcess,
+    batch_norm_buffers,
+    confusion_matrix,
+    evaluate,
+    evaluation_mode,
+    iou_percent,
+    mean_iou_percent,
+    means_over,
+)
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
 from tests.conftest import tiny_overrides
+
+
+def test_confusion_and_iou_against_pixel_sets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 5, (3, 7, 9), generator=generator)
+    prediction = torch.randint(0, 5, (3, 7, 9), generator=generator)
+    label[label == 3] = 2  # class 3 is predicted but never labelled
+    prediction[prediction == 4] = 0
+    label[label == 4] = 0  # class 4 occurs nowhere
+    label[0, 0] = IGNORE_INDEX
+    scores = iou_percent(confusion_matrix(label, prediction, 5))
+    counts = label.flatten() != IGNORE_INDEX
+    for c in range(4):
+        labelled = {i for i, (v, k) in enumerate(zip(label.flatten(), counts, strict=True)) if k and v == c}
+        predicted = {i for i, (v, k) in enumerate(zip(prediction.flatten(), counts, strict=True)) if k and v == c}
+        assert scores[c] == pytest.approx(100 * len(labelled & predicted) / len(labelled | predicted))
+    assert scores[3] == 0.0
+    assert math.isnan(scores[4])
+    assert mean_iou_percent(confusion_matrix(label, prediction, 5)) == pytest.approx(sum(scores[:4]) / 4)
 
 
 class Collected(OneProcess):
@@ -84,7 +112,7 @@ def test_batch_norm_is_averaged_in_a_copy() -> None:
             return values / 2
 
     layer.running_mean.fill_(4.0)
-    with mean_batch_norm(layer, Halving()):
+    with evaluation_mode(layer, Halving()):
         assert layer.running_mean.tolist() == [2.0, 2.0]
     assert layer.running_mean.tolist() == [4.0, 4.0]
 

@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import mfm_dist
 from mfm_dist import export
 from mfm_dist.build import build_student, build_train_module
-from mfm_dist.checkpoint import find_latest, load_modules, load_student, load_teacher
+from mfm_dist.checkpoint import find_latest, load_modules, load_teacher
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.inference.segmentor import TrainedSegmentor, read_about
+from mfm_dist.inference.segmentor import TrainedSegmentor, read_card
 from mfm_dist.methods.mfm import rebuild
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
@@ -54,7 +54,6 @@ def trained_module(run: Path) -> TrainModule:
     checkpoint = find_latest(run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
     load_modules(checkpoint, module)
-    load_student(checkpoint, module.student)  # BatchNorm: the mean over ranks in the place of rank 0's own
     return module.eval()
 
 
@@ -119,36 +118,36 @@ def test_the_box_of_evaluation_goes_with_it(trained_run: Path, tmp_path: Path, s
     (run / "config.yaml").write_text(config.replace("\n  resize: null\n", "\n  resize: [32, 48]\n"))
     assert export.main(["--run", str(run), "--output", str(folder)]) == 0
     model, image = mfm_dist.load(folder), ShardReader(scenes / "camera_val").read(0).image
-    assert model.about.resize == (32, 48)
+    assert model.card.resize == (32, 48)
     predicted = model.predict(image)
     assert torch.equal(predicted, predict_labels(model.segmentor, image, CPU, fit_into=(32, 48)))
     assert not torch.equal(predicted, predict_labels(model.segmentor, image, CPU))
     (folder / "config.json").write_text(re.sub(r' "resize": [^"]*', "", (folder / "config.json").read_text()))
-    assert mfm_dist.load(folder).about.resize is None  # an export of before there was a box
+    assert mfm_dist.load(folder).card.resize is None  # an export of before there was a box
 
 
 def test_a_run_folder_loads_as_its_export(exported: Path, trained_run: Path) -> None:
     of_run, of_export = mfm_dist.load(str(trained_run)), mfm_dist.load(exported)
-    assert of_run.about == of_export.about
+    assert of_run.card == of_export.card
     states = of_run.state_dict(), of_export.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])
 
 
 def test_the_config_says_what_it_is(exported: Path, trained_run: Path) -> None:
-    about = json.loads((exported / "config.json").read_text())
+    card = json.loads((exported / "config.json").read_text())
     scores = json.loads((trained_run / "eval" / "step_00000004.json").read_text())
-    assert about["miou"] == scores["miou"]
-    assert (about["step"], about["crop"], about["method"], about["weights"]) == (4, [64, 64], "dacs + MFM", "student")
-    assert about["class_names"][13] == "car"
-    assert about["palette"][13] == [0, 0, 142]
-    assert about["mean"] == [123.675, 116.28, 103.53]
+    assert card["miou"] == scores["miou"]
+    assert (card["step"], card["crop"], card["method"], card["weights"]) == (4, [64, 64], "dacs + MFM", "student")
+    assert card["class_names"][13] == "car"
+    assert card["palette"][13] == [0, 0, 142]
+    assert card["mean"] == [123.675, 116.28, 103.53]
 
 
 def test_the_teacher_has_its_own_parameters_and_the_students_statistics(trained_run: Path, tmp_path: Path) -> None:
     assert export.main(["--run", str(trained_run), "--output", str(tmp_path / "t"), "--weights", "teacher"]) == 0
     model, trained = mfm_dist.load(tmp_path / "t"), trained_module(trained_run)
-    assert model.about.weights == "teacher"
-    assert model.about.miou is None
+    assert model.card.weights == "teacher"
+    assert model.card.miou is None
     assert trained.teacher is not None
     theirs = dict(trained.teacher.segmentor.named_parameters())
     assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.segmentor.named_parameters())
@@ -177,7 +176,7 @@ def test_a_second_export_takes_the_place_of_the_first(trained_run: Path, tmp_pat
     arguments = ["--run", str(trained_run), "--output", str(folder)]
     assert export.main([*arguments, "--weights", "teacher"]) == 0
     assert export.main(arguments) == 0
-    assert mfm_dist.load(folder).about.weights == "student"
+    assert mfm_dist.load(folder).card.weights == "student"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -223,7 +222,7 @@ def test_mistakes_are_told_with_exit_code_2(
 def test_a_run_without_a_teacher_says_so(trained_run: Path, tmp_path: Path) -> None:
     checkpoint = find_latest(trained_run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
-    lonely = type(checkpoint)(tmp_path, checkpoint.progress, checkpoint.config)
+    lonely = replace(checkpoint, path=tmp_path)
     with pytest.raises(ConfigError, match="has no teacher"):
         load_teacher(lonely, plain_segmentor(trained_run))
 
@@ -251,8 +250,8 @@ def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, 
 
 
 def _change(folder: Path, **values: object) -> None:
-    about = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**about, **values}))
+    card = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**card, **values}))
 
 
 def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_window(
@@ -261,8 +260,10 @@ def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_windo
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32", "model.backbone=test_resnet"]
     options += ["model.backbone_options={out_indices: [1, 2, 3, 4]}", "model.decoder_options={width: 16}"]
     student = build_student(load_config(None, options)).eval()
-    about = replace(read_about(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
-    export.write_export(TrainedSegmentor(student, about), tmp_path / "hrda")
+    card = replace(read_card(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
+    hrda = TrainedSegmentor(card)
+    hrda.segmentor.load_state_dict(student.state_dict())
+    export.write_export(hrda, tmp_path / "hrda")
     model = mfm_dist.load(tmp_path / "hrda")
     image = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
     assert torch.equal(model.predict(image), predict_labels(student, image, CPU))

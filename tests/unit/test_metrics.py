@@ -1,4 +1,4 @@
-"""Scores against slow references; JSON lines survive a kill."""
+"""What metrics.jsonl is made of: means since the last line, and lines that survive a kill."""
 
 from __future__ import annotations
 
@@ -6,32 +6,10 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 import torch
 
-from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.inference.metrics import confusion_matrix, iou_percent, mean_iou_percent
 from mfm_dist.run.logging import RunningMean
 from mfm_dist.storage import JsonLines, write_atomically
-
-
-def test_confusion_and_iou_against_pixel_sets() -> None:
-    generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 5, (3, 7, 9), generator=generator)
-    prediction = torch.randint(0, 5, (3, 7, 9), generator=generator)
-    label[label == 3] = 2  # class 3 is predicted but never labelled
-    prediction[prediction == 4] = 0
-    label[label == 4] = 0  # class 4 occurs nowhere
-    label[0, 0] = IGNORE_INDEX
-    scores = iou_percent(confusion_matrix(label, prediction, 5))
-    counts = label.flatten() != IGNORE_INDEX
-    for c in range(4):
-        labelled = {i for i, (v, k) in enumerate(zip(label.flatten(), counts, strict=True)) if k and v == c}
-        predicted = {i for i, (v, k) in enumerate(zip(prediction.flatten(), counts, strict=True)) if k and v == c}
-        assert scores[c] == pytest.approx(100 * len(labelled & predicted) / len(labelled | predicted))
-    assert scores[3] == 0.0
-    assert math.isnan(scores[4])
-    assert mean_iou_percent(confusion_matrix(label, prediction, 5)) == pytest.approx(sum(scores[:4]) / 4)
 
 
 def test_running_mean_starts_anew_after_pop() -> None:

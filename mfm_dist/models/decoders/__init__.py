@@ -19,7 +19,7 @@ from mfm_dist.errors import ConfigError
 
 
 def decoder_names() -> list[str]:
-    """Every value that ``model.decoder`` can take: the names of the files of this folder."""
+    """List every value that ``model.decoder`` can take: the names of the files of this folder."""
     return sorted(module.name for module in iter_modules(__path__))
 
 

@@ -45,7 +45,7 @@ class DAFormer(nn.Module):
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps, fine to coarse -> logits [B, num_classes, H / stride, W / stride]."""
+        """Turn encoder maps, fine to coarse, into logits [B, num_classes, H / stride, W / stride]."""
         stacked = embed_all(self.embeddings, features)  # [B, width x maps, H / stride, W / stride]
         context = torch.cat([branch(stacked) for branch in self.branches], dim=1)
         return self.classifier(self.dropout(self.bottleneck(context)))
@@ -60,7 +60,7 @@ def build(
     dropout: float = 0.1,
     dilations: Sequence[int] = (1, 6, 12, 18),
 ) -> DAFormer:
-    """The DAFormer decoder on all encoder maps.
+    """Build the DAFormer decoder on all encoder maps.
 
     Args:
         channels: channels of all encoder maps, fine to coarse.

@@ -31,7 +31,7 @@ class DeepLabV2(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps -> logits [B, num_classes, H / stride, W / stride]."""
+        """Turn encoder maps into logits [B, num_classes, H / stride, W / stride]."""
         last = features[self.inputs[0]]
         return torch.stack([classifier(last) for classifier in self.classifiers]).sum(0)
 
@@ -39,7 +39,7 @@ class DeepLabV2(nn.Module):
 def build(
     channels: Sequence[int], strides: Sequence[int], num_classes: int, *, dilations: Sequence[int] = (6, 12)
 ) -> DeepLabV2:
-    """DeepLabV2 on the last encoder map.
+    """Build DeepLabV2 on the last encoder map.
 
     Args:
         channels: channels of all encoder maps, fine to coarse.

@@ -52,7 +52,7 @@ class DeepLabV3Plus(nn.Module):
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps, fine to coarse -> logits [B, num_classes, H / stride, W / stride]."""
+        """Turn encoder maps, fine to coarse, into logits [B, num_classes, H / stride, W / stride]."""
         first, last = features[0], features[-1]
         pooled = self.image_pool(last.mean(dim=(2, 3), keepdim=True))  # [B, width, 1, 1]
         context = [resize(pooled, last.shape[-2:]), *(branch(last) for branch in self.branches)]
@@ -73,7 +73,7 @@ def build(
     dilations: Sequence[int] = (1, 12, 24, 36),
     norm: bool = False,
 ) -> DeepLabV3Plus:
-    """DeepLabV3+ on the first and the last encoder map.
+    """Build DeepLabV3+ on the first and the last encoder map.
 
     Args:
         channels: channels of all encoder maps, fine to coarse.

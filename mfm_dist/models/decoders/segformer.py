@@ -32,7 +32,7 @@ class SegFormer(nn.Module):
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Encoder maps, fine to coarse -> logits [B, num_classes, H / stride, W / stride]."""
+        """Turn encoder maps, fine to coarse, into logits [B, num_classes, H / stride, W / stride]."""
         fused = self.fusion(embed_all(self.embeddings, features))  # [B, width, H / stride, W / stride]
         return self.classifier(self.dropout(fused))
 
@@ -40,7 +40,7 @@ class SegFormer(nn.Module):
 def build(
     channels: Sequence[int], strides: Sequence[int], num_classes: int, *, width: int = 768, dropout: float = 0.1
 ) -> SegFormer:
-    """The SegFormer decoder on all encoder maps.
+    """Build the SegFormer decoder on all encoder maps.
 
     Args:
         channels: channels of all encoder maps, fine to coarse.

@@ -68,7 +68,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
             torch.randint(0, 19, shape, generator=generator), threshold_share * valid, confidence, valid
         ),
         seed=3,
-        mask_block_pixels=5,
+        block=5,
         positions=range(5 * count, 6 * count),
     )
 

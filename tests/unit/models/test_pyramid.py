@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
@@ -38,6 +39,12 @@ def test_parameters_written_out() -> None:
     doublings = (c * half * 4 + half) + 2 * half + (half * quarter * 4 + quarter) + (c * half * 4 + half)
     outputs = sum(width * w + 2 * w + w * w * 9 + 2 * w for width in (quarter, half, c, c))
     assert sum(p.numel() for p in SimplePyramid(c, 16).parameters()) == doublings + outputs
+
+
+def test_its_norms_have_the_epsilon_of_torch() -> None:
+    norms = [module for module in SimplePyramid(8, 16).modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 9
+    assert {norm.eps for norm in norms} == {1e-5}
 
 
 def test_a_stride_of_14_is_refused_with_the_way_out() -> None:

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.models.rebuilder import Attention, Block, Rebuilder, draw_mask, sine_cosine_positions
+from mfm_dist.models.rebuilder import Attention, Block, Projector, Rebuilder, draw_mask, sine_cosine_positions
 
 MIT_B5 = {"channels": (64, 128, 320, 512), "strides": (4, 8, 16, 32), "embed_channels": 512}
 SMALL = {"channels": (4, 6, 8, 10), "strides": (4, 8, 16, 32), "embed_channels": 10, "width": 16, "num_heads": 4}
@@ -348,13 +349,35 @@ def test_forward_against_the_paper_written_out() -> None:
     # 512 / (32 x 4) = 4: two doublings for the coarsest map, which a 128-pixel image has at 4 x 4.
     first, norm, _, second, narrow, last_norm = rebuilder.projectors[3]
     x = nn.functional.conv_transpose2d(grid, first.weight, first.bias, stride=2, padding=1)
-    x = nn.functional.gelu(nn.functional.layer_norm(x.movedim(1, 3), (8,), norm.weight, norm.bias).movedim(3, 1))
+    normed = nn.functional.layer_norm(x.movedim(1, 3), (8,), norm.weight, norm.bias, eps=1e-6).movedim(3, 1)
+    x = nn.functional.gelu(normed)
     x = nn.functional.conv_transpose2d(x, second.weight, second.bias, stride=2, padding=1)
     x = torch.einsum("oc,bchw->bohw", narrow.weight[:, :, 0, 0], x) + narrow.bias[None, :, None, None]
-    x = nn.functional.layer_norm(x.movedim(1, 3), (10,), last_norm.weight, last_norm.bias).movedim(3, 1)
+    x = nn.functional.layer_norm(x.movedim(1, 3), (10,), last_norm.weight, last_norm.bias, eps=1e-6).movedim(3, 1)
     x = nn.functional.interpolate(x, size=(4, 4), mode="bilinear", align_corners=False)
     expected = torch.where(mask[:, None], x, last)
     torch.testing.assert_close(rebuilder(last, maps, mask)[3], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("doublings", [0, 1, 2, 3])
+def test_a_projector_is_the_one_built_of_timms_layer_norm_bit_for_bit(doublings: int) -> None:
+    torch.manual_seed(0)
+    projector = Projector(16, 6, doublings)
+    widths = [16, 8, 4, 4]
+    layers: list[nn.Module] = []
+    for index in range(doublings):
+        layers += [LayerNorm2d(widths[index]), nn.GELU()] if index else []
+        layers.append(nn.ConvTranspose2d(widths[index], widths[index + 1], kernel_size=4, stride=2, padding=1))
+    reference = nn.Sequential(*layers, nn.Conv2d(widths[doublings], 6, kernel_size=1), LayerNorm2d(6))
+    for norm in projector:
+        if isinstance(norm, nn.LayerNorm):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    reference.load_state_dict(projector.state_dict())
+    # Small values, so that the epsilon shows in every bit that it touches.
+    cells = torch.randn(2, 16, 4, 5) * 1e-2
+    assert torch.equal(projector(cells), reference(cells))
 
 
 def test_initial_weights() -> None:
@@ -367,7 +390,7 @@ def test_initial_weights() -> None:
             assert not module.bias.any(), name
             assert 0.95 * bound < module.weight.abs().max() <= bound, name
         if isinstance(module, nn.LayerNorm):
-            assert module.eps == 1e-5, name
+            assert module.eps == (1e-6 if "projectors" in name else 1e-5), name
 
 
 # Mistakes

@@ -18,10 +18,10 @@ from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.overlays import save_overlay
+from mfm_dist.report.charts import BUCKETS, Chart, Line, draw, envelope, short_number
+from mfm_dist.report.page import differing_settings, group_events, repeated, settings
 from mfm_dist.report.picture import label_map, overlay_prediction
 from mfm_dist.report.run import Run, read_runs
-from mfm_dist.report.svg import BUCKETS, Chart, Line, draw, envelope, short_number
-from mfm_dist.report.tables import differing_settings, group_events, repeated, settings
 
 
 def make_run(folder: Path, *overrides: str, miou: tuple[float, ...] = ()) -> Run:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mfm_dist
-from mfm_dist.inference.segmentor import read_about
+from mfm_dist.inference.segmentor import read_card
 from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.segmentor import build_segmentor
 from tests.unit.tools.published_encoders import (
@@ -65,8 +65,8 @@ def test_a_checkpoint_becomes_an_export(tmp_path: Path, mit: dict[str, Tensor], 
     assert main(["segmentor", str(source), str(output), *arguments]) == 0
     loaded = mfm_dist.load(output)
     assert_equal_states(segmentor, loaded.segmentor)
-    assert (loaded.about.decoder, loaded.about.step, loaded.about.crop) == (decoder, 40000, (512, 512))
-    assert loaded.about.resize is None
+    assert (loaded.card.decoder, loaded.card.step, loaded.card.crop) == (decoder, 40000, (512, 512))
+    assert loaded.card.resize is None
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.equal(loaded(image), segmentor(image))
@@ -90,8 +90,8 @@ def test_hrda_with_its_scale_attention(
     loaded = mfm_dist.load(output)
     assert_equal_states(segmentor, loaded.segmentor)
     assert loaded.segmentor.window == (64, 128)
-    assert loaded.about.resize == (96, 192)
-    assert (loaded.about.attention, loaded.about.attention_options) == ("segformer", {"width": 6})
+    assert loaded.card.resize == (96, 192)
+    assert (loaded.card.attention, loaded.card.attention_options) == ("segformer", {"width": 6})
 
 
 def test_hrda_of_deeplabv2_on_a_resnet(tmp_path: Path, resnet: dict[str, Tensor]) -> None:
@@ -103,8 +103,8 @@ def test_hrda_of_deeplabv2_on_a_resnet(tmp_path: Path, resnet: dict[str, Tensor]
     state["auxiliary_head.conv_seg.bias"] = torch.zeros(19)
     torch.save({"state_dict": state}, tmp_path / "iter_40000.pth")
     assert main(["segmentor", str(tmp_path / "iter_40000.pth"), str(tmp_path / "out")]) == 0
-    about = read_about(tmp_path / "out")
-    assert (about.backbone, about.decoder, about.attention, about.crop) == (
+    card = read_card(tmp_path / "out")
+    assert (card.backbone, card.decoder, card.attention, card.crop) == (
         "resnet50c", "deeplabv2", "deeplabv2", (1024, 1024),
     )  # fmt: skip
     segmentor = mfm_dist.load(tmp_path / "out").segmentor
@@ -163,7 +163,7 @@ def test_the_teacher_takes_the_students_statistics(tmp_path: Path, mit: dict[str
     command = ["segmentor", str(tmp_path / "iter_40000.pth"), str(tmp_path / "out"), "--weights", "teacher"]
     assert main(command) == 0
     teacher = mfm_dist.load(tmp_path / "out")
-    assert teacher.about.weights == "teacher"
+    assert teacher.card.weights == "teacher"
     for name, tensor in teacher.segmentor.state_dict().items():
         if "running" in name:
             assert torch.equal(tensor, segmentor.state_dict()[name])

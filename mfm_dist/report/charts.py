@@ -1,4 +1,7 @@
-"""Line charts as inline SVG that follows the page's colours, light or dark, and loads nothing."""
+"""Line charts: which curves a page shows, for one run and for several, and how they are drawn.
+
+A chart is inline SVG that follows the page's colours, light or dark, and loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,8 +22,20 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from mfm_dist.report.run import Floats
+from mfm_dist.report.run import Floats, Run
 
+MOST_LINES = 8
+"""Lines of one chart; what is beyond them is counted in the caption."""
+LOG_FROM = 10
+"""Largest over smallest value from which a logarithmic axis says more than one from 0."""
+QUANTITIES = (
+    ("loss/", "Loss by term", "unweighted terms; total is their weighted sum", "log"),
+    ("pseudo_weight", "Pseudo-weight", "share of target pixels of which the teacher is sure", "from_zero"),
+    ("grad_norm/", "Gradient norm", "global norm before clipping, of the last step before each line", "log"),
+    ("lr/", "Learning rate", "by parameter group", "from_zero"),
+    ("images_per_second", "Throughput", "source and target images a second, all processes", "from_zero"),
+)
+"""Prefix of the logged names, title, caption, scale."""
 BUCKETS = 240
 """Points of a drawn curve at most; a longer one is cut into this many buckets."""
 WIDTH = 400
@@ -69,8 +84,88 @@ class Envelope(NamedTuple):
     high: Floats
 
 
+def run_charts(run: Run) -> list[Chart]:
+    """Return what was logged, one chart a quantity; a quantity that was not logged has none."""
+    charts = []
+    for prefix, title, caption, scale in QUANTITIES:
+        charts += _chart(title, caption, _merged(run, prefix), scale)
+    return charts
+
+
+def compared_charts(runs: Sequence[Run], letters: Sequence[str]) -> list[Chart]:
+    """Return one chart a logged name, one line a run, named by its letter, without learning rates that are equal."""
+    charts = []
+    for prefix, title, caption, scale in QUANTITIES:
+        keys = dict.fromkeys(key for run in runs for key in run.keys(prefix))
+        for key in keys:
+            lines = _by_run([run.series(key) for run in runs], letters)
+            if prefix == "lr/" and all(_equal(lines[0], line) for line in lines if len(line.steps)):
+                continue
+            heading = f"{title.removesuffix(' by term')}: {_label(key, prefix)}" if len(keys) > 1 else title
+            charts += _chart(heading, "" if prefix in ("loss/", "lr/") else caption, lines, scale)
+    return charts
+
+
+def miou_chart(runs: Sequence[Run], labels: Sequence[str], height: int) -> list[Chart]:
+    """Return mIoU over steps, if there is any."""
+    series = [
+        (np.array([float(one.step) for one in run.evaluations]), np.array([one.miou for one in run.evaluations]))
+        for run in runs
+    ]
+    charts = _chart("Target mIoU over training", "%, on the validation images", _by_run(series, labels), "from_zero")
+    return [replace(chart, markers=True, height=height) for chart in charts]
+
+
+def _by_run(series: Sequence[tuple[Floats, Floats]], labels: Sequence[str]) -> list[Line]:
+    return [
+        Line(label=label, steps=steps, values=values, colour=number)
+        for number, (label, (steps, values)) in enumerate(zip(labels, series, strict=True))
+    ]
+
+
+def _label(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix) if prefix.endswith("/") else {"pseudo_weight": "weight"}.get(key, "images/s")
+
+
+def _merged(run: Run, prefix: str) -> list[Line]:
+    """Return a line for each logged name; names with equal values share one, as the rates of some groups do."""
+    lines: list[Line] = []
+    for key in run.keys(prefix):
+        steps, values = run.series(key)
+        line = Line(label=_label(key, prefix), steps=steps, values=values, colour=len(lines))
+        twin = next((number for number, other in enumerate(lines) if _equal(line, other)), None)
+        if twin is None:
+            lines.append(line)
+        # rebuilder and rebuilder_norm are told by the first name.
+        elif not line.label.startswith(lines[twin].label):
+            lines[twin] = replace(lines[twin], label=f"{lines[twin].label}, {line.label}")
+    return lines
+
+
+def _equal(one: Line, other: Line) -> bool:
+    same_steps = np.array_equal(one.steps, other.steps)
+    return same_steps and np.array_equal(one.values, other.values, equal_nan=True)
+
+
+def _chart(title: str, caption: str, lines: Sequence[Line], scale: str) -> list[Chart]:
+    drawable = [line for line in lines if np.isfinite(line.values).any()]
+    if not drawable:
+        return []
+    words = [caption] if caption else []
+    if scale == "log":
+        values = np.concatenate([line.values[line.values > 0] for line in drawable])
+        scale = "log" if len(values) and values.max() > LOG_FROM * values.min() else "from_zero"
+        words += ["log scale"] if scale == "log" else []
+    lost = sum(int(np.isnan(line.values).sum()) for line in lines)
+    if lost:
+        words.append(f"{lost:,} not finite and left out")
+    if len(drawable) > MOST_LINES:
+        words.append(f"the first {MOST_LINES} of {len(drawable)} lines")
+    return [Chart(title=title, caption="; ".join(words), lines=drawable[:MOST_LINES], scale=scale)]
+
+
 def envelope(steps: Floats, values: Floats, buckets: int = BUCKETS) -> Envelope:
-    """Mean, minimum and maximum of the finite values of each bucket of consecutive points.
+    """Return mean, minimum and maximum of the finite values of each bucket of consecutive points.
 
     A bucket without any finite value is NaN, which leaves a gap in the curve.
     """
@@ -89,7 +184,7 @@ def envelope(steps: Floats, values: Floats, buckets: int = BUCKETS) -> Envelope:
 
 
 def draw(chart: Chart, identity: str) -> str:
-    """The chart as an ``<svg>`` element. ``identity`` is a word that no other chart of the page has."""
+    """Draw the chart as an ``<svg>`` element. ``identity`` is a word that no other chart of the page has."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rc("svg", fonttype="none", hashsalt=identity)
@@ -111,7 +206,7 @@ def draw(chart: Chart, identity: str) -> str:
 
 
 def describe(chart: Chart) -> str:
-    """The chart in words, for those who do not see it."""
+    """Put the chart in words, for those who do not see it."""
     parts = [f"{chart.title}."]
     for line in chart.lines:
         finite = line.values[np.isfinite(line.values)]
@@ -125,7 +220,7 @@ def describe(chart: Chart) -> str:
 
 
 def short_number(value: float) -> str:
-    """About three digits: 1,234 and 0.25, but 2.5e-4."""
+    """Write about three digits: 1,234 and 0.25, but 2.5e-4."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -150,7 +245,7 @@ def _draw_line(axes: Axes, line: Line, chart: Chart) -> None:
 
 
 def _dress(axes: Axes, chart: Chart) -> None:
-    """Axes without a box: a faint grid, few numbers, no ticks."""
+    """Draw axes without a box: a faint grid, few numbers, no ticks."""
     finite = np.concatenate([line.values[np.isfinite(line.values)] for line in chart.lines])
     positive = finite[finite > 0]
     if chart.scale == "log" and len(positive):
@@ -213,13 +308,13 @@ def _colour(line: Line) -> str:
 
 
 def _shortened(label: str) -> str:
-    """At most ``LABEL_LENGTH`` letters, without the control characters that XML forbids."""
+    """Keep at most ``LABEL_LENGTH`` letters, without the control characters that XML forbids."""
     printable = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in label)
     return printable if len(printable) <= LABEL_LENGTH else printable[: LABEL_LENGTH - 1] + "…"
 
 
 def _inline(document: bytes, identity: str, description: str) -> str:
-    """matplotlib's file as an element: no prolog, no name spaces, ids of its own, the page's colours."""
+    """Turn matplotlib's file into an element: no prolog, no name spaces, ids of its own, the page's colours."""
     root = ElementTree.fromstring(document)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -233,12 +328,8 @@ def _inline(document: bytes, identity: str, description: str) -> str:
             if name == "style":
                 value = _page_colours(value)
             element.set(name, value)
-    for element in list(root):
-        if element.tag == "metadata":
-            root.remove(element)
-    root.attrib.pop("width", None)
-    root.attrib.pop("height", None)
-    root.attrib.pop("version", None)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
     root.set("role", "img")
     root.set("aria-label", description)
     return ElementTree.tostring(root, encoding="unicode")
