@@ -209,7 +209,7 @@ def parts(source: Source, blocks: int) -> dict[str, float]:
     for _ in islice(ours, 4):
         pass
     with (
-        timed(ShardReader, "_bytes", spent),
+        timed(reader_module, "read_member", spent),
         timed(reader_module, "decode_image", spent),
         timed(reader_module, "decode_label", spent),
         timed(blocks_module, "source_crop", spent),
@@ -220,7 +220,7 @@ def parts(source: Source, blocks: int) -> dict[str, float]:
             pass
         total = time.process_time() - started
     named = {
-        "read": spent["_bytes"],
+        "read": spent["read_member"],
         "decode": spent["decode_image"] + spent["decode_label"],
         "geometry": spent["source_crop"] + spent["target_crop"],
     }
