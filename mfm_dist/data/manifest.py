@@ -180,17 +180,23 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
     if not (folder / MANIFEST_FILE).is_file():
         return False
     manifest = Manifest.read(folder / MANIFEST_FILE)
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    sidecars = {
-        path(Path(shard.file)).name
-        for shard in manifest.shards
-        for path in (index_path, *([statistics_path] if shard.has_classes else []))
-    }
-    return (
-        manifest.recipe == recipe
-        and all(files.get(shard.file) == shard.bytes for shard in manifest.shards)
-        and sidecars <= files.keys()
-    )
+    for shard in manifest.shards:
+        tar = folder / shard.file
+        counted = statistics_path(tar).exists() or not shard.has_classes
+        if size_problem(tar, shard) or not index_path(tar).exists() or not counted:
+            return False
+    return manifest.recipe == recipe
+
+
+def size_problem(tar: Path, record: ShardRecord) -> str:
+    """Say what the size of a shard gives away: "" where it is the one that was written."""
+    if not tar.is_file():
+        return f"{tar} is missing"
+    size = tar.stat().st_size
+    if size == record.bytes:
+        return ""
+    state = "truncated" if size < record.bytes else "not the file that was written"
+    return f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
 
 
 def started_manifest(folder: Path) -> Manifest | None:

@@ -55,15 +55,11 @@ class SampleOrder(Order):
         """
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            self._permutation = self._permutation_of(epoch)
+            generator = keyed_generator(self.seed, self.stream, epoch)
+            fits = self.count <= PERMUTE_UP_TO
+            self._permutation = generator.permutation(self.count) if fits else FeistelPermutation(self.count, generator)
             self._epoch = epoch
         return int(self._permutation[(place + attempt) % self.count])
-
-    def _permutation_of(self, epoch: int) -> np.ndarray | FeistelPermutation:
-        generator = keyed_generator(self.seed, self.stream, epoch)
-        if self.count <= PERMUTE_UP_TO:
-            return generator.permutation(self.count)
-        return FeistelPermutation(self.count, generator)
 
 
 class FeistelPermutation:
@@ -142,11 +138,7 @@ class LaneOrder(Order):
         block, place = divmod(position, self.micro_batch)
         turn, lane = divmod(block, self.lanes)
         epoch, depth = divmod(turn * self.micro_batch + place, self.length)
-        return self._at(epoch, lane, (depth + attempt) % self.length)
-
-    def _at(self, epoch: int, lane: int, depth: int) -> int:
-        """Return the sample at a depth of a lane."""
-        number, inside = divmod(depth, self.window)
+        number, inside = divmod((depth + attempt) % self.length, self.window)
         first = number * self.window
         key = (epoch, lane, number)
         if key not in self._windows:
@@ -229,7 +221,6 @@ class RareClassOrder(Order):
         return int(samples[generator.integers(len(samples))])
 
     def wanted(self, position: int, attempt: int) -> int:
-        """Return the train id that ``sample_at`` drew its sample for."""
         return self._draw_class(position, attempt)[0]
 
     def _draw_class(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:

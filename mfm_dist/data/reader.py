@@ -136,10 +136,6 @@ class ShardReader:
         return len(self.index)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.index.manifest.class_names)
-
-    @property
     def fingerprint(self) -> str:
         """Two data sets share it if every number is the same sample."""
         return self.index.manifest.fingerprint
@@ -161,7 +157,7 @@ class ShardReader:
         name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
         key = name.decode(errors="replace")
         # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
-        num_classes = None if record.pixel_counts else self.num_classes
+        num_classes = None if record.pixel_counts else len(self.index.manifest.class_names)
         read_into = partial(self.read_into, shard)
         try:
             image = read_member(read_into, image_at, "image")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -32,6 +32,7 @@ from mfm_dist.data.manifest import (
     ShardRecord,
     index_path,
     remake_hint,
+    size_problem,
     started_manifest,
     statistics_path,
     write_sidecar,
@@ -93,7 +94,11 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
     """
     tar = folder / f"{number:06d}.tar"
     counts = PixelCounts(class_names)
-    with atomic_file(tar) as file, _tar_writer(file) as writer:
+    with (
+        atomic_file(tar) as file,
+        # A fixed owner and time, so that equal samples give equal bytes.
+        webdataset.TarWriter(file, user="", group="", mtime=0, compress=False, encoder=False) as writer,
+    ):
         for sample in samples:
             _check(sample, len(class_names), tar)
             writer.write(_members(sample))
@@ -113,11 +118,6 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
 def write_index(tar: Path) -> str:
     """Write the sidecar index of a finished tar; return its SHA-256."""
     return write_sidecar(index_path(tar), build_index(tar))
-
-
-def _tar_writer(file: BinaryIO) -> webdataset.TarWriter:
-    """Write with fixed owner and time, so that equal samples give equal bytes."""
-    return webdataset.TarWriter(file, user="", group="", mtime=0, compress=False, encoder=False)
 
 
 def _members(sample: RawSample) -> dict[str, str | bytes]:
@@ -184,7 +184,7 @@ class ShardSetWriter:
         started = started_manifest(folder)
         for record in started.shards if started else ():
             tar = folder / record.file
-            if tar.is_file() and tar.stat().st_size == record.bytes and sha256_of(tar) == record.sha256:
+            if not size_problem(tar, record) and sha256_of(tar) == record.sha256:
                 write_index(tar)
                 self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, class_names))
         self._save(UNFINISHED_FILE)
