@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.errors import CorruptFileError, DataError
 from mfm_dist.storage import write_atomically
 
@@ -42,6 +43,22 @@ class Recipe:
         theirs = {"generator": other.generator, "version": other.version, **other.arguments}
         names = [*mine, *(name for name in theirs if name not in mine)]
         return [f"{n}: {mine.get(n)} -> {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetPlan:
+    """A folder of shards that is to be written."""
+
+    folder: Path
+    recipe: Recipe
+    command: str
+    """The command that writes it, without its ``--output``."""
+    class_names: tuple[str, ...] = CLASS_NAMES
+    """Index = train id."""
+    samples: int
+    """How many there are."""
+    shard_size: int
+    """Samples a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import get_worker_info
-from webdataset import WebDataset
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
@@ -93,11 +92,6 @@ def _array(members: dict[str, Any], extension: str, what: str) -> np.ndarray:
     if not members[extension]:
         raise CorruptFileError(f"its {what} is empty")
     return np.frombuffer(bytearray(members[extension]), dtype=np.uint8)  # a copy that torch may write to, or it warns
-
-
-def plain_webdataset(tars: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the members of every sample as webdataset itself gives them, in the order of the tars; to compare with."""
-    yield from WebDataset(tars, shardshuffle=False)
 
 
 @dataclass(kw_only=True)

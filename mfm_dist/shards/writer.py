@@ -27,8 +27,8 @@ from mfm_dist.data.index import LABEL_EXTENSION, META_EXTENSION, build_index
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
+    DatasetPlan,
     Manifest,
-    Recipe,
     ShardRecord,
     index_path,
     remake_hint,
@@ -164,29 +164,22 @@ class ShardSetWriter:
     Call ``conflict`` first: the folder must be new or begun by the same recipe.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        recipe: Recipe,
-        command: str,
-        class_names: tuple[str, ...],
-        samples: int,
-        shard_size: int,
-    ) -> None:
+    def __init__(self, plan: DatasetPlan) -> None:
         """Keep the shards whose checksum is right; their index is built anew, being cheaper than to verify."""
-        self.folder = folder
+        self.folder = folder = plan.folder
         folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, samples, shard_size)
-        self._planned = [PlannedShard(i, range(at, min(at + shard_size, samples))) for i, at in enumerate(starts)]
-        self._manifest = Manifest(name=folder.name, class_names=class_names, recipe=recipe, command=command)
+        numbers = range(plan.samples)
+        starts = numbers[:: plan.shard_size]
+        self._planned = [PlannedShard(i, numbers[at : at + plan.shard_size]) for i, at in enumerate(starts)]
+        names = plan.class_names
+        self._manifest = Manifest(name=folder.name, class_names=names, recipe=plan.recipe, command=plan.command)
         self._records: dict[str, ShardRecord] = {}
         started = started_manifest(folder)
         for record in started.shards if started else ():
             tar = folder / record.file
             if not size_problem(tar, record) and sha256_of(tar) == record.sha256:
                 write_index(tar)
-                self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, class_names))
+                self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, names))
         self._save(UNFINISHED_FILE)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
 
