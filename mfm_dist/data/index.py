@@ -178,10 +178,7 @@ def scan_tar(tar: Path) -> Scan:
     """Scan a tar of unknown origin: the samples that are whole, and the name of everything that is not.
 
     Nothing is extracted, nothing is decoded, and no damage ends the scan: behind a broken header it goes on with the
-    next one that is sound.
-
-    Raises:
-        OSError: when the file itself cannot be read.
+    next one that is sound. Raises OSError where the file itself cannot be read.
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     reasons: dict[str, str] = {}

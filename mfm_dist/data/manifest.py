@@ -39,9 +39,8 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """Return one line a difference, from this recipe to the other."""
-        mine = {"generator": self.generator, "version": self.version, **self.arguments}
-        theirs = {"generator": other.generator, "version": other.version, **other.arguments}
-        names = [*mine, *(name for name in theirs if name not in mine)]
+        mine, theirs = ({"generator": r.generator, "version": r.version, **r.arguments} for r in (self, other))
+        names = {**mine, **theirs}
         return [f"{n}: {mine.get(n)} -> {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
 
 
@@ -96,7 +95,7 @@ class Manifest:
     recipe: Recipe
     command: str
     """Command that makes the folder, without its ``--output``."""
-    shards: tuple[ShardRecord, ...] = field(default=())
+    shards: tuple[ShardRecord, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -247,11 +246,7 @@ def statistics_path(tar: Path) -> Path:
 
 
 def write_sidecar(path: Path, array: np.ndarray) -> str:
-    """Write an index or class statistics; return the SHA-256 of the file.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Write an index or class statistics; return the SHA-256 of the file. Raises DiskFullError."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())

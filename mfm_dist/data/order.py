@@ -1,4 +1,7 @@
-"""The order of samples: a pure function of (seed, stream, position), the same for every rank and worker."""
+"""The order of samples: a pure function of (seed, stream, position), the same for every rank and worker.
+
+Any position costs the same, so a run resumes at step 1,000,000 as fast as it starts.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Order(ABC):
 
     @abstractmethod
     def sample_at(self, position: int, attempt: int) -> int:
-        """Return the number of the sample; each further ``attempt`` names another one in its place."""
+        """Return the number of the sample; each ``attempt`` above 0 names another in place of a damaged one."""
 
     def wanted(self, position: int, attempt: int) -> int | None:  # noqa: ARG002  no class is wanted in most orders
         """Return the train id that ``sample_at`` drew its sample for, if it did."""
@@ -34,11 +37,7 @@ class Order(ABC):
 
 
 class SampleOrder(Order):
-    """An endless, shuffled stream over ``count`` samples in which every epoch is an exact cover.
-
-    ``order[position]`` is the number of the sample at a global position. Any position costs the same, so a run
-    resumes at step 1,000,000 as fast as it starts.
-    """
+    """An endless, shuffled stream over ``count`` samples in which every epoch is an exact cover."""
 
     def __init__(self, *, count: int, seed: int, stream: Stream) -> None:
         assert count > 0
@@ -49,10 +48,7 @@ class SampleOrder(Order):
         self._permutation: np.ndarray | FeistelPermutation = np.empty(0, dtype=np.int64)
 
     def sample_at(self, position: int, attempt: int) -> int:
-        """Return the sample ``attempt`` places after ``position``, wrapping round inside the same epoch.
-
-        Used in place of a damaged sample; attempt 0 is the sample itself.
-        """
+        """Return the sample ``attempt`` places after ``position``, wrapping round inside the same epoch."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             generator = keyed_generator(self.seed, self.stream, epoch)
@@ -103,8 +99,7 @@ class LaneOrder(Order):
     In each epoch the shards are put in a new order, laid end to end and cut into lanes of equal length. Block ``k``
     belongs to lane ``k mod lanes``; since it goes to rank ``k mod world_size``, a rank meets the same lanes in a whole
     epoch wherever the world size divides their number. Inside a lane samples are shuffled in windows, so a rank reads a
-    few shards at a time. Which samples a block holds does not depend on the world size, and any position is found at
-    once.
+    few shards at a time. Which samples a block holds does not depend on the world size.
 
     An epoch covers every sample; lanes being equally long, up to ``lanes - 1`` samples come twice in it.
     """
@@ -181,9 +176,7 @@ class RareClassOrder(Order):
     """An endless stream of draws with replacement: a class, then one of the samples that hold enough of it.
 
     Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
-    position), so there is nothing to remember: any position costs the same, and the same samples come up at any world
-    size, with any number of workers and after any resume. It stands in for ``SampleOrder``; ``wanted`` says which
-    class a sample was drawn for.
+    position), so there is nothing to remember from draw to draw.
     """
 
     def __init__(

@@ -87,11 +87,7 @@ def decode_sample(
     num_classes: int | None,
     decode: JpegDecoder = torchvision_jpeg,
 ) -> Sample:
-    """Decode image and label of a sample, uint8 [size] each; no label where None. Raises CorruptFileError.
-
-    Args:
-        num_classes: None where the ids of the label are known to be classes.
-    """
+    """Decode image and label (None: no label), uint8 [size] each, as ``decode_image`` and ``decode_label`` do."""
     decoded = None
     if label is not None:
         decoded = decode_label(label, num_classes, header_size(image, image_format, "image"))

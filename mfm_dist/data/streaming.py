@@ -42,10 +42,7 @@ class ShardStream:
         """
         Args:
             samples: how many there are in all; nothing but the share of bad ones depends on it.
-            decoder: as for ``ShardReader``.
-
-        Raises:
-            ConfigError: the decoder is not installed.
+            decoder: as for ``jpeg_decoder``, which raises ConfigError where it is not installed.
         """
         self.url = url
         self.samples = samples

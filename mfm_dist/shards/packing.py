@@ -125,11 +125,7 @@ class _Work:
 
 
 def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
-    """Write the shards in several processes and note each one that is finished.
-
-    Raises:
-        DataError: more samples of a set are unusable than may be. Its shards that lack some are to be made again.
-    """
+    """Write the shards in several processes. Raises DataError for sets with more unusable samples than may be."""
     jobs = [(work, shard) for work in works for shard in work.writer.pending]
     total = sum(len(shard.samples) for _, shard in jobs)
     with worker_pool(workers, "packing") as pool:
@@ -201,11 +197,7 @@ def _some(reasons: Iterable[str]) -> str:
 def worker_pool(workers: int, what: str) -> Iterator[ProcessPoolExecutor]:
     """Start processes of one thread each that end with this one; if the block raises, what waits is not begun.
 
-    Args:
-        what: they do, for the error.
-
-    Raises:
-        UserError: a process was killed.
+    Raises UserError when one is killed, naming ``what`` they do.
     """
     with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin_worker) as pool:
         try:
@@ -232,11 +224,7 @@ def _begin_worker() -> None:
 
 @contextmanager
 def only_writer(output: Path, report: Report) -> Iterator[None]:
-    """Keep a second process waiting until the first one is through with ``output``.
-
-    Raises:
-        StorageError: it cannot be written to.
-    """
+    """Keep a second process waiting until the first one is through with ``output``. Raises StorageError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115  closed below, after waiting

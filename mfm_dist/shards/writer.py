@@ -221,10 +221,7 @@ def _keep_statistics(tar: Path, record: ShardRecord, class_names: tuple[str, ...
 
 
 def count_shard(tar: Path, rows: np.ndarray, class_names: tuple[str, ...]) -> PixelCounts:
-    """Count the pixels of a tar from its labels; sizes are theirs. Decodes every label.
-
-    Args:
-        rows: the index of the tar, ``index_dtype``.
+    """Decode every label of a tar, whose index is ``rows``, and count its pixels; sizes are those of the labels.
 
     Raises:
         DataError: a label cannot be decoded.
