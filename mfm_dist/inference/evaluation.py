@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.classes import CLASS_NAMES, CLASS_SETS, IGNORE_INDEX
 from mfm_dist.data.pipeline import EvaluationItem
+from mfm_dist.data.reader import Sample
 from mfm_dist.errors import BadSample
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
@@ -129,19 +130,20 @@ def evaluate(
     with evaluation_mode(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
-            image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
+            sample = item.found if isinstance(item.found, Sample) else None
+            image, box = (FILLER, None) if sample is None else (sample.image, fit_into)
             forwards = agreed_forwards(student, seen_size(image, box), ranks)
             prediction = predict_labels(student, image, ranks.device, scale, forwards, box).cpu()
-            if item.sample is None:
-                bad.extend([item.bad] if item.bad is not None else [])
+            if isinstance(item.found, BadSample):
+                bad.append(item.found)
+            if sample is None:
                 continue
-            assert item.sample.label is not None
-            assert item.number is not None
-            confusion += confusion_matrix(item.sample.label, prediction, len(CLASS_NAMES))
+            assert sample.label is not None
+            confusion += confusion_matrix(sample.label, prediction, len(CLASS_NAMES))
             scored += 1
             if overlay_folder is not None and item.number < overlays:
-                path = overlay_folder / f"{item.sample.key}.png"
-                save_overlay(path, item.sample.image, item.sample.label, prediction)
+                path = overlay_folder / f"{sample.key}.png"
+                save_overlay(path, sample.image, sample.label, prediction)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
     scores = Scores(

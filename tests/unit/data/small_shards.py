@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
-from mfm_dist.data.manifest import Recipe
+from mfm_dist.data.manifest import DatasetPlan, Recipe
 from mfm_dist.shards.writer import RawSample, ShardSetWriter, write_shard
 
 ShardFolder = Callable[..., Path]
@@ -31,14 +31,9 @@ def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool 
 
 def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: object) -> Path:
     """A finished folder of ``count`` samples."""
-    writer = ShardSetWriter(
-        folder,
-        recipe=Recipe(generator="test", version=1, arguments={"samples": count}),
-        command="make test shards",
-        class_names=CLASS_NAMES,
-        samples=count,
-        shard_size=shard_size,
-    )
+    recipe = Recipe(generator="test", version=1, arguments={"samples": count})
+    plan = DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=count, shard_size=shard_size)
+    writer = ShardSetWriter(plan)
     for shard in writer.pending:
         samples = [raw_sample(index, **sample) for index in shard.samples]
         writer.add(write_shard(folder, shard.number, samples, CLASS_NAMES))
