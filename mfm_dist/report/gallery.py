@@ -17,10 +17,9 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.mfm import enlarge_mask, rebuild
+from mfm_dist.methods.mfm import draw_mask, enlarge_mask, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.models.rebuilder import draw_mask
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.report.picture import Mask, Pixels, greyed, label_map, mistakes, overlay_prediction, photograph
 from mfm_dist.report.run import Run
