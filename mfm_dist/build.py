@@ -18,9 +18,9 @@ from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks
 from mfm_dist.models.compiling import compile_module, compile_segmentor
-from mfm_dist.models.hrda import build_hrda_segmentor
+from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
-from mfm_dist.models.segmentor import Segmentor, build_segmentor
+from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.train_module import TrainModule
@@ -47,7 +47,7 @@ class Readers:
 def build_student(config: RunConfig) -> Segmentor:
     """Build the segmentor with its initial weights; of HRDA, where that is the method."""
     model = config.model
-    segmentor = build_segmentor(
+    return build_segmentor(
         backbone=model.backbone,
         decoder=model.decoder,
         num_classes=len(CLASS_NAMES),
@@ -55,14 +55,8 @@ def build_student(config: RunConfig) -> Segmentor:
         weights=model.weights,
         backbone_options=model.backbone_options,
         decoder_options=model.decoder_options,
-    )
-    if not config.two_resolutions:
-        return segmentor
-    return build_hrda_segmentor(
-        segmentor,
-        attention=config.hrda.attention,
-        options=config.hrda.attention_options,
-        num_classes=len(CLASS_NAMES),
+        attention=config.hrda.attention if config.two_resolutions else None,
+        attention_options=config.hrda.attention_options,
         window=config.data.crop,
     )
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.models.compiling import compile_segmentor
-from mfm_dist.models.hrda import HRDASegmentor
-from mfm_dist.models.segmentor import build_segmentor
+from mfm_dist.models.hrda import HRDASegmentor, build_segmentor
 from tests.unit.test_train_module import block, config_with
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
