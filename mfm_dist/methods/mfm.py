@@ -34,10 +34,8 @@ def passes_of(settings: MFMSection) -> list[ForwardKind]:
     """List the forwards of the term, each with the weight lambda: source before target, context before detail."""
     target, source = [ForwardKind.MFM], [ForwardKind.MFM_SOURCE]
     if settings.view == "both":
-        target, source = (
-            [ForwardKind.MFM, ForwardKind.MFM_DETAIL],
-            [ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL],
-        )
+        target.append(ForwardKind.MFM_DETAIL)
+        source.append(ForwardKind.MFM_SOURCE_DETAIL)
     return {"target": target, "source": source, "both": [*source, *target]}[settings.domain]
 
 
