@@ -114,8 +114,7 @@ def evaluate(
     BatchNorm uses the mean over ranks of the running statistics, in a copy: each rank goes on with its own.
 
     Args:
-        items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
-            under ZeRO-3 it is collective.
+        items: this rank's turns, as many on every rank; one without a sample predicts ``FILLER``.
         precision: what the forwards run in, to be said in the protocol.
         class_sets: names in ``CLASS_SETS`` to give means over, too.
         fit_into, scale: what the images are before they are predicted (``predict_labels``).
