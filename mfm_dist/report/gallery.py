@@ -125,18 +125,14 @@ View = Callable[[Networks, Subject], list[Panel]]
 
 def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> Gallery:
     """Show ``count`` validation images, evenly spread over the set, in these views or all; say what cannot be read."""
-    gallery = Gallery()
     if run.config is None:
-        gallery.note("There are no pictures, because the configuration of the run cannot be read.")
-        return gallery
+        return Gallery(notes=["There are no pictures, because the configuration of the run cannot be read."])
     try:
         reader = ShardReader(run.config.data.root / run.config.data.validation)
     except Exception as error:  # nor is a foreign shard set trusted to be whole
-        gallery.note(f"There are no pictures, because the validation images cannot be read: {error}")
-        return gallery
+        return Gallery(notes=[f"There are no pictures, because the validation images cannot be read: {error}"])
     networks = load_networks(run, run.config)
-    for sentence in networks.notes:
-        gallery.note(sentence)
+    gallery = Gallery(notes=list(dict.fromkeys(networks.notes)))
     for number in np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int).tolist():
         sample = reader.read(number)
         if isinstance(sample, BadSample):
