@@ -35,7 +35,7 @@ from mfm_dist.checkpoint import files as checkpoint_files
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import CorruptFileError, StorageError
-from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
 Cross = Callable[[str], None]

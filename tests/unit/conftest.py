@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data.small_shards import ShardFolder, write_set
+from tests.helpers.shards import ShardFolder, write_set
 
 
 @pytest.fixture

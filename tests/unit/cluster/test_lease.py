@@ -17,7 +17,7 @@ from mfm_dist import train
 from mfm_dist.cluster import lease
 from mfm_dist.cluster.lease import LEASE, Lease
 from mfm_dist.errors import ConfigError, StorageError
-from tests.conftest import DEFAULTS, tiny_overrides
+from tests.helpers.runs import DEFAULTS, tiny_overrides
 
 SLURM_7 = {"SLURM_JOB_ID": "7"}
 SLURM_8 = {"SLURM_JOB_ID": "8"}

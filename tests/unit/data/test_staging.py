@@ -19,7 +19,7 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.errors import DataError, StorageError
-from tests.unit.data.small_shards import ShardFolder, flip_bit
+from tests.helpers.shards import ShardFolder, flip_bit
 
 
 def copies(scratch: Path) -> list[Path]:

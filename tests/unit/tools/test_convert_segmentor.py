@@ -11,7 +11,7 @@ import mfm_dist
 from mfm_dist.inference.segmentor import read_card
 from mfm_dist.models.hrda import build_hrda_segmentor
 from mfm_dist.models.segmentor import build_segmentor
-from tests.unit.tools.published_encoders import (
+from tests.helpers.published_encoders import (
     DIMS,
     Weights,
     as_map,
@@ -22,7 +22,7 @@ from tests.unit.tools.published_encoders import (
     random_weights,
     resnet_shapes,
 )
-from tests.unit.tools.published_heads import (
+from tests.helpers.published_heads import (
     HEADS_OF_MIT,
     attention_names,
     checkpoint,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
-from tests.unit.data import downloads
+from tests.helpers import downloads
 from tools import check_shards
 from tools.make_shards import main
 
