@@ -1,3 +1,5 @@
+"""Indexes of tars and folders of shards: what is read back, and how damage to either is told."""
+
 from __future__ import annotations
 
 import io

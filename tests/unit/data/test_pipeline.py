@@ -1,3 +1,5 @@
+"""Blocks are what their definition says, for any world size, workers and start; workers end with their parent."""
+
 from __future__ import annotations
 
 import multiprocessing

@@ -1,3 +1,5 @@
+"""Samples come back as they were written, and damaged ones are named while no other suffers."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""Copies of shards on a node's own disk: shared, bounded, never half, and no reason to lose a sample."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""Shards out of a pipe: the samples of the indexed reader, shared among consumers, with every loss told."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""Downloads become shards: labels as a slow reader finds them, images byte for byte, and damage named."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Downloaded files are found wherever they lie, and what is missing, twice there or broken is named."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,3 +1,5 @@
+"""Labels and photographs of many kinds are read right, or refused with what they are."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""Shards are plain WebDataset, equal for equal samples, and whole or not there whatever interrupts them."""
+
 from __future__ import annotations
 
 import errno

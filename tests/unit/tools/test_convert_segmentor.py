@@ -1,3 +1,5 @@
+"""tools/convert_weights.py segmentor: published networks become exports that compute the same."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""tools/convert_weights.py: encoders compute the published maps, and files it cannot use are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""tools/make_shards.py of downloads and of one's own images: where shards go, labels, and mistakes."""
+
 from __future__ import annotations
 
 import json
