@@ -133,7 +133,7 @@ def test_a_live_holder_in_a_container_with_this_host_name_is_not_robbed(
     """Its number means nothing here, nor does anybody's where the system does not tell one place from another."""
     leave_behind(tmp_path, host=HOST, process=gone, place=place, began=1)
     if place is None:
-        monkeypatch.setattr(lease, "_pid_namespace", lambda: None)
+        monkeypatch.setattr(os, "readlink", lambda _: "1")  # /proc/self is not this process
     beats = threading.Timer(0.7, os.utime, [tmp_path / LEASE])
     beats.start()
     with pytest.raises(ConfigError, match=rf"is in use by process {gone} on {HOST}"):
