@@ -66,7 +66,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     """
     # Not at the top: these imports take seconds, and by now signals are heard.
     from mfm_dist.build import build_train_module, open_readers, render_scenes
-    from mfm_dist.checkpoint import check_resumable, find_resumable
+    from mfm_dist.checkpoint.resume import check_resumable, find_resumable
     from mfm_dist.cluster.lease import Lease
     from mfm_dist.distributed.start import start_engine
     from mfm_dist.optim import build_optimizer
@@ -110,7 +110,8 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     Raises:
         ConfigError: if it is the run of another configuration.
     """
-    from mfm_dist.checkpoint import check_resumable, read_checkpoint, step_folder
+    from mfm_dist.checkpoint.files import read_checkpoint, step_folder
+    from mfm_dist.checkpoint.resume import check_resumable
 
     step = config.train.steps
     try:

@@ -9,7 +9,10 @@ import torch
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
-from mfm_dist.checkpoint import Checkpoint, CheckpointWriter, Progress, Saved, find_sound, load_state
+from mfm_dist.checkpoint.contents import load_state
+from mfm_dist.checkpoint.files import Checkpoint, find_sound
+from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine

@@ -56,6 +56,7 @@ STAND_INS = {
     "--images N": "--images 1",
     "--device D": "--device cpu",
     "EXPORT": "runs/export",
+    "CONFIG.yaml": "configs/quickstart.yaml",
     "CONFIG": "configs/quickstart.yaml",
     "FOLDER": "out/folder",
     "FILE": "out/file",

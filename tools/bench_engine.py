@@ -29,7 +29,8 @@ from typing import Any
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint import CheckpointWriter, Progress
+from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine

@@ -16,37 +16,3 @@ the ZeRO stage of the writer matters to the reader:
 ``files`` is the layout on disk, ``contents`` what a run puts in and takes out, ``writer`` writes beside training, and
 ``resume`` decides whether a run may go on from what is there.
 """
-
-from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_state, load_student, load_teacher
-from mfm_dist.checkpoint.files import (
-    Checkpoint,
-    find_latest,
-    find_sound,
-    read_checkpoint,
-    step_folder,
-    write_checkpoint,
-)
-from mfm_dist.checkpoint.progress import Progress
-from mfm_dist.checkpoint.resume import check_resumable, find_resumable, resume_problems
-from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointWriter",
-    "Progress",
-    "Saved",
-    "check_resumable",
-    "collect",
-    "find_latest",
-    "find_resumable",
-    "find_sound",
-    "load_modules",
-    "load_optimizer",
-    "load_state",
-    "load_student",
-    "load_teacher",
-    "read_checkpoint",
-    "resume_problems",
-    "step_folder",
-    "write_checkpoint",
-]

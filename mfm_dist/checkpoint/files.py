@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.storage import whole_folder, write_atomically
+from mfm_dist.storage import sha256_of, whole_folder, write_atomically
 
 FORMAT = 2
 JSON_LIMIT = 4 << 20
@@ -88,7 +87,7 @@ def write_checkpoint(
             path = temporary / f"{name}.safetensors"
             save_file(dict(tensors), path)
             shutil.copymode(temporary / "state.json", path)  # safetensors lets the owner alone read, whatever the umask
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
     write_atomically(final.with_name("latest"), final.name + "\n")
     if not progress.skipped:
@@ -153,7 +152,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _verify_file(path: Path, size: int, sha256: str) -> None:
     if (actual := path.stat().st_size) != size:
         raise CorruptFileError(f"{path.name} has {actual} bytes instead of {size}")
-    if _sha256(path) != sha256:
+    if sha256_of(path) != sha256:
         raise CorruptFileError(f"{path.name} differs from what was written")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
@@ -197,14 +196,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _step_of(path: Path) -> int | None:
     found = _STEP.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     return int(found[1]) if found else None
@@ -222,18 +213,13 @@ def _folders(folder: Path) -> list[Path]:
 def _remove_old(newest: Path, keep: int) -> None:
     """Keep the last ``keep`` checkpoints up to ``newest``; later steps are damaged or of a time line given up."""
     folder = newest.parent
-    # What kills left behind: the new checkpoint is complete, so none of it is needed any more.
-    for path in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
-        _remove(path)
     folders = [path for path in _folders(folder) if _STEP.fullmatch(path.name)]
     kept = folders[: folders.index(newest) + 1][-keep:]
     for path in set(folders) - set(kept):
         # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-        hidden = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(hidden := path.with_name(f".{path.name}.tmp"), ignore_errors=True)
         path.rename(hidden)
-        _remove(hidden)
-
-
-def _remove(path: Path) -> None:
-    # A file that a reader on another machine has open cannot go yet on some file systems; the next save tries again.
-    shutil.rmtree(path, ignore_errors=True)
+    # With what kills left behind: the new checkpoint is complete, so none of it is needed any more. A file that a
+    # reader on another machine has open cannot go yet on some file systems; the next save tries again.
+    for path in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+        shutil.rmtree(path, ignore_errors=True)

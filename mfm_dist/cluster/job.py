@@ -28,7 +28,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_MISMATCH, EXIT_STOPPED, EXIT_STORAGE, UserError
+from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_MISMATCH, EXIT_STOPPED, EXIT_STORAGE, tell_user_errors
 from mfm_dist.run.folder import OUTCOME
 from mfm_dist.storage import JsonLines, write_atomically
 
@@ -45,6 +45,7 @@ FAILURE = re.compile(r"^(\[rank\d+\]: *)?([\w.]*(Error|Exception)\b.*|hung: .*|.
 """Lines of a log that say why a process ended: Python's last line of a traceback, the watchdog's, torchrun's."""
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the four; return its exit code."""
     parser = argparse.ArgumentParser(
@@ -76,9 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(word)
             return code
         printed = [prepare(**given)] if name == "prepare" else plan(**given)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     except OSError as error:  # what cannot be noted cannot be counted, and the training could not save either
         print(f"{error}: free some space, then submit the same command again", file=sys.stderr)
         return EXIT_STORAGE

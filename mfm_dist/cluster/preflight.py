@@ -29,7 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mfm_dist.checkpoint import Progress, read_checkpoint, write_checkpoint
+from mfm_dist.checkpoint.files import read_checkpoint, write_checkpoint
+from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.cluster.job import PREFLIGHT
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream

@@ -70,24 +70,15 @@ class Launch:
 def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
     """List what a launch file says that the run's configuration decides, or that is known to train wrongly."""
     problems = []
-    stands_in_config = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", ("no",), "train.precision"),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            "gradient_accumulation_steps",
-            ("1",),
-            "train.global_batch and train.micro_batch",
-        ),
-        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", ("none",), "train.clip_norm"),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
-            "offload_optimizer_device",
-            ("none",),
-            "memory.offload_optimizer",
-        ),
-        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", ("no",), "train.compile"),
-    }
-    for variable, (entry, neutral, key) in stands_in_config.items():
-        value = environment.get(variable, neutral[0])
-        if value.lower() not in neutral:
+    for variable, neutral, key in (
+        ("MIXED_PRECISION", "no", "train.precision"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "train.global_batch and train.micro_batch"),
+        ("GRADIENT_CLIPPING", "none", "train.clip_norm"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "memory.offload_optimizer"),
+        ("DYNAMO_BACKEND", "no", "train.compile"),
+    ):
+        if (value := environment.get(f"ACCELERATE_{variable}", neutral)).lower() != neutral:
+            entry = variable.removeprefix("DEEPSPEED_").lower()
             problems.append(f"the launch file sets {entry}: {value}; leave it out, {key} of the run decides it")
     problems += _zero_settings(environment)[1]
     if (device := environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")).lower() != "none":
@@ -104,13 +95,12 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
 def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
     """List what the run asks for and this launch cannot do right, each with what to use."""
     problems = []
-    sharded = launch.zero_stage in (1, 2, 3)
     if config.train.precision == "bf16_weights" and launch.zero_stage not in (2, 3):
         problems.append(
             "train.precision=bf16_weights needs ZeRO-2 or 3, which keep the fp32 weights that a bf16 optimiser step "
             "would lose: launch with configs/accelerate/*_zero2.yaml or *_zero3.yaml, or use bf16, which is autocast"
         )
-    if config.memory.offload_optimizer and not sharded:
+    if config.memory.offload_optimizer and launch.zero_stage not in (1, 2, 3):
         problems.append("memory.offload_optimizer needs ZeRO 1 to 3: choose such a launch file, or turn it off")
     return problems
 

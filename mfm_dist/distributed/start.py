@@ -29,6 +29,9 @@ from mfm_dist.distributed.launch import Launch, combination_problems, launch_pro
 from mfm_dist.distributed.trackers import tracker_problems
 from mfm_dist.errors import ConfigError
 
+BUCKET = 50_000_000
+"""Elements exchanged at a time. DeepSpeed's default for reducing, ten times as many, holds 2 GB in fp32 (0.19.8)."""
+
 
 def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
     """Set up this process as the launcher asked.
@@ -75,33 +78,20 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launch))
-        _switch_off_inference_kernel()
+        import deepspeed  # not at the top: it looks at DS_ACCELERATOR, and takes seconds
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         exchange |= {"backend": "gloo"} if on_cpu else {}
         handlers = [InitProcessGroupKwargs(**exchange)]
         accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=handlers)
-        engine = _deepspeed_engine(config, launch)(accelerator, config)
+        kind = BF16Engine if config.train.precision == "bf16_weights" else DeepSpeedEngine
+        engine = (Zero0Engine if launch.zero_stage == 0 else kind)(accelerator, config)
     if engine.world_size != launch.world_size:
         raise ConfigError(
             f"the launcher started {launch.world_size} processes that do not know of each other (distributed_type NO "
             "or MULTI_CPU): use distributed_type MULTI_GPU, which is DDP on CPUs too, or DEEPSPEED"
         )
     return engine
-
-
-def _deepspeed_engine(config: RunConfig, launch: Launch) -> type[Engine]:
-    if launch.zero_stage == 0:
-        return Zero0Engine
-    return BF16Engine if config.train.precision == "bf16_weights" else DeepSpeedEngine
-
-
-def _switch_off_inference_kernel() -> None:
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-BUCKET = 50_000_000
-"""Elements exchanged at a time. DeepSpeed's default for reducing, ten times as many, holds 2 GB in fp32 (0.19.8)."""
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:

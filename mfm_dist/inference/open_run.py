@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.checkpoint import Checkpoint, find_latest, load_student, load_teacher
+from mfm_dist.checkpoint.contents import load_student, load_teacher
+from mfm_dist.checkpoint.files import Checkpoint, find_latest
 from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint import find_latest, load_modules
+from mfm_dist.checkpoint.contents import load_modules
+from mfm_dist.checkpoint.files import find_latest
 from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, ShardReader

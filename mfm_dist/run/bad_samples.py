@@ -1,4 +1,4 @@
-"""Samples that could not be used: named once, counted, and too many of them end the run."""
+"""Samples that could not be used: named once and counted; too many end the run. ``data.blocks`` replaces each."""
 
 from __future__ import annotations
 

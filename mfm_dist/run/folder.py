@@ -19,6 +19,9 @@ from mfm_dist.errors import EXIT_DONE, StorageError
 from mfm_dist.storage import JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
+OUTCOME = "outcome.json"
+"""How the last start of a run ended, for scripts that cannot see a rank's exit code: ``accelerate launch`` turns every
+one into 1."""
 
 
 class RunFolder:
@@ -53,10 +56,18 @@ class RunFolder:
         """
         if not self.writes:
             return
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "packages": {name: version(name) for name in RECORDED_PACKAGES},
+            "revision": _revision(),
+            **world,
+        }
         try:
             self.forget_after(step)
             write_atomically(self.path / "config.yaml", dump_config(config))
-            write_atomically(self.path / "environment.json", json.dumps(_environment() | world, indent=1) + "\n")
+            write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
 
@@ -99,36 +110,13 @@ class RunFolder:
         write_outcome(self.path, code=code, reason=reason, step=step)
 
 
-def _environment() -> dict[str, Any]:
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "packages": {name: version(name) for name in RECORDED_PACKAGES},
-        "revision": _revision(),
-    }
-
-
 def _revision() -> str | None:
     """Ask git for the revision of the code, with a plus sign where files differ from it; None outside a clone."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()
-
-
-OUTCOME = "outcome.json"
-"""How the last start of a run ended, for scripts that cannot see a rank's exit code: ``accelerate launch`` turns every
-one into 1."""
+    command, here = ["git", "describe", "--always", "--dirty=+"], Path(__file__).parent
+    with suppress(OSError, subprocess.SubprocessError):
+        described = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        return described.stdout.strip()
+    return None
 
 
 def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:

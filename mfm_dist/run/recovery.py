@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mfm_dist.checkpoint import Progress
+from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.config.schema import RecoverySection
 from mfm_dist.distributed.clipping import Ceilings
 from mfm_dist.distributed.engine import Engine, StepResult

@@ -24,15 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mfm_dist.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    find_latest,
-    find_resumable,
-    read_checkpoint,
-)
 from mfm_dist.checkpoint import files as checkpoint_files
 from mfm_dist.checkpoint.contents import PARTS
+from mfm_dist.checkpoint.files import find_latest, read_checkpoint
+from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.resume import find_resumable
+from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import CorruptFileError, StorageError
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mfm_dist
 from mfm_dist import export
 from mfm_dist.build import build_student, build_train_module
-from mfm_dist.checkpoint import find_latest, load_modules, load_teacher
+from mfm_dist.checkpoint.contents import load_modules, load_teacher
+from mfm_dist.checkpoint.files import find_latest
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError

@@ -11,18 +11,10 @@ import pytest
 import torch
 
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    Saved,
-    collect,
-    find_latest,
-    find_sound,
-    load_modules,
-    load_optimizer,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer
+from mfm_dist.checkpoint.files import find_latest, find_sound, read_checkpoint, write_checkpoint
+from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mfm_dist.checkpoint import Checkpoint, Progress, resume_problems
-from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS
+from mfm_dist.checkpoint.files import Checkpoint
+from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS, resume_problems
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
