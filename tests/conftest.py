@@ -1,7 +1,9 @@
-"""What many tests share: a tiny data set on disk, a tiny configuration, and a way to start the real command."""
+"""Fixtures of all tests: a tiny data set on disk, a tiny configuration, a finished run; and what no test may leave."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.run.signals import STOP_SIGNALS
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.storage import JsonLines
 from tests.helpers.runs import SCENE_SIZE, run_train, tiny_overrides
@@ -59,6 +62,17 @@ def _one_thread_and_no_leaking_seed() -> None:
     """Tests share two cores, and none may depend on what another drew."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A command that a test starts in this process takes signals over, which the next test must not inherit."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
