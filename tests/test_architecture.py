@@ -1,4 +1,4 @@
-"""The house rules, read from the source: who may import whom, and how large the house and its functions may be."""
+"""The house rules, read from the source: who may import whom, how large things may be, and where tests stand."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TOOLS = {module_name(path): path for path in sorted((REPOSITORY / "tools").glob("*.py"))}
+TESTS = {module_name(path): path for path in sorted((REPOSITORY / "tests").rglob("*.py"))}
 
 
 @cache
@@ -190,6 +191,33 @@ def test_the_package_needs_neither_tools_nor_tests() -> None:
         if inside(name, "tools") or inside(name, "tests")
     ]
     assert_none(needs)
+
+
+def test_no_test_module_is_imported() -> None:
+    """What several modules share stands in tests/helpers; the fixtures of a conftest.py come by their names."""
+    of_tests = re.compile(r"tests\.(\w+\.)*(test_\w+|conftest)(\.\w+)*")
+    imported = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
+        for path in [*TESTS.values(), *TOOLS.values()]
+        for line, name in imports(path)
+        if of_tests.fullmatch(name)
+    ]
+    assert_none(imported)
+
+
+def test_the_unit_tests_have_the_folders_of_the_package() -> None:
+    folders = {name for name in TESTS if name.startswith("tests.unit.") and TESTS[name].stem == "__init__"}
+    others = {name.removeprefix("tests.unit.") for name in folders} - {room_of(name) for name in FILES} - {"tools"}
+    assert not others
+
+
+def test_every_file_of_tests_says_what_it_is_about() -> None:
+    silent = [
+        str(path.relative_to(REPOSITORY))
+        for path in TESTS.values()
+        if (text := path.read_text()) and ast.get_docstring(ast.parse(text)) is None
+    ]
+    assert_none(silent)
 
 
 @pytest.mark.parametrize("module", LIGHT)

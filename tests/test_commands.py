@@ -24,8 +24,8 @@ from accelerate.commands.launch import launch_command_parser
 from mfm_dist.config.loader import load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError
-from tests.conftest import REPOSITORY
-from tests.unit.data.downloads import picture, save_picture
+from tests.helpers.downloads import picture, save_picture
+from tests.helpers.runs import REPOSITORY
 
 RECORDS = REPOSITORY / "docs" / "commands.md"
 PAGES = [

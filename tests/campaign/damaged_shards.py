@@ -29,7 +29,7 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import DataError
 from mfm_dist.storage import JsonLines, write_atomically
-from tests.damaged_shards import Damaged, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
+from tests.helpers.damaged_shards import Damaged, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
 
 SECONDS = 60.0
 """After which a shard counts as hanging; one takes about a tenth of a second."""

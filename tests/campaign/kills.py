@@ -29,9 +29,8 @@ from typing import Any
 
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.storage import JsonLines
-from tests.conftest import SCENE_SIZE, tiny_overrides
-from tests.distributed.test_signals import Start, family, is_running, wait_until
-from tests.end_to_end.test_train import final_tensors, metrics_of
+from tests.helpers.processes import family, is_running, wait_until
+from tests.helpers.runs import SCENE_SIZE, Start, final_tensors, metrics_of, tiny_overrides
 
 RECORD = Path("docs/benchmarks/campaign_kills.jsonl")
 STEPS = 40

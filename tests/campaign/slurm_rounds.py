@@ -27,9 +27,9 @@ from typing import Any
 
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.storage import JsonLines
-from tests.conftest import REPOSITORY, SCENE_SIZE, tiny_overrides
-from tests.end_to_end.test_train import final_tensors, metrics_of
-from tests.slurm.cluster import ENDED, Cluster, family, kill, missing, steps_of
+from tests.helpers.processes import family, kill
+from tests.helpers.runs import REPOSITORY, SCENE_SIZE, final_tensors, metrics_of, tiny_overrides
+from tests.slurm.cluster import ENDED, Cluster, missing, steps_of
 
 RECORD = Path("docs/benchmarks/slurm_rounds.json")
 STEPS = 100

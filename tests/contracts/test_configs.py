@@ -14,7 +14,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, launch_problems
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 RUNS = sorted(
     path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed")

@@ -17,29 +17,11 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.evaluation import batch_norm_buffers
-from mfm_dist.methods import build_method, method_names
+from mfm_dist.methods import build_method
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
-from tests.conftest import tiny_overrides
-
-# A random teacher is sure of nothing: at the published threshold all that pseudo-labels weigh would be 0.
-EXTRA = [
-    "self_training.pseudo_threshold=0", "hrda.attention_options={width: 8}", "mic.mask_block_pixels=16",
-    "model.decoder_options={width: 8}",
-]  # fmt: skip
-METHODS = {
-    **{name: [f"method.name={name}"] for name in method_names()},
-    "mic": ["method.name=mic", "mic.base_method=hrda"],
-    "mic on daformer": ["method.name=mic", "mic.base_method=daformer", "mic.mode=separate"],
-    "mic on dacs": ["method.name=mic", "mic.base_method=dacs", "mic.augment=false"],
-    "hrda, both views": ["method.name=hrda", "mfm.view=both", "mfm.domain=both"],
-    "mic on source_only": ["method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc"],
-}
-ABLATIONS = [
-    ["mfm.reconstruction=teacher_features"], ["mfm.reconstruction=student_features"], ["mfm.reconstruction=pixels"],
-    ["mfm.use_rebuilder=false"], ["mfm.domain=source"], ["mfm.domain=both"],
-    ["mfm.trained_parts=encoder"], ["mfm.trained_parts=decoder"],
-]  # fmt: skip
+from tests.helpers.methods import ABLATIONS, EXTRA, METHODS
+from tests.helpers.runs import tiny_overrides
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mfm_dist.methods.mfm import keyed_masks
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.shards.scene_shards import write_scenes
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 STEPS = 3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_train, tiny_overrides
+from tests.helpers.runs import run_train, tiny_overrides
 
 
 @pytest.mark.parametrize(

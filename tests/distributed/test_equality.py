@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
-from tests.conftest import run_train, tiny_overrides
+from tests.helpers.runs import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 # A random teacher is sure of nothing: above a threshold of 0 the MFM term, and the Rebuilder's gradient, would be 0.

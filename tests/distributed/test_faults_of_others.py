@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.distributed.faults_of_others import FAULTS
-from tests.distributed.test_signals import family, is_running, wait_until
+from tests.helpers.processes import family, is_running, wait_until
+from tests.helpers.runs import REPOSITORY
 
 GONE = "{fault} does not show any more: what works around it, named in docs/distributed.md, can be removed"
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.start import deepspeed_config
-from tests.conftest import run_train, tiny_overrides
+from tests.helpers.runs import run_train, tiny_overrides
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_train, tiny_overrides
-from tests.contracts.test_methods import ABLATIONS, EXTRA, METHODS
-from tests.end_to_end.test_train import assert_equal_bits, metrics_of
+from tests.helpers.methods import ABLATIONS, EXTRA, METHODS
+from tests.helpers.runs import assert_equal_bits, metrics_of, run_train, tiny_overrides
 
 
 @pytest.mark.campaign

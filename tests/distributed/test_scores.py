@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import result_of, run_train, tiny_overrides
+from tests.helpers.runs import result_of, run_train, tiny_overrides
 
 LAUNCHES = {1: None, 2: "cpu_ddp"}
 """Launch file by number of processes."""

@@ -2,112 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mfm_dist.shards.scene_shards import write_scenes
-from tests.conftest import DEFAULTS, REPOSITORY, SCENE_SIZE, tiny_overrides
-from tests.end_to_end.test_train import assert_equal_bits, metrics_of
+from tests.helpers.processes import family, is_running, wait_until
+from tests.helpers.runs import SCENE_SIZE, Start, assert_equal_bits, metrics_of, read_json, tiny_overrides
 
 STEPS = 30
-SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "20"}
-"""As in the Makefile, but a stopped process is killed sooner."""
-
-
-def wait_until(condition: Callable[[], Any], *, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Of a file that may be missing or half written."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        return values
-    except (OSError, ValueError):
-        return {}
-
-
-class Start:
-    """One start of a run below ``accelerate launch``, or alone."""
-
-    def __init__(
-        self, run: Path, arguments: list[str], *, launch: str | None, module: str = "mfm_dist.train", **said: str
-    ) -> None:
-        command = [sys.executable, "-m"]
-        if launch is not None:
-            file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
-            command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
-            command += ["--main_process_port", "0", "-m"]
-        self.run = run
-        self.started = time.time()
-        self.log = run.with_name(f"{run.name}_{self.started}.log")
-        with self.log.open("w") as log:
-            self.launcher = subprocess.Popen(
-                [*command, module, *DEFAULTS, *arguments],
-                cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **SIGNALS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **said},
-            )  # fmt: skip
-
-    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
-        deadline = time.monotonic() + 90
-        while not condition():
-            assert self.launcher.poll() is None, f"ended before {what}: {self.log.read_text()}"
-            assert time.monotonic() < deadline, f"not within 90 s: {what}: {self.log.read_text()}"
-            time.sleep(0.02)
-
-    def wait_for_step(self, step: int) -> None:
-        metrics = self.run / "metrics.jsonl"
-        self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), f"step {step}")
-
-    def wait_for_ranks(self, count: int) -> dict[int, int]:
-        """Process of each rank, once its watchdog runs."""
-
-        def ranks() -> dict[int, int]:
-            files = [self.run / "heartbeats" / f"rank_{rank:05d}.json" for rank in range(count)]
-            fresh = [read_json(file) for file in files if file.exists() and file.stat().st_mtime > self.started]
-            return {report["rank"]: report["process"] for report in fresh if report}
-
-        self.wait_for(lambda: len(ranks()) == count, "all ranks")
-        return ranks()
-
-    def output(self) -> str:
-        """All that was written, when it has ended."""
-        self.launcher.wait(timeout=90)
-        return self.log.read_text()
-
-    def outcome(self) -> dict[str, Any]:
-        return read_json(self.run / "outcome.json")
-
-
-def family(process: int) -> list[int]:
-    """A process and everything below it."""
-    below = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == process:
-                below += family(int(entry.parent.name))
-        except OSError:
-            continue
-    return [process, *below]
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")

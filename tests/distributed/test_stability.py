@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import run_train, tiny_overrides
+from tests.helpers.runs import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 PLANTED = "tests.distributed.train_with_bad_gradients"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.conftest import run_module
+from tests.helpers.runs import run_module
 
 CAMPAIGN = pytest.mark.campaign
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_dist import session, train, trainer
+from mfm_dist import build, train, trainer
 from mfm_dist.batch import UDABatch
 from mfm_dist.checkpoint import writer
 from mfm_dist.config.schema import MFMSection, RunConfig
@@ -44,9 +44,9 @@ def no_exchange() -> None:
 
 def stale_shard() -> None:
     """A fault: on rank 1 the teacher follows what the student's shards were one step ago."""
-    honest, before = teacher.held, dict[int, Tensor]()
+    honest, before = teacher.local_tensor, dict[int, Tensor]()
 
-    def held(parameter: Any) -> Tensor:
+    def local_tensor(parameter: Any) -> Tensor:
         now = honest(parameter)
         if os.environ["RANK"] != "1" or not parameter.requires_grad:
             return now
@@ -54,7 +54,7 @@ def stale_shard() -> None:
         before[id(parameter)] = now.clone()
         return stale
 
-    teacher.held = held
+    teacher.local_tensor = local_tensor
 
 
 def resident_parameters() -> None:
@@ -83,17 +83,17 @@ def slow_write() -> None:
 
 def last_bits() -> None:
     """No fault: the last bit of every other initial weight is another one, as rounding would leave it."""
-    honest = session.build_train_module
+    honest = build.build_train_module
 
     @torch.no_grad()
-    def build(config: RunConfig) -> TrainModule:
+    def altered(config: RunConfig) -> TrainModule:
         module, generator = honest(config), torch.Generator().manual_seed(0)
         for parameter in module.parameters():
             way = torch.randint(-1, 2, parameter.shape, generator=generator) * torch.inf
             parameter.copy_(torch.where(way.isnan(), parameter, torch.nextafter(parameter, way)))
         return module
 
-    session.build_train_module = build
+    build.build_train_module = altered
 
 
 def swapped_sample() -> None:

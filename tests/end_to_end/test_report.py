@@ -19,7 +19,7 @@ from mfm_dist.report.gallery import Subject, first_prediction, load_networks
 from mfm_dist.report.page import render
 from mfm_dist.report.picture import label_map
 from mfm_dist.report.run import read_runs
-from tests.conftest import run_train, tiny_overrides
+from tests.helpers.runs import run_train, tiny_overrides
 
 VIEWS = ["Image", "Truth", "First prediction", "Last prediction", "Mistakes", "Hidden cells", "From rebuilt features",
          "Teacher's pseudo-label"]  # fmt: skip

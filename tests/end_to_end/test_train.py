@@ -12,32 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mfm_dist import evaluate, export, train
-from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
-
-
-def final_tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    return {
-        f"{file.stem}/{name}": tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_equal_bits(first: Path, second: Path, step: int = 4) -> None:
-    a, b = final_tensors(first, step), final_tensors(second, step)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timing = ("images_per_second", "data_wait_fraction", "memory_gib")
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+from tests.helpers.runs import DEFAULTS, REPOSITORY, assert_equal_bits, metrics_of, result_of, run_train, tiny_overrides
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from mfm_dist.checkpoint.resume import find_resumable
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import CorruptFileError, StorageError
-from tests.conftest import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
 Cross = Callable[[str], None]

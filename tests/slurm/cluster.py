@@ -19,8 +19,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
+
+from tests.helpers.processes import family, kill
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -184,21 +185,6 @@ SlurmdLogFile={self.folder}/slurmd-%n.log
             )
 
 
-def family(process: int) -> list[int]:
-    """A process and everything below it."""
-    below: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        below.setdefault(parent, []).append(int(entry.parent.name))
-    found = [process]
-    for member in found:  # grows meanwhile
-        found += below.get(member, [])
-    return found
-
-
 def steps_of(node: str, folder: Path) -> list[int]:
     """The slurmstepd processes of one node: their sockets lie in its spool folder."""
     steps = []
@@ -213,12 +199,6 @@ def steps_of(node: str, folder: Path) -> list[int]:
         if f"SLURM_CONF={folder}/slurm.conf".encode() in environment and any(f"slurmd-{node}.log" in f for f in files):
             steps.append(int(entry.name))
     return steps
-
-
-def kill(process: int) -> None:
-    """SIGKILL, whether or not it is still there."""
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
 
 
 def _wait(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mfm_dist.storage import JsonLines
 from tests.campaign.slurm_rounds import INTERVAL, RECORD, WRITING, is_good
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 GOOD = {
     "state": "COMPLETED", "problem": None, "identical": True, "on_fewer_nodes": False, "largest_difference": 0.0,

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, tiny_overrides
-from tests.end_to_end.test_train import assert_equal_bits, metrics_of
+from tests.helpers.runs import REPOSITORY, assert_equal_bits, metrics_of, tiny_overrides
 from tests.slurm.cluster import Cluster, missing
 
 STEPS = 20

@@ -8,54 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_student, build_train_module
-from mfm_dist.config.loader import load_config
-from mfm_dist.config.schema import RunConfig
 from mfm_dist.inference.evaluation import batch_norm_buffers
-from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mfm import keyed_masks, rebuild
 from mfm_dist.models.layers import batch_norm_untracked
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.train_module import TrainModule
-
-SMALL = [
-    "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",
-    "model.decoder=daformer", "model.decoder_options={width: 16}",
-    "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2", "rebuilder.depth=1", "rebuilder.grid=4",
-]  # fmt: skip
-
-
-def config_with(*overrides: str) -> RunConfig:
-    return load_config(None, [*SMALL, *overrides])
-
-
-def block(number: int = 3, size: int = 64) -> UDABatch:
-    generator = torch.Generator().manual_seed(number)
-
-    def image() -> Tensor:
-        return torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
-
-    return UDABatch(
-        source_image=image(),
-        source_label=torch.randint(0, 19, (2, size, size), generator=generator, dtype=torch.uint8),
-        target_image=image(),
-        target_valid=torch.ones(2, size, size, dtype=torch.bool),
-        block=number,
-    )
-
-
-def inputs_of(module: TrainModule, batch: UDABatch) -> StepInputs:
-    image = normalise(batch.target_image)
-    return StepInputs(
-        source_image=normalise(batch.source_image),
-        source_label=batch.source_label,
-        target_image=image,
-        pseudo=module.pseudo_target(image, batch.target_valid),
-        seed=0,
-        block=batch.block,
-        positions=batch.positions,
-    )
+from tests.helpers.modules import block, config_with, inputs_of
 
 
 def test_total_is_the_weighted_sum_of_the_terms() -> None:

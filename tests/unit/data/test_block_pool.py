@@ -1,3 +1,5 @@
+"""Memory that a worker fills and the trainer reads: who may use a slot again, and when."""
+
 from __future__ import annotations
 
 import os

@@ -12,8 +12,7 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection, RareClassSection
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
-from tests.unit.data.small_shards import write_set
-from tests.unit.data.test_pipeline import assert_equal, damage
+from tests.helpers.shards import assert_equal, damage, write_set
 
 BLOCKS_PER_STEP = 8
 PLAIN = DataSection(crop=(16, 24), workers=0)

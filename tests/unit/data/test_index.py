@@ -1,3 +1,5 @@
+"""Indexes of tars and folders of shards: what is read back, and how damage to either is told."""
+
 from __future__ import annotations
 
 import io
@@ -11,7 +13,7 @@ import pytest
 
 from mfm_dist.data.index import DatasetIndex, build_index, scan_tar
 from mfm_dist.errors import ConfigError, DataError
-from tests.unit.data.small_shards import ShardFolder, flip_bit
+from tests.helpers.shards import ShardFolder, flip_bit
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:

@@ -1,3 +1,5 @@
+"""The order in lanes: every sample in its epoch, few shards read at a time, any position found at once."""
+
 from __future__ import annotations
 
 from collections import Counter

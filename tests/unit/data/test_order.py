@@ -1,3 +1,5 @@
+"""The shuffled order: an exact cover of every epoch, keyed by seed and position, without a list in memory."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Blocks are what their definition says, for any world size, workers and start; workers end with their parent."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -6,14 +8,12 @@ import pickle
 import signal
 import subprocess
 import time
-from dataclasses import fields
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
@@ -24,18 +24,11 @@ from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.transforms import source_crop, target_crop
 from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream, keyed_generator
-from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample, write_set
+from tests.helpers.processes import is_running, wait_until
+from tests.helpers.shards import ShardFolder, assert_equal, damage, raw_sample, write_set
 
 CROP = (16, 24)
 BLOCKS_PER_STEP = 4
-
-
-def damage(folder: Path, *numbers: int) -> None:
-    """Flips a bit in the image of some samples."""
-    index = ShardReader(folder).index
-    for number in numbers:
-        shard, row = index.locate(number)
-        flip_bit(folder / f"{shard:06d}.tar", int(index.rows[shard][row]["image"]["offset"]) + 200)
 
 
 @pytest.fixture
@@ -75,14 +68,6 @@ def blocks_of(folders: tuple[Path, Path], *, steps: int, world_size: int = 1, **
         for block in islice(pipeline(folders, rank=rank, world_size=world_size, **keywords), each)
     ]
     return sorted(found, key=lambda block: block.block)
-
-
-def assert_equal(first: list[UDABatch], second: list[UDABatch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        for field in fields(UDABatch):
-            a, b = getattr(one, field.name), getattr(other, field.name)
-            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
 
 
 def test_a_block_is_what_its_definition_says(folders: tuple[Path, Path]) -> None:
@@ -223,17 +208,8 @@ def test_workers_end_with_their_parent(
     parent.join(10)
     assert parent.exitcode == -signal_number
     assert len(pids) == 2
-    deadline = time.monotonic() + 5
-    while any(_is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker is still there"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_running, pids)), seconds=5, what="the workers end")
     assert capfd.readouterr().err == ""
-
-
-def _is_running(pid: int) -> bool:
-    """False also for a zombie that nobody has waited for yet."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])

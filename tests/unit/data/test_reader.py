@@ -1,3 +1,5 @@
+"""Samples come back as they were written, and damaged ones are named while no other suffers."""
+
 from __future__ import annotations
 
 import errno
@@ -21,7 +23,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
 from mfm_dist.shards.writer import encode_jpeg, encode_label_png, write_index
 from mfm_dist.storage import sha256_of
-from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
+from tests.helpers.shards import ShardFolder, flip_bit, raw_sample
 
 JPEG = encode_jpeg(raw_sample(0).image)
 GOOD_LABEL = raw_sample(0).label

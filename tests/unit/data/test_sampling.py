@@ -20,7 +20,7 @@ from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, RareClassTarg
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.shards.writer import ShardSetWriter
-from tests.unit.data.small_shards import ShardFolder, flip_bit, raw_sample
+from tests.helpers.shards import ShardFolder, flip_bit, raw_sample
 
 NAMES = ("road", "car", "train", "rider")
 PIXELS = np.array([[900, 50, 0, 0], [800, 0, 120, 0], [700, 90, 101, 0], [950, 200, 0, 0]], dtype=np.uint32)

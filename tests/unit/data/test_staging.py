@@ -1,13 +1,17 @@
+"""Copies of shards on a node's own disk: shared, bounded, never half, and no reason to lose a sample."""
+
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.errors import DataError, StorageError
-from tests.unit.data.small_shards import ShardFolder, flip_bit
+from tests.helpers.shards import ShardFolder, flip_bit
 
 
 def copies(scratch: Path) -> list[Path]:
@@ -61,20 +65,21 @@ def test_the_processes_of_a_node_share_one_copy(
 ) -> None:
     folder = shard_folder(count=10, shard_size=4)
     copied: list[Path] = []
-    original = Scratch._copy
+    original = staging_module.atomic_file
 
-    def copy(self: Scratch, tar: Path, record: ShardRecord, local: Path) -> int:
-        copied.append(tar)
-        return original(self, tar, record, local)
+    def begun(path: Path) -> AbstractContextManager[Any]:
+        copied.append(path)
+        return original(path)
 
-    monkeypatch.setattr(Scratch, "_copy", copy)
+    monkeypatch.setattr(staging_module, "atomic_file", begun)
     scratches = [Scratch(tmp_path / "scratch", print) for _ in range(4)]  # each with locks of its own, like processes
     threads = [threading.Thread(target=one.stage, args=(folder,)) for one in scratches]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(path.name for path in copied) == ["000000.tar", "000001.tar", "000002.tar"]
+    assert len(copied) == 3
+    assert sorted(copied) == sorted(copies(scratches[0].folder))
 
 
 def opened(scratch: Scratch, folder: Path, number: int) -> Path:
@@ -118,7 +123,8 @@ def test_copies_under_way_have_their_room_and_those_of_killed_processes_lose_it(
     other = Manifest.read(folder / "dataset.json").shards[1]
     unfinished = scratch.folder / f".{other.sha256[:32]}.tar.unfinished"
     unfinished.write_bytes(bytes(other.bytes))
-    with scratch._locked(f".{other.sha256[:32]}.tar.lock"):  # as a process does that copies it
+    with open(scratch.folder / f".{other.sha256[:32]}.tar.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that copies it
         assert not opened(scratch, folder, 0).exists()
     assert "no room beside the copies under way" in lines[0]
     assert unfinished.exists()
@@ -134,19 +140,23 @@ def test_a_copy_that_is_removed_before_it_is_read_is_no_bad_sample(
     scratch = Scratch(tmp_path, print)
     expected = [ShardReader(folder).read(number).image for number in range(10)]
     scratch.stage(folder)
-    original = Scratch._locked
+    original = fcntl.flock
 
-    @contextmanager
-    def remove_everything(self: Scratch, name: str) -> Iterator[None]:
-        with original(self, name):
-            for path in copies(self.folder):
-                path.unlink()
-            yield
-        for path in copies(self.folder):
+    def remove_everything() -> None:
+        for path in copies(scratch.folder):
             path.unlink()
 
-    monkeypatch.setattr(Scratch, "_locked", remove_everything)
-    reader = ShardReader(folder, open_shard=scratch.open)
+    def locked(file: IO[str], operation: int) -> None:
+        original(file, operation)
+        remove_everything()
+
+    def opened(tar: Path, record: ShardRecord) -> int:
+        descriptor = scratch.open(tar, record)
+        remove_everything()
+        return descriptor
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    reader = ShardReader(folder, open_shard=opened)
     assert all(torch.equal(reader.read(number).image, expected[number]) for number in range(10))
 
 

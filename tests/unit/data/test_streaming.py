@@ -1,3 +1,5 @@
+"""Shards out of a pipe: the samples of the indexed reader, shared among consumers, with every loss told."""
+
 from __future__ import annotations
 
 import gzip
@@ -18,8 +20,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples, stream_samples
 from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream
-from tests.unit.data.small_shards import ShardFolder, flip_bit
-from tests.unit.data.test_pipeline import damage
+from tests.helpers.shards import ShardFolder, damage, flip_bit
 
 
 def stream_of(folder: Path, pattern: str = "{000000..000002}") -> ShardStream:

@@ -1,3 +1,5 @@
+"""Crops against slow definitions: where they lie, what moves together, and how small images are padded."""
+
 from __future__ import annotations
 
 import numpy as np

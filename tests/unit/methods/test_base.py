@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mfm_dist.build import build_train_module
 from mfm_dist.methods.base import ForwardKind, classify
 from mfm_dist.models.preprocessing import normalise
-from tests.unit.test_train_module import block, config_with, inputs_of
+from tests.helpers.modules import block, config_with, inputs_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ from mfm_dist.methods.dacs import mixed_batch
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator
-from tests.unit.test_train_module import block, config_with
+from tests.helpers.modules import block, config_with
 
 SEED, SIDE, SHARE = 3, 16, 0.375
 PLAIN = SelfTrainingSection(jitter_prob=0.0, blur_prob=0.0)

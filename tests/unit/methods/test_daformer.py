@@ -14,7 +14,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.methods.daformer import THING_CLASSES, feature_distance, thing_mask
 from mfm_dist.models.preprocessing import normalise
-from tests.unit.test_train_module import block, config_with
+from tests.helpers.modules import block, config_with
 
 
 def slow_mask(label: Tensor, rows: int, columns: int, share: float) -> Tensor:

@@ -13,7 +13,7 @@ from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.rng import keyed_generator
 from mfm_dist.train_module import TrainModule
-from tests.unit.test_train_module import block, config_with, inputs_of
+from tests.helpers.modules import block, config_with, inputs_of
 
 
 def hrda(*overrides: str) -> TrainModule:

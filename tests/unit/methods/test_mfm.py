@@ -20,7 +20,7 @@ from mfm_dist.methods.mfm import draw_mask, enlarge_mask, hidden_error, keyed_ma
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.train_module import TrainModule
-from tests.unit.test_train_module import block, config_with
+from tests.helpers.modules import block, config_with
 
 EVERY_PIXEL = "self_training.pseudo_threshold=0"
 

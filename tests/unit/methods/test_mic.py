@@ -14,7 +14,7 @@ from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mic import chosen_images, masked_batch, visible_blocks
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
-from tests.unit.test_train_module import block, config_with
+from tests.helpers.modules import block, config_with
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Encoders: published sizes, the maps they promise, weights from files, and how mistakes are told."""
+
 from __future__ import annotations
 
 import pickle

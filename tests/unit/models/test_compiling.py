@@ -10,7 +10,7 @@ from torch import nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.models.hrda import HRDASegmentor
-from tests.unit.test_train_module import block, config_with
+from tests.helpers.modules import block, config_with
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 HRDA = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "model.decoder_options={width: 8}"]

@@ -1,3 +1,5 @@
+"""The DAFormer decoder against its published size and its functional form."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The DeepLabV2 decoder against its published sizes and its definition."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The DeepLabV3+ decoder against its published sizes and its functional form."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The SegFormer decoder against its published sizes and its definition."""
+
 from __future__ import annotations
 
 import pytest

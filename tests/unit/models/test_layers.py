@@ -1,3 +1,5 @@
+"""The decoders' layers against their definitions."""
+
 from __future__ import annotations
 
 import torch

@@ -1,3 +1,5 @@
+"""A pyramid of maps from a ViT's tokens: sizes, reach, parameters, and strides that are refused."""
+
 from __future__ import annotations
 
 import pytest

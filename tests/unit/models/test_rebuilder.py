@@ -1,3 +1,5 @@
+"""The Rebuilder and its masks against the paper: sizes, what is hidden and kept, and slow references."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""An encoder and a decoder put together: the forward, its gradients, and mistakes in either half."""
+
 from __future__ import annotations
 
 import pytest

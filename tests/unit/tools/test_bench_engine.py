@@ -14,7 +14,7 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.train_module import TrainModule
-from tests.unit.test_train_module import SMALL, config_with
+from tests.helpers.modules import SMALL, config_with
 from tools import bench_engine, raw_loops
 from tools.bench_engine import engine_loop, main, summary, table
 from tools.bench_memory import random_batch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_train_module import SMALL
+from tests.helpers.modules import SMALL
 from tools.bench_memory import SETTINGS, main
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.start import BUCKET
-from tests.unit.test_train_module import SMALL
+from tests.helpers.modules import SMALL
 from tools import bench_ranks
 from tools.bench_ranks import PROMISE, cases, count_state, table, total_bytes, with_ratios
 from tools.live_tensors import GatheredPeak, count_once, tensors_in

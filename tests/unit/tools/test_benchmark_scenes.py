@@ -8,7 +8,7 @@ import pytest
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.validate import problems
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 from tools.benchmark_scenes import VARIANTS, summary, table
 from tools.seeds import interval
 

@@ -1,3 +1,5 @@
+"""tools/convert_weights.py segmentor: published networks become exports that compute the same."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +12,7 @@ from torch import Tensor
 import mfm_dist
 from mfm_dist.inference.segmentor import read_card
 from mfm_dist.models.hrda import build_segmentor
-from tests.unit.tools.published_encoders import (
+from tests.helpers.published_encoders import (
     DIMS,
     Weights,
     as_map,
@@ -21,7 +23,7 @@ from tests.unit.tools.published_encoders import (
     random_weights,
     resnet_shapes,
 )
-from tests.unit.tools.published_heads import (
+from tests.helpers.published_heads import (
     HEADS_OF_MIT,
     attention_names,
     checkpoint,

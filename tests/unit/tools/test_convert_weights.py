@@ -1,3 +1,5 @@
+"""tools/convert_weights.py: encoders compute the published maps, and files it cannot use are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.hrda import build_segmentor
-from tests.unit.tools.published_encoders import (
+from tests.helpers.published_encoders import (
     hugging_face,
     mit_maps,
     mit_shapes,
@@ -17,7 +19,7 @@ from tests.unit.tools.published_encoders import (
     resnet_maps,
     resnet_shapes,
 )
-from tests.unit.tools.published_heads import (
+from tests.helpers.published_heads import (
     checkpoint,
     daformer_names,
     published,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mfm_dist.config.schema import RunConfig
-from tests.conftest import DEFAULTS, tiny_overrides
+from tests.helpers.runs import DEFAULTS, tiny_overrides
 from tools.data_profile import BareDecoder, PlainWebDataset, Source
 from tools.profile_throughput import main
 

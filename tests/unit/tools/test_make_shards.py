@@ -1,3 +1,5 @@
+"""tools/make_shards.py scenes: the same bytes however it is run or interrupted, and mistakes told in one message."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""tools/make_shards.py of downloads and of one's own images: where shards go, labels, and mistakes."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ from PIL import Image
 
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
-from tests.unit.data import downloads
+from tests.helpers import downloads
 from tools import check_shards
 from tools.make_shards import main
 

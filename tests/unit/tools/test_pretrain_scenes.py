@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfm_dist.models.backbone import Backbone
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 from tools import pretrain_scenes
 
 SHIPPED = sorted((REPOSITORY / "configs" / "scenes").glob("*.safetensors"))

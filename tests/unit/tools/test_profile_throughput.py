@@ -10,7 +10,7 @@ import torch
 
 from mfm_dist.build import open_readers
 from mfm_dist.config.schema import RunConfig
-from tests.conftest import DEFAULTS, tiny_overrides
+from tests.helpers.runs import DEFAULTS, tiny_overrides
 from tools.profile_throughput import main
 from tools.step_profile import PARTS, Blocks, PartClock, build_setting, peak_gib
 

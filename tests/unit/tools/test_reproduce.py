@@ -14,7 +14,7 @@ import torch
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.validate import problems
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 from tools.paper_rows import (
     ABLATIONS,
     FORMS,

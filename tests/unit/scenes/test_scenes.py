@@ -1,3 +1,5 @@
+"""Street scenes: functions of their arguments, with sound labels and the gap between the domains as asked."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Pictures of single objects: functions of their arguments, every kind drawn, varied and fast."""
+
 from __future__ import annotations
 
 import time

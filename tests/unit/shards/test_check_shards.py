@@ -16,7 +16,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import BadSample
 from mfm_dist.shards import verify
 from mfm_dist.storage import sha256_of
-from tests.unit.data.small_shards import ShardFolder, flip_bit, write_set
+from tests.helpers.shards import ShardFolder, flip_bit, write_set
 from tools.check_shards import main
 
 

@@ -21,6 +21,7 @@ from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
+from tests.helpers.modules import block
 
 
 @pytest.fixture
@@ -33,11 +34,17 @@ def trained(tiny_config: RunConfig) -> tuple[TrainModule, Engine]:
     return module, engine
 
 
+def run_micro_batches(engine: Engine) -> None:
+    """Everything of a step but its end; the gradients may then be replaced."""
+    for number in range(engine.accumulation):
+        engine.forward_backward(block(number, size=32), 0.5)
+
+
 def step_on_random_gradients(module: TrainModule, engine: Engine) -> None:
+    run_micro_batches(engine)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
-    engine._pending = engine.accumulation
     assert engine.step().applied
 
 
@@ -198,13 +205,10 @@ def test_a_manifest_cannot_point_outside_its_folder(
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained: tuple[TrainModule, Engine]) -> None:
     module, engine = trained
     before = [p.detach().clone() for p in module.parameters()]
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
+    run_micro_batches(engine)
     first = next(p for p in module.parameters() if p.requires_grad)
     assert first.grad is not None
     first.grad.view(-1)[0] = torch.nan
-    engine._pending = engine.accumulation
     result = engine.step()
     assert not result.applied
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
@@ -233,7 +237,7 @@ def test_training_goes_on_while_a_slow_disk_writes(
     module, engine = trained
 
     def slow(*arguments: Any, **settings: Any) -> None:
-        time.sleep(0.5)
+        time.sleep(1.0)
         write_checkpoint(*arguments, **settings)
 
     monkeypatch.setattr("mfm_dist.checkpoint.writer.write_checkpoint", slow)

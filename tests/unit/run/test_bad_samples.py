@@ -1,3 +1,5 @@
+"""Bad samples are named once a run and counted over all its starts, against a limit."""
+
 from __future__ import annotations
 
 import json

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfm_dist.models.segmentor import Segmentor
-from tests.unit.tools.published_encoders import (
+from tests.helpers.published_encoders import (
     random_weights,
 )
 from tools.key_maps import read_encoder

@@ -1,3 +1,5 @@
+"""Shards are plain WebDataset, equal for equal samples, and whole or not there whatever interrupts them."""
+
 from __future__ import annotations
 
 import errno
@@ -18,7 +20,7 @@ from mfm_dist.data.manifest import DatasetPlan, Manifest, Recipe, conflict, is_c
 from mfm_dist.errors import DataError, StorageError
 from mfm_dist.shards.writer import ShardSetWriter, encode_jpeg, encode_label_png, remove_shards, write_shard
 from mfm_dist.storage import atomic_file
-from tests.unit.data.small_shards import ShardFolder, raw_sample
+from tests.helpers.shards import ShardFolder, raw_sample
 
 RECIPE = Recipe(generator="test", version=1, arguments={"samples": 10})
 

@@ -19,7 +19,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed import trackers as trackers_module
 from mfm_dist.distributed.trackers import Trackers, tracker_problems
 from mfm_dist.errors import ConfigError, StorageError
-from tests.conftest import DEFAULTS, run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
 
 
 @pytest.fixture(autouse=True)

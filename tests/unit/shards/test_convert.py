@@ -1,3 +1,5 @@
+"""Downloads become shards: labels as a slow reader finds them, images byte for byte, and damage named."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
 from mfm_dist.shards.convert import Conversion, convert, sample_key
 from mfm_dist.shards.download import SourceFile, SourceTree
-from tests.unit.data import downloads
+from tests.helpers import downloads
 
 # The tables of the issue's facts, typed again: Cityscapes ids (also of GTA5) and SYNTHIA ids to train ids.
 CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,

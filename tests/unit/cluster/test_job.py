@@ -10,7 +10,7 @@ import pytest
 
 from mfm_dist.cluster import job
 from mfm_dist.config.loader import load_config
-from tests.conftest import REPOSITORY
+from tests.helpers.runs import REPOSITORY
 
 CONFIG = REPOSITORY / "tests" / "defaults.yaml"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import is_running
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 
 RANK = """
@@ -42,11 +44,7 @@ def after_the_launcher_died(tmp_path: Path, environment: dict[str, str], *names:
     launcher.wait()
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            state = "Z"
-        if state == "Z":
+        if not is_running(int(rank)):
             return log.read_text().replace("ready", "").strip() or "killed"
         time.sleep(0.02)
     os.kill(int(rank), signal.SIGKILL)

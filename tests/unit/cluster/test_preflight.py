@@ -23,7 +23,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import CorruptFileError, UserError
-from tests.conftest import DEFAULTS, run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
 
 
 def test_two_processes_find_nothing_wrong(scenes: Path, tmp_path: Path) -> None:

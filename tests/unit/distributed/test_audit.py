@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mfm_dist.distributed.audit import _dissenters, fingerprint
+from mfm_dist.distributed.audit import audit, fingerprint
 from mfm_dist.distributed.engine import GradientCheck
 
 
@@ -30,9 +32,26 @@ def test_swapped_weights_change_the_fingerprint() -> None:
 
 
 def test_the_odd_rank_is_named() -> None:
-    prints = torch.tensor([[1, 1], [1, 1], [2, 1], [1, 1]])
-    assert _dissenters(prints) == "rank 2 against the other 3"
-    assert _dissenters(prints[1:3]) == "rank 0 against rank 1"
+    assert findings_of(1.0, 1.0, 2.0, 1.0) == ["weight differs: rank 2 against the other 3"]
+    assert findings_of(1.0, 2.0) == ["weight differs: rank 0 against rank 1"]
+    assert findings_of(1.0, 1.0, 1.0) == []
+
+
+def findings_of(*copies: float) -> list[str]:
+    """What an audit says of one parameter, of which every rank holds a copy of its own."""
+    everyone = torch.stack([fingerprint(torch.tensor([[copy]])) for copy in copies])
+
+    def gather(own: Tensor) -> Tensor:
+        assert torch.equal(own, everyone[:1])
+        return everyone[:, None]
+
+    engine = SimpleNamespace(
+        rank=0, world_size=len(copies), replicates_parameters=True, replicates_gradients=False,
+        params_out_of_sync=lambda: [], gather_objects=lambda own: [own], gather=gather,
+    )  # fmt: skip
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(net.weight, copies[0])
+    return audit(net, engine)  # type: ignore[arg-type]
 
 
 def test_a_parameter_without_a_gradient_is_named_and_one_with_a_zero_gradient_is_not() -> None:

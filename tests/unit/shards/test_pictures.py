@@ -1,3 +1,5 @@
+"""Labels and photographs of many kinds are read right, or refused with what they are."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_png
 from mfm_dist.data.geometry import fitted
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.shards.pictures import lookup_table, png_kind, read_ids, read_picture, resize_pair, to_train_ids
-from tests.unit.data import downloads
+from tests.helpers import downloads
 
 
 def encoded(picture: Image.Image, image_format: str, **options: object) -> bytes:

@@ -1,3 +1,5 @@
+"""Downloaded files are found wherever they lie, and what is missing, twice there or broken is named."""
+
 from __future__ import annotations
 
 import shutil
@@ -10,7 +12,7 @@ import pytest
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, read_card
 from mfm_dist.shards.download import SourceFile, SourceTree, find_pairs
-from tests.unit.data import downloads
+from tests.helpers import downloads
 
 
 def gta_of(count: int) -> Card:

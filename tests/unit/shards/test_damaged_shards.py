@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.damaged_shards import KINDS, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
+from tests.helpers.damaged_shards import KINDS, damaged_shard, faults, outcome, stream_faults, streamed, whole_pixels
 
 
 @pytest.mark.parametrize("number", range(2 * len(KINDS)))

@@ -32,7 +32,7 @@ from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
-from tests.conftest import tiny_overrides
+from tests.helpers.runs import tiny_overrides
 
 
 def test_confusion_and_iou_against_pixel_sets() -> None:

@@ -1,14 +1,19 @@
-"""Small shard folders of random pictures, written by the real writer."""
+"""Small shard folders of random pictures, written by the real writer, then damaged or compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from mfm_dist.batch import UDABatch
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.data.manifest import DatasetPlan, Recipe
+from mfm_dist.data.reader import ShardReader
 from mfm_dist.shards.writer import RawSample, ShardSetWriter, write_shard
 
 ShardFolder = Callable[..., Path]
@@ -16,7 +21,7 @@ ShardFolder = Callable[..., Path]
 
 
 def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool = True) -> RawSample:
-    """Blocks of 8 pixels: noise in the image, classes and some ignored blocks in the label."""
+    """Draw blocks of 8 pixels: noise in the image, classes and some ignored blocks in the label."""
     generator = np.random.default_rng(index)
     blocks = (height // 8, width // 8)
     values = generator.choice([*range(len(CLASS_NAMES)), IGNORE_INDEX], size=blocks).astype(np.uint8)
@@ -30,7 +35,7 @@ def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool 
 
 
 def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: object) -> Path:
-    """A finished folder of ``count`` samples."""
+    """Write a finished folder of ``count`` samples."""
     recipe = Recipe(generator="test", version=1, arguments={"samples": count})
     plan = DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=count, shard_size=shard_size)
     writer = ShardSetWriter(plan)
@@ -42,7 +47,24 @@ def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: o
 
 
 def flip_bit(tar: Path, offset: int) -> None:
-    """Damages one bit of a file in place; its size stays."""
+    """Flip one bit of a file in place; its size stays."""
     content = bytearray(tar.read_bytes())
     content[offset] ^= 1
     tar.write_bytes(content)
+
+
+def damage(folder: Path, *numbers: int) -> None:
+    """Flip a bit in the image of some samples."""
+    index = ShardReader(folder).index
+    for number in numbers:
+        shard, row = index.locate(number)
+        flip_bit(folder / f"{shard:06d}.tar", int(index.rows[shard][row]["image"]["offset"]) + 200)
+
+
+def assert_equal(first: list[UDABatch], second: list[UDABatch]) -> None:
+    """Compare blocks field by field, bit for bit."""
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for field in fields(UDABatch):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name

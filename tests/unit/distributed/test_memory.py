@@ -15,7 +15,7 @@ from mfm_dist.distributed.start import deepspeed_config, start_engine
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.optim import build_optimizer
-from tests.unit.test_train_module import SMALL, block
+from tests.helpers.modules import SMALL, block
 
 LEAN, CHECKPOINT = "memory.lean=true", "memory.checkpoint_backbone=true"
 MIT = [*SMALL, "model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.5}"]

@@ -17,7 +17,7 @@ from mfm_dist import train
 from mfm_dist.cluster import lease
 from mfm_dist.cluster.lease import LEASE, Lease
 from mfm_dist.errors import ConfigError, StorageError
-from tests.conftest import DEFAULTS, tiny_overrides
+from tests.helpers.runs import DEFAULTS, tiny_overrides
 
 SLURM_7 = {"SLURM_JOB_ID": "7"}
 SLURM_8 = {"SLURM_JOB_ID": "8"}
@@ -133,7 +133,7 @@ def test_a_live_holder_in_a_container_with_this_host_name_is_not_robbed(
     """Its number means nothing here, nor does anybody's where the system does not tell one place from another."""
     leave_behind(tmp_path, host=HOST, process=gone, place=place, began=1)
     if place is None:
-        monkeypatch.setattr(lease, "_pid_namespace", lambda: None)
+        monkeypatch.setattr(os, "readlink", lambda _: "1")  # /proc/self is not this process
     beats = threading.Timer(0.7, os.utime, [tmp_path / LEASE])
     beats.start()
     with pytest.raises(ConfigError, match=rf"is in use by process {gone} on {HOST}"):

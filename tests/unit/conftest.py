@@ -1,10 +1,12 @@
+"""Fixtures of the unit tests."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from tests.unit.data.small_shards import ShardFolder, write_set
+from tests.helpers.shards import ShardFolder, write_set
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""The training step at its smallest: a network, a batch, and what a method is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfm_dist.batch import UDABatch
+from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import RunConfig
+from mfm_dist.methods.base import StepInputs
+from mfm_dist.models.preprocessing import normalise
+from mfm_dist.train_module import TrainModule
+
+SMALL = [
+    "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",
+    "model.decoder=daformer", "model.decoder_options={width: 16}",
+    "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2", "rebuilder.depth=1", "rebuilder.grid=4",
+]  # fmt: skip
+
+
+def config_with(*overrides: str) -> RunConfig:
+    """Read ``SMALL`` and overrides as a configuration."""
+    return load_config(None, [*SMALL, *overrides])
+
+
+def block(number: int = 3, size: int = 64) -> UDABatch:
+    """Draw a micro-batch of two images a domain, everything in it by its number."""
+    generator = torch.Generator().manual_seed(number)
+
+    def image() -> Tensor:
+        return torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
+
+    return UDABatch(
+        source_image=image(),
+        source_label=torch.randint(0, 19, (2, size, size), generator=generator, dtype=torch.uint8),
+        target_image=image(),
+        target_valid=torch.ones(2, size, size, dtype=torch.bool),
+        block=number,
+    )
+
+
+def inputs_of(module: TrainModule, batch: UDABatch) -> StepInputs:
+    """Prepare what a method's terms are given of a batch."""
+    image = normalise(batch.target_image)
+    return StepInputs(
+        source_image=normalise(batch.source_image),
+        source_label=batch.source_label,
+        target_image=image,
+        pseudo=module.pseudo_target(image, batch.target_valid),
+        seed=0,
+        block=batch.block,
+        positions=batch.positions,
+    )
