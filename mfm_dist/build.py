@@ -17,10 +17,9 @@ from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks
-from mfm_dist.models.compiling import compile_module, compile_segmentor
-from mfm_dist.models.hrda import build_hrda_segmentor
+from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
-from mfm_dist.models.segmentor import Segmentor, build_segmentor
+from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.train_module import TrainModule
@@ -47,7 +46,7 @@ class Readers:
 def build_student(config: RunConfig) -> Segmentor:
     """Build the segmentor with its initial weights; of HRDA, where that is the method."""
     model = config.model
-    segmentor = build_segmentor(
+    return build_segmentor(
         backbone=model.backbone,
         decoder=model.decoder,
         num_classes=len(CLASS_NAMES),
@@ -55,14 +54,8 @@ def build_student(config: RunConfig) -> Segmentor:
         weights=model.weights,
         backbone_options=model.backbone_options,
         decoder_options=model.decoder_options,
-    )
-    if not config.two_resolutions:
-        return segmentor
-    return build_hrda_segmentor(
-        segmentor,
-        attention=config.hrda.attention,
-        options=config.hrda.attention_options,
-        num_classes=len(CLASS_NAMES),
+        attention=config.hrda.attention if config.two_resolutions else None,
+        attention_options=config.hrda.attention_options,
         window=config.data.crop,
     )
 
@@ -113,11 +106,21 @@ def build_train_module(config: RunConfig) -> TrainModule:
         raise ConfigError(problems)
     module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config)
     if config.train.compile:
-        for segmentor in (student, *([module.teacher.segmentor] if module.teacher is not None else [])):
-            compile_segmentor(segmentor)
-        if module.initial_encoder is not None:
-            compile_module(module.initial_encoder.backbone)
+        compile_networks(module)
     return module
+
+
+def compile_networks(module: TrainModule) -> None:
+    """Compile student, teacher and initial encoder by torch.compile, at their first forward; names and weights stay.
+
+    Dropout draws torch's own numbers, so that a compiled run sees the same ones as any other.
+    """
+    segmentors = [module.student] if module.teacher is None else [module.student, module.teacher.segmentor]
+    parts = [part for segmentor in segmentors for part in (segmentor.backbone, *segmentor.heads)]
+    if module.initial_encoder is not None:
+        parts.append(module.initial_encoder.backbone)
+    for part in parts:
+        part.compile(dynamic=False, options={"fallback_random": True})
 
 
 def open_readers(config: RunConfig, supervised_on: str) -> Readers:

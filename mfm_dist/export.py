@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     output: Path = arguments.output
     refuse_what_is_no_export(output)
-    if arguments.onnx:
-        refuse_without_onnx()
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if arguments.onnx and missing:
+        raise ConfigError(f"--onnx needs {' and '.join(missing)}: pip install onnx onnxscript")
     model = open_run(arguments.run, arguments.weights).model
     write_export(model, output, onnx=arguments.onnx)
     card, parameters = model.card, sum(p.numel() for p in model.parameters())
@@ -96,17 +97,6 @@ def refuse_what_is_no_export(output: Path) -> None:
         raise ConfigError(f"--output {output}: there is a file of that name; choose another")
     if any(output.iterdir()) and not is_export(output):
         raise ConfigError(f"--output {output}: holds other files than an export's; choose another folder")
-
-
-def refuse_without_onnx() -> None:
-    """Find out before anything is done.
-
-    Raises:
-        ConfigError: if a package that torch's exporter needs is not installed.
-    """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"--onnx needs {' and '.join(missing)}: pip install onnx onnxscript")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

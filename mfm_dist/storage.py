@@ -50,8 +50,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write. It gets its name when it is whole and on the disk, and is gone if the block raises.
 
-    Raises:
-        DiskFullError: the disk is full.
+    Raises DiskFullError.
     """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
@@ -71,11 +70,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new, never half of it.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Replace a file so that a reader sees the old content or the new, never half of it. Raises DiskFullError."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 

@@ -45,7 +45,7 @@ DOORS = {
     "accelerate": ("mfm_dist/distributed/",),
     "deepspeed": ("mfm_dist/distributed/", "tools/raw_loops.py"),
     "torch.distributed": ("mfm_dist/distributed/", "mfm_dist/cluster/preflight.py", "tools/raw_loops.py"),
-    "webdataset": ("mfm_dist/data/", "mfm_dist/shards/"),
+    "webdataset": ("mfm_dist/data/", "mfm_dist/shards/", "tools/data_profile.py"),
     "timm": ("mfm_dist/models/",),
     "yaml": ("mfm_dist/config/loader.py",),
     "fvcore": ("tools/",),

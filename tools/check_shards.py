@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from mfm_dist.data.index import open_manifest
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, remake_hint
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
+from mfm_dist.shards.packing import worker_pool
 from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -79,7 +74,7 @@ def check_folders(folders: Iterable[Path], workers: int) -> list[Report]:
         if report.manifest is not None
         for record in report.manifest.shards
     ]
-    with _pool(workers) as pool:
+    with worker_pool(workers, "checking") as pool:
         running = [pool.submit(_check, report.folder, record, names) for report, record, names in jobs]
         bar = tqdm(total=len(jobs), unit="shard", disable=not sys.stderr.isatty())  # after the fork: it has a thread
         for (report, _, _), future in zip(jobs, running, strict=True):
@@ -99,28 +94,10 @@ def _open(folder: Path) -> Report:
 
 def _check(folder: Path, record: ShardRecord, class_names: tuple[str, ...]) -> ShardCheck:
     """Check one shard, the unit of work of one process."""
-    torch.set_num_threads(1)  # there are as many processes as cores
     try:
         return check_shard(folder, record, class_names)
     except OSError as error:
         return ShardCheck(record.file, problems=[f"{folder / record.file} cannot be read ({error})"])
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that end at once with this one."""
-    end = signal.SIG_DFL
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("fork"), initializer=signal.signal, initargs=(signal.SIGINT, end)
-    )
-    try:
-        with pool:
-            yield pool
-    except BrokenProcessPool as error:
-        raise UserError("a checking process was killed, by a signal or for want of memory; run it again") from error
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def find_folders(given: list[Path]) -> list[Path]:

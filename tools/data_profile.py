@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.io import ImageReadMode, decode_png
+from webdataset import WebDataset
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig, SelfTrainingSection
@@ -30,7 +31,6 @@ from mfm_dist.data.blocks import IndexedSamples
 from mfm_dist.data.decoding import jpeg_decoder
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, read_member
-from mfm_dist.data.streaming import plain_webdataset
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.models.preprocessing import IMAGE_STD, normalise
@@ -126,7 +126,7 @@ class PlainWebDataset(IterableDataset[tuple[tuple[Tensor, ...], ...]]):
         draws = np.random.default_rng()
         batch: list[tuple[Tensor, ...]] = []
         while True:
-            for members in plain_webdataset(self.tars[which]):
+            for members in WebDataset(self.tars[which], shardshuffle=False):
                 pixels = self.decode(torch.frombuffer(bytearray(members["jpg"]), dtype=torch.uint8))
                 box = crop(pixels, self.size, draws)
                 found: tuple[Tensor, ...] = (pixels[:, box[0], box[1]],)
@@ -209,7 +209,7 @@ def parts(source: Source, blocks: int) -> dict[str, float]:
     for _ in islice(ours, 4):
         pass
     with (
-        timed(ShardReader, "_bytes", spent),
+        timed(reader_module, "read_member", spent),
         timed(reader_module, "decode_image", spent),
         timed(reader_module, "decode_label", spent),
         timed(blocks_module, "source_crop", spent),
@@ -220,7 +220,7 @@ def parts(source: Source, blocks: int) -> dict[str, float]:
             pass
         total = time.process_time() - started
     named = {
-        "read": spent["_bytes"],
+        "read": spent["read_member"],
         "decode": spent["decode_image"] + spent["decode_label"],
         "geometry": spent["source_crop"] + spent["target_crop"],
     }

@@ -39,13 +39,13 @@ class Samples(Protocol):
         """Return the sample at ``position``, or the one in its place; those that cannot be used go into ``bad``."""
 
 
+@dataclass(kw_only=True)
 class IndexedSamples:
     """Samples that can be read by number, in a given order."""
 
-    def __init__(self, reader: ShardReader, order: Order, *, with_label: bool) -> None:
-        self.reader = reader
-        self.order = order
-        self.with_label = with_label
+    reader: ShardReader
+    order: Order
+    with_label: bool
 
     def take(self, position: int, bad: list[BadSample]) -> DrawnSample:
         """Raise DataError when ``REPLACEMENT_TRIES`` samples one after the other cannot be used."""
@@ -134,9 +134,7 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         """Return errors, too: an exception raised in a worker arrives with that worker's traceback as its text."""
         try:
             return self._build(block)
-        except DataError as error:
-            return error
-        except StorageError as error:  # of the disk that shards are copied to
+        except (DataError, StorageError) as error:  # of the disk that shards are copied to, too
             return DataError(str(error))
 
     def put_into(self, pool: BlockPool) -> None:
@@ -171,33 +169,27 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         bad: list[BadSample] = []
         first = block * self.shape[0]
         for position, into in enumerate(places.source, first):
-            self._source(position, bad, into)
+            sample, train_id = self.source.take(position, bad)
+            assert sample.label is not None
+            source_crop(
+                sample.image,
+                sample.label,
+                self.crop,
+                keyed_generator(self.seed, Stream.SOURCE_CROP, position),
+                resize=self.source_resize,
+                wanted=None if train_id is None else RareClassTarget(train_id, self.wanted_pixels),
+                into=into,
+            )
         for position, into in enumerate(places.target, first):
-            self._target(position, bad, into)
+            target_crop(
+                self.target.take(position, bad).sample.image,
+                self.crop,
+                keyed_generator(self.seed, Stream.TARGET_CROP, position),
+                resize=self.target_resize,
+                margins=self.target_margins,
+                into=into,
+            )
         return tuple(bad)
-
-    def _source(self, position: int, bad: list[BadSample], into: tuple[Tensor, Tensor]) -> None:
-        sample, train_id = self.source.take(position, bad)
-        assert sample.label is not None
-        source_crop(
-            sample.image,
-            sample.label,
-            self.crop,
-            keyed_generator(self.seed, Stream.SOURCE_CROP, position),
-            resize=self.source_resize,
-            wanted=None if train_id is None else RareClassTarget(train_id, self.wanted_pixels),
-            into=into,
-        )
-
-    def _target(self, position: int, bad: list[BadSample], into: tuple[Tensor, Tensor]) -> None:
-        target_crop(
-            self.target.take(position, bad).sample.image,
-            self.crop,
-            keyed_generator(self.seed, Stream.TARGET_CROP, position),
-            resize=self.target_resize,
-            margins=self.target_margins,
-            into=into,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None, "_places_of": {}}  # memory shared by a fork cannot be sent

@@ -53,16 +53,13 @@ class PixelCounts:
 
 
 def write_statistics(tar: Path, counts: np.ndarray) -> str:
-    """Write the class statistics of a finished tar, if it has labels.
+    """Write the class statistics of a finished tar, if it has labels. Raises DiskFullError.
 
     Args:
         counts: uint32 [samples, classes], in the order of the tar.
 
     Returns:
         SHA-256 of the file, for ``ShardRecord.classes_sha256``; "" where no label was counted.
-
-    Raises:
-        DiskFullError: the disk is full.
     """
     if counts.any():
         return write_sidecar(statistics_path(tar), counts)

@@ -31,11 +31,7 @@ JpegDecoder = Callable[[Tensor], Tensor]
 
 
 def jpeg_decoder(name: str) -> JpegDecoder:
-    """Return the decoder that ``data.decoder`` names.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Return the decoder that ``data.decoder`` names. Raises ConfigError where it is not installed."""
     if name == "torchvision":
         return torchvision_jpeg
     assert name == "simplejpeg"
@@ -133,11 +129,7 @@ def check_chunks(what: str, payload: np.ndarray) -> None:
 
 
 def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int, int]:
-    """Read height and width that the header of a PNG or JPEG claims; decode nothing.
-
-    Raises:
-        CorruptFileError: it is no such file.
-    """
+    """Read height and width that a PNG or JPEG claims in its header. Raises CorruptFileError for any other file."""
     content = payload.data
     size = _jpeg_size(content) if image_format == "jpg" else _png_size(content)
     if size is None:

@@ -23,13 +23,9 @@ def scaled_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """Find the largest size of the same shape inside a box that may lie on either side, as published for UDA.
+    """Find the largest height and width of the same shape inside a box, its sides in any order, as published for UDA.
 
     GTA's 1914 x 1052 in 1280 x 720 gives 1280 x 704, not 720: nothing is stretched, nothing is padded.
-
-    Args:
-        size: height and width.
-        box: two sides in any order.
     """
     return scaled_size(size, box_factor(size, box))
 

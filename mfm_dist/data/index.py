@@ -30,6 +30,7 @@ from mfm_dist.data.manifest import (
     index_path,
     read_sidecar,
     remake_hint,
+    size_problem,
 )
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError, DataError
 from mfm_dist.storage import CHUNK_BYTES
@@ -118,17 +119,6 @@ def open_manifest(folder: Path) -> Manifest:
     )
 
 
-def size_problem(tar: Path, record: ShardRecord) -> str:
-    """Say what the size of a shard gives away: "" where it is the one that was written."""
-    if not tar.is_file():
-        return f"{tar} is missing"
-    size = tar.stat().st_size
-    if size == record.bytes:
-        return ""
-    state = "truncated" if size < record.bytes else "not the file that was written"
-    return f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
-
-
 def _lost(tar: Path, rows: np.ndarray) -> int:
     """Count the samples that are certainly gone from a shard whose size is wrong."""
     size = tar.stat().st_size if tar.is_file() else 0
@@ -188,10 +178,7 @@ def scan_tar(tar: Path) -> Scan:
     """Scan a tar of unknown origin: the samples that are whole, and the name of everything that is not.
 
     Nothing is extracted, nothing is decoded, and no damage ends the scan: behind a broken header it goes on with the
-    next one that is sound.
-
-    Raises:
-        OSError: when the file itself cannot be read.
+    next one that is sound. Raises OSError where the file itself cannot be read.
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     reasons: dict[str, str] = {}
@@ -221,7 +208,8 @@ def scan_tar(tar: Path) -> Scan:
         if key not in reasons and len(images) != 1:
             reasons[key] = f"it needs exactly one image (.jpg or .png), it has {sorted(members)}"
         if key not in reasons:
-            rows.append(_row(key, images[0], members))
+            places = [members.get(one, _ABSENT) for one in (images[0], LABEL_EXTENSION, META_EXTENSION)]
+            rows.append((key.encode(errors="surrogateescape"), images[0].encode(), *places))
     longest = max((len(row[0]) for row in rows), default=1)
     bad = [_bad(tar, key.rstrip("\0"), reason) for key, reason in reasons.items()]
     return Scan(np.array(rows, dtype=index_dtype(longest)), tuple(bad + nameless))
@@ -229,11 +217,6 @@ def scan_tar(tar: Path) -> Scan:
 
 def _bad(tar: Path, key: str, reason: str) -> BadSample:
     return BadSample(shard=str(tar), key=key, number=-1, reason=reason)
-
-
-def _row(key: str, image: str, members: dict[str, tuple[int, int, int]]) -> tuple:
-    label, meta = members.get(LABEL_EXTENSION, _ABSENT), members.get(META_EXTENSION, _ABSENT)
-    return key.encode(errors="surrogateescape"), image.encode(), members[image], label, meta
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -273,15 +256,15 @@ def _members(file: BinaryIO, length: int) -> Iterator[_Member]:
         except (tarfile.TarError, ValueError, OverflowError, EOFError, MemoryError):
             pass  # told below, at the place where no header was found
         if length - end < tarfile.BLOCKSIZE:
-            yield _Member("", (-1, 0, 0), f"truncated after {length} bytes, the end mark is missing")
+            yield _Member("", _ABSENT, f"truncated after {length} bytes, the end mark is missing")
             return
         if _only_zeros(file, end):
             return
         if not named:
-            yield _Member("", (-1, 0, 0), f"damaged header at byte {end}; what it belonged to cannot be read")
+            yield _Member("", _ABSENT, f"damaged header at byte {end}; what it belonged to cannot be read")
         start = _next_header(file, max(end + tarfile.BLOCKSIZE, behind), length)
         if named and start is None:
-            yield _Member("", (-1, 0, 0), f"truncated, or nothing sound behind the header at byte {end}")
+            yield _Member("", _ABSENT, f"truncated, or nothing sound behind the header at byte {end}")
 
 
 def _read(file: BinaryIO, info: tarfile.TarInfo, length: int) -> _Member:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.errors import CorruptFileError, DataError
 from mfm_dist.storage import write_atomically
 
@@ -38,10 +39,25 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """Return one line a difference, from this recipe to the other."""
-        mine = {"generator": self.generator, "version": self.version, **self.arguments}
-        theirs = {"generator": other.generator, "version": other.version, **other.arguments}
-        names = [*mine, *(name for name in theirs if name not in mine)]
+        mine, theirs = ({"generator": r.generator, "version": r.version, **r.arguments} for r in (self, other))
+        names = {**mine, **theirs}
         return [f"{n}: {mine.get(n)} -> {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetPlan:
+    """A folder of shards that is to be written."""
+
+    folder: Path
+    recipe: Recipe
+    command: str
+    """The command that writes it, without its ``--output``."""
+    class_names: tuple[str, ...] = CLASS_NAMES
+    """Index = train id."""
+    samples: int
+    """How many there are."""
+    shard_size: int
+    """Samples a shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +95,7 @@ class Manifest:
     recipe: Recipe
     command: str
     """Command that makes the folder, without its ``--output``."""
-    shards: tuple[ShardRecord, ...] = field(default=())
+    shards: tuple[ShardRecord, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -180,17 +196,23 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
     if not (folder / MANIFEST_FILE).is_file():
         return False
     manifest = Manifest.read(folder / MANIFEST_FILE)
-    files = {path.name: path.stat().st_size for path in folder.iterdir()}
-    sidecars = {
-        path(Path(shard.file)).name
-        for shard in manifest.shards
-        for path in (index_path, *([statistics_path] if shard.has_classes else []))
-    }
-    return (
-        manifest.recipe == recipe
-        and all(files.get(shard.file) == shard.bytes for shard in manifest.shards)
-        and sidecars <= files.keys()
-    )
+    for shard in manifest.shards:
+        tar = folder / shard.file
+        counted = statistics_path(tar).exists() or not shard.has_classes
+        if size_problem(tar, shard) or not index_path(tar).exists() or not counted:
+            return False
+    return manifest.recipe == recipe
+
+
+def size_problem(tar: Path, record: ShardRecord) -> str:
+    """Say what the size of a shard gives away: "" where it is the one that was written."""
+    if not tar.is_file():
+        return f"{tar} is missing"
+    size = tar.stat().st_size
+    if size == record.bytes:
+        return ""
+    state = "truncated" if size < record.bytes else "not the file that was written"
+    return f"{tar} is {state}: it has {size} bytes, {record.bytes} were written"
 
 
 def started_manifest(folder: Path) -> Manifest | None:
@@ -224,11 +246,7 @@ def statistics_path(tar: Path) -> Path:
 
 
 def write_sidecar(path: Path, array: np.ndarray) -> str:
-    """Write an index or class statistics; return the SHA-256 of the file.
-
-    Raises:
-        DiskFullError: the disk is full.
-    """
+    """Write an index or class statistics; return the SHA-256 of the file. Raises DiskFullError."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())

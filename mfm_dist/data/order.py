@@ -1,4 +1,7 @@
-"""The order of samples: a pure function of (seed, stream, position), the same for every rank and worker."""
+"""The order of samples: a pure function of (seed, stream, position), the same for every rank and worker.
+
+Any position costs the same, so a run resumes at step 1,000,000 as fast as it starts.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Order(ABC):
 
     @abstractmethod
     def sample_at(self, position: int, attempt: int) -> int:
-        """Return the number of the sample; each further ``attempt`` names another one in its place."""
+        """Return the number of the sample; each ``attempt`` above 0 names another in place of a damaged one."""
 
     def wanted(self, position: int, attempt: int) -> int | None:  # noqa: ARG002  no class is wanted in most orders
         """Return the train id that ``sample_at`` drew its sample for, if it did."""
@@ -34,11 +37,7 @@ class Order(ABC):
 
 
 class SampleOrder(Order):
-    """An endless, shuffled stream over ``count`` samples in which every epoch is an exact cover.
-
-    ``order[position]`` is the number of the sample at a global position. Any position costs the same, so a run
-    resumes at step 1,000,000 as fast as it starts.
-    """
+    """An endless, shuffled stream over ``count`` samples in which every epoch is an exact cover."""
 
     def __init__(self, *, count: int, seed: int, stream: Stream) -> None:
         assert count > 0
@@ -49,21 +48,14 @@ class SampleOrder(Order):
         self._permutation: np.ndarray | FeistelPermutation = np.empty(0, dtype=np.int64)
 
     def sample_at(self, position: int, attempt: int) -> int:
-        """Return the sample ``attempt`` places after ``position``, wrapping round inside the same epoch.
-
-        Used in place of a damaged sample; attempt 0 is the sample itself.
-        """
+        """Return the sample ``attempt`` places after ``position``, wrapping round inside the same epoch."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            self._permutation = self._permutation_of(epoch)
+            generator = keyed_generator(self.seed, self.stream, epoch)
+            fits = self.count <= PERMUTE_UP_TO
+            self._permutation = generator.permutation(self.count) if fits else FeistelPermutation(self.count, generator)
             self._epoch = epoch
         return int(self._permutation[(place + attempt) % self.count])
-
-    def _permutation_of(self, epoch: int) -> np.ndarray | FeistelPermutation:
-        generator = keyed_generator(self.seed, self.stream, epoch)
-        if self.count <= PERMUTE_UP_TO:
-            return generator.permutation(self.count)
-        return FeistelPermutation(self.count, generator)
 
 
 class FeistelPermutation:
@@ -107,8 +99,7 @@ class LaneOrder(Order):
     In each epoch the shards are put in a new order, laid end to end and cut into lanes of equal length. Block ``k``
     belongs to lane ``k mod lanes``; since it goes to rank ``k mod world_size``, a rank meets the same lanes in a whole
     epoch wherever the world size divides their number. Inside a lane samples are shuffled in windows, so a rank reads a
-    few shards at a time. Which samples a block holds does not depend on the world size, and any position is found at
-    once.
+    few shards at a time. Which samples a block holds does not depend on the world size.
 
     An epoch covers every sample; lanes being equally long, up to ``lanes - 1`` samples come twice in it.
     """
@@ -142,11 +133,7 @@ class LaneOrder(Order):
         block, place = divmod(position, self.micro_batch)
         turn, lane = divmod(block, self.lanes)
         epoch, depth = divmod(turn * self.micro_batch + place, self.length)
-        return self._at(epoch, lane, (depth + attempt) % self.length)
-
-    def _at(self, epoch: int, lane: int, depth: int) -> int:
-        """Return the sample at a depth of a lane."""
-        number, inside = divmod(depth, self.window)
+        number, inside = divmod((depth + attempt) % self.length, self.window)
         first = number * self.window
         key = (epoch, lane, number)
         if key not in self._windows:
@@ -189,9 +176,7 @@ class RareClassOrder(Order):
     """An endless stream of draws with replacement: a class, then one of the samples that hold enough of it.
 
     Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
-    position), so there is nothing to remember: any position costs the same, and the same samples come up at any world
-    size, with any number of workers and after any resume. It stands in for ``SampleOrder``; ``wanted`` says which
-    class a sample was drawn for.
+    position), so there is nothing to remember from draw to draw.
     """
 
     def __init__(
@@ -229,7 +214,6 @@ class RareClassOrder(Order):
         return int(samples[generator.integers(len(samples))])
 
     def wanted(self, position: int, attempt: int) -> int:
-        """Return the train id that ``sample_at`` drew its sample for."""
         return self._draw_class(position, attempt)[0]
 
     def _draw_class(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:

@@ -77,9 +77,9 @@ class TrainPipeline:
             labelled = stream is Stream.SOURCE_ORDER
             if isinstance(origin, ShardReader):
                 order = _order(origin, stream, seed=seed, data=data, micro_batch=micro_batch)
-                return IndexedSamples(origin, order, with_label=labelled)
+                return IndexedSamples(reader=origin, order=order, with_label=labelled)
             return StreamedSamples(
-                origin,
+                origin=origin,
                 with_label=labelled,
                 seed=seed,
                 stream=stream,
@@ -176,11 +176,11 @@ def end_with(parent: int) -> None:
 
 
 class EvaluationItem(NamedTuple):
-    """One turn of a rank. Exactly one of ``sample`` and ``bad`` is set; in a turn that only fills up, neither is."""
+    """One turn of a rank."""
 
-    number: int | None
-    sample: Sample | None
-    bad: BadSample | None
+    number: int
+    found: Sample | BadSample | None
+    """None in a turn that only fills up."""
 
 
 class EvaluationSet:
@@ -193,18 +193,12 @@ class EvaluationSet:
     def __init__(self, reader: ShardReader, *, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size
         self._reader = reader
-        self._numbers = range(rank, len(reader), world_size)
-        self._turns = -(-len(reader) // world_size)
+        turns = -(-len(reader) // world_size)
+        self._numbers = range(rank, turns * world_size, world_size)
 
     def __len__(self) -> int:
-        return self._turns
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[EvaluationItem]:
         for number in self._numbers:
-            found = self._reader.read(number)
-            if isinstance(found, Sample):
-                yield EvaluationItem(number, found, None)
-            else:
-                yield EvaluationItem(number, None, found)
-        for _ in range(self._turns - len(self._numbers)):
-            yield EvaluationItem(None, None, None)
+            yield EvaluationItem(number, self._reader.read(number) if number < len(self._reader) else None)

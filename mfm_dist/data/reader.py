@@ -87,11 +87,7 @@ def decode_sample(
     num_classes: int | None,
     decode: JpegDecoder = torchvision_jpeg,
 ) -> Sample:
-    """Decode image and label of a sample, uint8 [size] each; no label where None. Raises CorruptFileError.
-
-    Args:
-        num_classes: None where the ids of the label are known to be classes.
-    """
+    """Decode image and label (None: no label), uint8 [size] each, as ``decode_image`` and ``decode_label`` do."""
     decoded = None
     if label is not None:
         decoded = decode_label(label, num_classes, header_size(image, image_format, "image"))
@@ -136,10 +132,6 @@ class ShardReader:
         return len(self.index)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.index.manifest.class_names)
-
-    @property
     def fingerprint(self) -> str:
         """Two data sets share it if every number is the same sample."""
         return self.index.manifest.fingerprint
@@ -161,7 +153,7 @@ class ShardReader:
         name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
         key = name.decode(errors="replace")
         # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
-        num_classes = None if record.pixel_counts else self.num_classes
+        num_classes = None if record.pixel_counts else len(self.index.manifest.class_names)
         read_into = partial(self.read_into, shard)
         try:
             image = read_member(read_into, image_at, "image")

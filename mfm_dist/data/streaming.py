@@ -13,13 +13,13 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import count, groupby, islice
 from operator import attrgetter
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import get_worker_info
-from webdataset import WebDataset
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
@@ -42,16 +42,12 @@ class ShardStream:
         """
         Args:
             samples: how many there are in all; nothing but the share of bad ones depends on it.
-            decoder: as for ``ShardReader``.
-
-        Raises:
-            ConfigError: the decoder is not installed.
+            decoder: as for ``jpeg_decoder``, which raises ConfigError where it is not installed.
         """
-        jpeg_decoder(decoder)
         self.url = url
         self.samples = samples
         self.num_classes = num_classes
-        self.decoder = decoder
+        self._decode_jpeg = jpeg_decoder(decoder)
 
     def __len__(self) -> int:
         return self.samples
@@ -76,7 +72,7 @@ class ShardStream:
                 raise CorruptFileError("it needs exactly one image (.jpg or .png)")
             image = _array(members, formats[0], "image")
             label = _array(members, LABEL_EXTENSION, "label") if with_label else None
-            return decode_sample(key, formats[0], image, label, self.num_classes, jpeg_decoder(self.decoder))
+            return decode_sample(key, formats[0], image, label, self.num_classes, self._decode_jpeg)
         except CorruptFileError as error:
             return _bad(members["__url__"], key, str(error))
 
@@ -95,39 +91,21 @@ def _array(members: dict[str, Any], extension: str, what: str) -> np.ndarray:
     return np.frombuffer(bytearray(members[extension]), dtype=np.uint8)  # a copy that torch may write to, or it warns
 
 
-def plain_webdataset(tars: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the members of every sample as webdataset itself gives them, in the order of the tars; to compare with."""
-    yield from WebDataset(tars, shardshuffle=False)
-
-
+@dataclass(kw_only=True)
 class StreamedSamples:
     """The part of a stream that one consumer, a worker of a rank, takes; every pass divides the stream anew."""
 
-    def __init__(
-        self,
-        origin: ShardStream,
-        *,
-        with_label: bool,
-        seed: int,
-        stream: Stream,
-        start: int,
-        consumer: int,
-        consumers: int,
-    ) -> None:
-        """
-        Args:
-            start: key of the first pass, another for every start of a run.
-            consumer: number of this rank's first worker.
-            consumers: workers of all ranks.
-        """
-        self.origin = origin
-        self.with_label = with_label
-        self.seed = seed
-        self.stream = stream
-        self.start = start
-        self.consumer = consumer
-        self.consumers = consumers
-        self._members: Iterator[dict[str, Any] | BadSample] | None = None
+    origin: ShardStream
+    with_label: bool
+    seed: int
+    stream: Stream
+    start: int
+    """Key of the first pass, another for every start of a run."""
+    consumer: int
+    """Number of this rank's first worker."""
+    consumers: int
+    """Workers of all ranks."""
+    _members: Iterator[dict[str, Any] | BadSample] | None = field(default=None, init=False)
 
     def take(self, position: int, bad: list[BadSample]) -> DrawnSample:  # noqa: ARG002  a stream has no positions
         """Return the next sample of this consumer that can be used.
@@ -237,14 +215,11 @@ def _members(url: str) -> Iterator[_Member]:
         yield from _tar_members(stream)
         stream.close()
     except Exception as error:  # whatever the tool behind the URL fails with
-        yield _Member("", "", b"", _reason(error, stream))
-
-
-def _reason(error: Exception, stream: Any) -> str:
-    """Say the same for the same failure. The message of a command holds its process id and may hold secrets."""
-    if isinstance(error, OSError) and (status := getattr(stream, "status", None)):
-        return f"the command behind it ended with exit code {status}"
-    return f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and (status := getattr(stream, "status", None)):
+            # The message of a command holds its process id and may hold secrets.
+            reason = f"the command behind it ended with exit code {status}"
+        yield _Member("", "", b"", reason)
 
 
 def _tar_members(stream: IO[bytes]) -> Iterator[_Member]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.classes import CLASS_NAMES, CLASS_SETS, IGNORE_INDEX
 from mfm_dist.data.pipeline import EvaluationItem
+from mfm_dist.data.reader import Sample
 from mfm_dist.errors import BadSample
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.storage import write_atomically
-
-PROTOCOL = "student, eval mode, {precision}, {images}, single scale, no flip; label at its stored size; 255 not counted"
 
 FILLER = torch.zeros(3, 64, 64, dtype=torch.uint8)
 """Predicted in a turn without a sample, because under ZeRO-3 a forward is collective."""
@@ -65,11 +64,12 @@ class Scores:
     """IoU in percent by class name; NaN (null in JSON) for a class that does not occur."""
     images: int
     """Images scored."""
-    bad_samples: list[str] = field(default_factory=list)
+    bad_samples: list[str]
     """Samples of this rank that could not be read; excluded, never replaced."""
-    means: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float]
     """Mean IoU in percent over the classes of each set that was asked for, in both conventions (``means_over``)."""
-    protocol: str = PROTOCOL.format(images="whole image", precision="fp32")
+    protocol: str
+    """How they came about, for people."""
 
     def to_json(self) -> str:
         """Return indented JSON text."""
@@ -114,8 +114,7 @@ def evaluate(
     BatchNorm uses the mean over ranks of the running statistics, in a copy: each rank goes on with its own.
 
     Args:
-        items: this rank's turns, as many on every rank. In a turn without a sample a forward still runs, because
-            under ZeRO-3 it is collective.
+        items: this rank's turns, as many on every rank; one without a sample predicts ``FILLER``.
         precision: what the forwards run in, to be said in the protocol.
         class_sets: names in ``CLASS_SETS`` to give means over, too.
         fit_into, scale: what the images are before they are predicted (``predict_labels``).
@@ -129,19 +128,20 @@ def evaluate(
     with evaluation_mode(student, ranks):
         for turn, item in enumerate(items):
             before_turn(turn)
-            image, box = (FILLER, None) if item.sample is None else (item.sample.image, fit_into)
+            sample = item.found if isinstance(item.found, Sample) else None
+            image, box = (FILLER, None) if sample is None else (sample.image, fit_into)
             forwards = agreed_forwards(student, seen_size(image, box), ranks)
             prediction = predict_labels(student, image, ranks.device, scale, forwards, box).cpu()
-            if item.sample is None:
-                bad.extend([item.bad] if item.bad is not None else [])
+            if isinstance(item.found, BadSample):
+                bad.append(item.found)
+            if sample is None:
                 continue
-            assert item.sample.label is not None
-            assert item.number is not None
-            confusion += confusion_matrix(item.sample.label, prediction, len(CLASS_NAMES))
+            assert sample.label is not None
+            confusion += confusion_matrix(sample.label, prediction, len(CLASS_NAMES))
             scored += 1
             if overlay_folder is not None and item.number < overlays:
-                path = overlay_folder / f"{item.sample.key}.png"
-                save_overlay(path, item.sample.image, item.sample.label, prediction)
+                path = overlay_folder / f"{sample.key}.png"
+                save_overlay(path, sample.image, sample.label, prediction)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
     scores = Scores(
@@ -159,10 +159,10 @@ def evaluate(
 def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
     """Say how the scores came about, for people."""
     window = student.window
-    images = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
+    seen = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     if fit_into is not None:
-        images += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
-    return PROTOCOL.format(images=images, precision=precision)
+        seen += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
+    return f"student, eval mode, {precision}, {seen}, single scale, no flip; label at its stored size; 255 not counted"
 
 
 def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:

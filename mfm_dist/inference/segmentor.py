@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.models.hrda import build_hrda_segmentor
+from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.models.segmentor import Segmentor, build_segmentor
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
 FORMAT = "mfm_dist segmentor 1"
@@ -79,7 +78,16 @@ class TrainedSegmentor(nn.Module):
 
     def __init__(self, card: ModelCard) -> None:
         super().__init__()
-        self.segmentor = _build(card)
+        self.segmentor = build_segmentor(
+            backbone=card.backbone,
+            decoder=card.decoder,
+            num_classes=len(card.class_names),
+            backbone_options=card.backbone_options,
+            decoder_options=card.decoder_options,
+            attention=card.attention,
+            attention_options=card.attention_options,
+            window=card.crop,
+        )
         self.card = card
 
     def forward(self, image: Tensor) -> Tensor:
@@ -98,25 +106,6 @@ class TrainedSegmentor(nn.Module):
         """
         device = next(self.parameters()).device
         return predict_labels(self.segmentor, image, device, self.normalise, fit_into=self.card.resize)
-
-
-def _build(card: ModelCard) -> Segmentor:
-    segmentor = build_segmentor(
-        backbone=card.backbone,
-        decoder=card.decoder,
-        num_classes=len(card.class_names),
-        backbone_options=card.backbone_options,
-        decoder_options=card.decoder_options,
-    )
-    if card.attention is None:
-        return segmentor
-    return build_hrda_segmentor(
-        segmentor,
-        attention=card.attention,
-        options=card.attention_options,
-        num_classes=len(card.class_names),
-        window=card.crop,
-    )
 
 
 def load_export(folder: Path) -> TrainedSegmentor:

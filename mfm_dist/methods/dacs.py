@@ -29,7 +29,6 @@ class DACS(Method):
 
     def mixed_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
         """Compute L_mix: paste source i onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
-        assert inputs.pseudo is not None
         image, label, weight = mixed_batch(inputs, self.settings)
         return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight).losses
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +17,10 @@ from mfm_dist.models.layers import batch_norm_untracked
 
 def zero_gradient(feature: Tensor) -> Tensor:
     """Return the same values; the gradient that flows back from here is 0."""
-    stopped: Tensor = _WithoutGradient.apply(feature)
+    stopped = feature.view_as(feature)
+    if stopped.requires_grad:
+        stopped.register_hook(torch.zeros_like)
     return stopped
-
-
-class _WithoutGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, feature: Tensor) -> Tensor:  # noqa: ARG004 - torch passes it
-        return feature.view_as(feature)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return torch.zeros_like(gradient)
 
 
 @contextmanager

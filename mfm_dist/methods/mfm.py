@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.config.schema import MFMSection
+from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind, StepInputs
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
-from mfm_dist.models.rebuilder import Rebuilder, draw_mask
+from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Stream, torch_generator
 
@@ -33,10 +34,8 @@ def passes_of(settings: MFMSection) -> list[ForwardKind]:
     """List the forwards of the term, each with the weight lambda: source before target, context before detail."""
     target, source = [ForwardKind.MFM], [ForwardKind.MFM_SOURCE]
     if settings.view == "both":
-        target, source = (
-            [ForwardKind.MFM, ForwardKind.MFM_DETAIL],
-            [ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL],
-        )
+        target.append(ForwardKind.MFM_DETAIL)
+        source.append(ForwardKind.MFM_SOURCE_DETAIL)
     return {"target": target, "source": source, "both": [*source, *target]}[settings.domain]
 
 
@@ -111,6 +110,26 @@ def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: 
     assert isinstance(student, HRDASegmentor)
     box = draw_detail_box(student, inputs, kind)
     return View(box.crop(image), box.crop(label), box.crop(weight))
+
+
+def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Tensor:
+    """Draw which cells of each image are hidden: independently, so the share varies from image to image (paper).
+
+    Args:
+        batch: number of images, B.
+        grid: rows and columns of the Rebuilder's grid.
+        mask_ratio: probability with which a cell is hidden, 0.40 in the paper; 0 hides none, 1 hides all.
+        generator: a CPU generator, so that the mask is the same on every device.
+
+    Returns:
+        bool [B, rows, cols] on the CPU; True means hidden.
+
+    Raises:
+        ConfigError: ``mask_ratio`` lies outside [0, 1].
+    """
+    if not 0 <= mask_ratio <= 1:
+        raise ConfigError(f"mfm.mask_ratio must lie between 0 and 1, got {mask_ratio}")
+    return torch.rand(batch, *grid, generator=generator) < mask_ratio
 
 
 def keyed_masks(

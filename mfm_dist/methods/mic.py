@@ -56,9 +56,13 @@ def masked_batch(
     labels = [inputs.source_label[:source].long()]
     weights = [torch.ones_like(labels[0], dtype=torch.float32)]
     if target:
-        assert inputs.pseudo is not None
-        labels.append(inputs.pseudo.label[:target])
-        weights.append(_target_weight(inputs, settings)[:target])
+        pseudo = inputs.pseudo
+        assert pseudo is not None
+        weight = pseudo.weight
+        if settings.pseudo_threshold is not None:
+            weight = pseudo_weight(pseudo.confidence, pseudo.valid, settings.pseudo_threshold)
+        labels.append(pseudo.label[:target])
+        weights.append(weight[:target])
     image = torch.cat(images)
     if settings.augment:
         generator = keyed_generator(inputs.seed, Stream.MIC_AUGMENT, inputs.block)
@@ -98,14 +102,6 @@ def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch
     grid = [max(1, round(side / block)) for side in size]
     kept = torch.rand(grid, generator=generator) > settings.mask_ratio
     return F.interpolate(kept[None, None].float(), size, mode="nearest")[0, 0]
-
-
-def _target_weight(inputs: StepInputs, settings: MICSection) -> Tensor:
-    """Return the pseudo-weight [B, H, W] of the step, or by a threshold of its own."""
-    assert inputs.pseudo is not None
-    if settings.pseudo_threshold is None:
-        return inputs.pseudo.weight
-    return pseudo_weight(inputs.pseudo.confidence, inputs.pseudo.valid, settings.pseudo_threshold)
 
 
 def build(config: RunConfig) -> Method:

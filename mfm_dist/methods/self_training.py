@@ -1,4 +1,4 @@
-"""Teacher targets, ClassMix and the cross-entropy of the UDA line, as pure functions.
+"""Teacher targets and ClassMix of the UDA line, as pure functions.
 
 They reproduce the DAFormer / HRDA / MIC code line, oddities included, because published figures rest on them.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -74,15 +74,16 @@ def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
     compute = partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return compute(*inputs, **options)
-    # Non-reentrant, which alone is exact under DDP and ZeRO with several forwards a step. It restores the random
-    # generators and autocast; BatchNorm is left to us.
-    return checkpoint(compute, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **options)
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return what to do around the block's forward, nothing, and around its recomputation."""
     tracked = {m: m.track_running_stats for m in block.modules() if isinstance(m, _BatchNorm)}
-    return nullcontext(), _statistics_kept(tracked)
+    # Non-reentrant, which alone is exact under DDP and ZeRO with several forwards a step. It restores the random
+    # generators and autocast; BatchNorm in the recomputation is left to us.
+    return checkpoint(
+        compute,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _statistics_kept(tracked)),
+        **options,
+    )
 
 
 @contextmanager

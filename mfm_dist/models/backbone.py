@@ -179,11 +179,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def _builds(architecture: str, options: Mapping[str, object], *, features_only: bool) -> bool:
+def _builds(architecture: str, **options: object) -> bool:
     """Tell whether timm accepts this at all, weights aside."""
-    wrapper = {"features_only": True} if features_only else {}
     try:
-        timm.create_model(architecture, **wrapper, **options)
+        timm.create_model(architecture, **options)
     except Exception:
         return False
     return True
@@ -198,7 +197,7 @@ def _explain(
     state: Mapping[str, Tensor] | None,
 ) -> str:
     """Say why timm refused. Its own messages often name no cause, so find it by leaving things out."""
-    if _builds(architecture, options, features_only=True):
+    if _builds(architecture, features_only=True, **options):
         if state is not None:
             chosen = f" with {options}" if options else ""
             names = [name for name, tensor in state.items() if tensor.is_floating_point()]
@@ -211,12 +210,12 @@ def _explain(
             "Without a network, copy the file here and give model.weights=PATH (safetensors or .pth), or start "
             "from random weights with model.pretrained=false"
         )
-    if _builds(architecture, {}, features_only=True):
+    if _builds(architecture, features_only=True):
         rest = {key: {k: v for k, v in options.items() if k != key} for key in options}
-        guilty = [key for key in options if _builds(architecture, rest[key], features_only=True)] or list(options)
+        guilty = [key for key in options if _builds(architecture, features_only=True, **rest[key])] or list(options)
         named = ", ".join(f"{key}={options[key]!r}" for key in guilty)
         return f"model.backbone_options: timm's {architecture!r} does not accept {named} ({_brief(error)})"
-    if _builds(architecture, {}, features_only=False):
+    if _builds(architecture):
         return (
             f"model.backbone: timm's {architecture!r} offers no feature maps (features_only): {_brief(error)}. "
             "Choose another model"

@@ -7,6 +7,7 @@ resolution. A second decoder reads the context and says for each place and class
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
@@ -123,27 +125,6 @@ class HRDASegmentor(Segmentor):
         return average_windows(list(logits.chunk(len(boxes))), cells, (size[0] // self.stride, size[1] // self.stride))
 
 
-def build_hrda_segmentor(
-    segmentor: Segmentor,
-    *,
-    attention: str,
-    options: Mapping[str, object],
-    num_classes: int,
-    window: tuple[int, int],
-) -> HRDASegmentor:
-    """Build HRDA's segmentor from a plain one and the name and options of the decoder that is its attention.
-
-    Raises:
-        ConfigError: no such decoder, or what does not fit.
-    """
-    backbone = segmentor.backbone
-    try:
-        scale_attention = build_decoder(attention, backbone.channels, backbone.strides, num_classes, options)
-    except ConfigError as error:
-        raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
-    return HRDASegmentor(segmentor, scale_attention, window)
-
-
 def fuse(coarse: Tensor, attention: Tensor, detail: Tensor) -> Tensor:
     """Return (1 - a) * coarse + a * detail at the detail's resolution; coarse and a are enlarged bilinearly (HRDA).
 
@@ -154,3 +135,45 @@ def fuse(coarse: Tensor, attention: Tensor, detail: Tensor) -> Tensor:
     """
     size = detail.shape[-2:]
     return resize((1 - attention) * coarse, size) + resize(attention, size) * detail
+
+
+def build_segmentor(
+    *,
+    backbone: str,
+    decoder: str,
+    num_classes: int,
+    pretrained: bool = False,
+    weights: Path | None = None,
+    backbone_options: Mapping[str, object] | None = None,
+    decoder_options: Mapping[str, object] | None = None,
+    attention: str | None = None,
+    attention_options: Mapping[str, object] | None = None,
+    window: tuple[int, int] | None = None,
+) -> Segmentor:
+    """Build a segmentor from names and options (see ``Backbone`` and ``build_decoder`` for both).
+
+    Args:
+        attention: the decoder that weighs detail against context; with it the segmentor is HRDA's, else a plain one.
+        window: of ``HRDASegmentor``, which needs one.
+
+    Raises:
+        ConfigError: an unknown name, a wrong option, weights that cannot be used, or parts that do not fit.
+    """
+    encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
+    head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
+    segmentor = Segmentor(encoder, head)
+    if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
+        # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
+        raise ConfigError(
+            f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} reads "
+            f"{len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or segformer, or "
+            "leave pyramid out"
+        )
+    if attention is None:
+        return segmentor
+    assert window is not None
+    try:
+        weighing = build_decoder(attention, encoder.channels, encoder.strides, num_classes, attention_options)
+    except ConfigError as error:
+        raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
+    return HRDASegmentor(segmentor, weighing, window)

@@ -28,7 +28,6 @@ def normalise(image: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[f
     quickstart on a CPU.
 
     Args:
-        image: uint8 RGB [B, 3, H, W].
         mean, std: of R, G and B in 0..255.
     """
     means, stds = _channel_constants(image, mean, std)

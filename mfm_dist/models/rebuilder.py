@@ -28,26 +28,6 @@ TEMPERATURE = 10_000
 """Slowest wavelength of the position table, in units of 2 pi cells (paper)."""
 
 
-def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Draw which cells of each image are hidden: independently, so the share varies from image to image (paper).
-
-    Args:
-        batch: number of images, B.
-        grid: rows and columns of the Rebuilder's grid.
-        mask_ratio: probability with which a cell is hidden, 0.40 in the paper; 0 hides none, 1 hides all.
-        generator: a CPU generator, so that the mask is the same on every device.
-
-    Returns:
-        bool [B, rows, cols] on the CPU; True means hidden.
-
-    Raises:
-        ConfigError: ``mask_ratio`` lies outside [0, 1].
-    """
-    if not 0 <= mask_ratio <= 1:
-        raise ConfigError(f"mfm.mask_ratio must lie between 0 and 1, got {mask_ratio}")
-    return torch.rand(batch, *grid, generator=generator) < mask_ratio
-
-
 def sine_cosine_positions(rows: int, cols: int, width: int) -> Tensor:
     """Return the fixed 2-D position table, float32 [rows x cols, width], cells in row-major order.
 
@@ -133,7 +113,7 @@ class Rebuilder(nn.Module):
         grid: cells in each direction, or (rows, cols) (16 in the paper).
 
     Attributes:
-        grid: (rows, cols), the shape that ``draw_mask`` needs.
+        grid: (rows, cols), the shape of an image's mask.
 
     Raises:
         ConfigError: a number that cannot be used; all of them are listed.

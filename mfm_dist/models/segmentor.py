@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from torch import Tensor, nn
 
-from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
-from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
 
 
@@ -52,31 +47,3 @@ class Segmentor(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""
         return resize(self.decode(self.encode(image)).float(), image.shape[-2:])
-
-
-def build_segmentor(
-    *,
-    backbone: str,
-    decoder: str,
-    num_classes: int,
-    pretrained: bool = False,
-    weights: Path | None = None,
-    backbone_options: Mapping[str, object] | None = None,
-    decoder_options: Mapping[str, object] | None = None,
-) -> Segmentor:
-    """Build a Segmentor from names and options (see ``Backbone`` and ``build_decoder`` for both).
-
-    Raises:
-        ConfigError: an unknown name, a wrong option, or weights that cannot be used.
-    """
-    encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
-    head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
-    segmentor = Segmentor(encoder, head)
-    if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
-        # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
-        raise ConfigError(
-            f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} reads "
-            f"{len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or segformer, or "
-            "leave pyramid out"
-        )
-    return segmentor

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mfm_dist.report.run import Floats, Run
 
@@ -262,7 +262,6 @@ def _dress(axes: Axes, chart: Chart) -> None:
         if chart.scale == "from_zero":
             axes.set_ylim(0, max(finite.max(initial=0.0) * 1.08, 1e-9))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     last = max(float(line.steps[-1]) for line in chart.lines)
     axes.set_xlim(0, max(last, 1.0))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))

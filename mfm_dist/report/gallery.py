@@ -18,10 +18,9 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.mfm import enlarge_mask, rebuild
+from mfm_dist.methods.mfm import draw_mask, enlarge_mask, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.models.rebuilder import draw_mask
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.report.picture import Mask, Pixels, greyed, label_map, mistakes, overlay_prediction, photograph
 from mfm_dist.report.run import Run
@@ -127,18 +126,14 @@ View = Callable[[Networks, Subject], list[Panel]]
 
 def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> Gallery:
     """Show ``count`` validation images, evenly spread over the set, in these views or all; say what cannot be read."""
-    gallery = Gallery()
     if run.config is None:
-        gallery.note("There are no pictures, because the configuration of the run cannot be read.")
-        return gallery
+        return Gallery(notes=["There are no pictures, because the configuration of the run cannot be read."])
     try:
         reader = ShardReader(run.config.data.root / run.config.data.validation)
     except Exception as error:  # nor is a foreign shard set trusted to be whole
-        gallery.note(f"There are no pictures, because the validation images cannot be read: {error}")
-        return gallery
+        return Gallery(notes=[f"There are no pictures, because the validation images cannot be read: {error}"])
     networks = load_networks(run, run.config)
-    for sentence in networks.notes:
-        gallery.note(sentence)
+    gallery = Gallery(notes=list(dict.fromkeys(networks.notes)))
     for number in np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int).tolist():
         sample = reader.read(number)
         if isinstance(sample, BadSample):

@@ -214,17 +214,14 @@ def group_events(events: Iterable[Mapping[str, Any]]) -> list[EventGroup]:
         kind = text(event.get("event", "unknown"))
         if kind != "checkpoint":  # the ordinary course of a run
             groups[kind, text(event.get("signal", event.get("reason", "")))].append(event)
-    found = [_event_group(kind, cause, group) for (kind, cause), group in groups.items()]
+    found = []
+    for (kind, cause), group in groups.items():
+        name = EVENT_NAMES.get(kind, kind.replace("_", " "))
+        steps = [event["step"] for event in group if isinstance(event.get("step"), int)]
+        first, last = min(steps, default=None), max(steps, default=None)
+        examples = [example for event in group if (example := _example(event))]
+        found.append(EventGroup(name, cause, len(group), first, last, examples[:SHOWN_EVENTS]))
     return sorted(found, key=lambda group: -group.count)
-
-
-def _event_group(kind: str, cause: str, events: Sequence[Mapping[str, Any]]) -> EventGroup:
-    steps = [event["step"] for event in events if isinstance(event.get("step"), int)]
-    name = EVENT_NAMES.get(kind, kind.replace("_", " "))
-    examples = [example for event in events if (example := _example(event))]
-    return EventGroup(
-        name, cause, len(events), min(steps, default=None), max(steps, default=None), examples[:SHOWN_EVENTS]
-    )
 
 
 def _example(event: Mapping[str, Any]) -> str:
@@ -270,7 +267,7 @@ def text(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
-        return "true" if value else "false"
+        return str(value).lower()
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {text(one)}" for key, one in value.items()) or "none"
     if isinstance(value, list | tuple):

@@ -40,8 +40,8 @@ _COLOURS = [
 def photograph(image: Pixels) -> str:
     """Turn RGB [H, W, 3] into a JPEG."""
     picture = Image.fromarray(image)
-    width, height = _size(picture.width, picture.height, enlarge=False)
-    return _address(picture.resize((width, height), Image.Resampling.LANCZOS), "jpeg", quality=86)
+    size = _size(picture.width, picture.height, enlarge=False)
+    return _address(picture.resize(size, Image.Resampling.LANCZOS), "jpeg", quality=86)
 
 
 def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None = None) -> str:
@@ -52,24 +52,22 @@ def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None
         unsure: pixels to hatch.
         outside: pixels that the picture says nothing about: light grey.
     """
-    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, label).astype(np.uint8)
-    size = _size(label.shape[1], label.shape[0], enlarge=True)
-    index = _nearest(index, size)
+    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, label)
+    if outside is not None:
+        index[outside] = _OUTSIDE
+    index = _enlarged(index)
     if unsure is not None:
-        hatched = _nearest(unsure.astype(np.uint8), size).astype(bool)
         rows, columns = np.indices(index.shape)
         stripes = (rows + columns) % HATCH_PERIOD < HATCH_WIDTH
-        index = np.where(hatched & ~stripes & (index < len(CLASS_NAMES)), index + len(CLASS_NAMES), index)
-    if outside is not None:
-        index = np.where(_nearest(outside.astype(np.uint8), size).astype(bool), _OUTSIDE, index)
+        hatched = (_enlarged(unsure) > 0) & ~stripes & (index < len(CLASS_NAMES))
+        index[hatched] += len(CLASS_NAMES)
     return _palette_png(index)
 
 
 def mistakes(label: Pixels, prediction: Pixels) -> str:
     """Draw where a prediction [H, W] differs from the label: a PNG of right, wrong and not labelled."""
     index = np.where(label == prediction, _RIGHT, _WRONG)
-    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, index).astype(np.uint8)
-    return _palette_png(_nearest(index, _size(label.shape[1], label.shape[0], enlarge=True)))
+    return _palette_png(_enlarged(np.where(label == IGNORE_INDEX, _NOT_LABELLED, index)))
 
 
 def greyed(image: Pixels, hidden: Mask, outside: Mask) -> Pixels:
@@ -100,8 +98,8 @@ def hexadecimal(colour: tuple[int, int, int]) -> str:
     return "#" + "".join(f"{part:02x}" for part in colour)
 
 
-def _palette_png(index: npt.NDArray[Any]) -> str:
-    picture = Image.fromarray(index.astype(np.uint8))
+def _palette_png(index: Pixels) -> str:
+    picture = Image.fromarray(index)
     picture.putpalette([part for colour in _COLOURS for part in colour])
     return _address(picture, "png", optimize=True)
 
@@ -113,8 +111,10 @@ def _size(width: int, height: int, *, enlarge: bool) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _nearest(plane: Pixels, size: tuple[int, int]) -> Pixels:
-    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.NEAREST))
+def _enlarged(plane: npt.NDArray[Any]) -> Pixels:
+    """Bring a map [H, W] to the size of a finished label map."""
+    size = _size(plane.shape[1], plane.shape[0], enlarge=True)
+    return np.array(Image.fromarray(plane.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
 
 
 def _address(picture: Image.Image, kind: str, **options: Any) -> str:

@@ -71,11 +71,11 @@ class ConvertedSplit(PackableSet):
             image, image_file = self._read_image(pair.image)
             label = None
             if pair.label is not None:
-                ids = self._read_ids(pair.label)
-                if ids.shape != image.shape[:2]:
-                    sizes = f"{_text(ids.shape)} pixels and its image {_text(image.shape)} (height x width)"
-                    return bad(reason=f"{pair.label} has {sizes}", expected=self.card.leaves_out_unequal_pairs)
                 with _naming(pair.label):
+                    ids = read_ids(self.tree.read(pair.label), self.card.label_kinds)
+                    if ids.shape != image.shape[:2]:
+                        sizes = f"{_text(ids.shape)} pixels and its image {_text(image.shape)} (height x width)"
+                        return bad(reason=f"{pair.label} has {sizes}", expected=self.card.leaves_out_unequal_pairs)
                     label = to_train_ids(ids, self._table)
         except CorruptFileError as error:
             return bad(reason=str(error))
@@ -90,10 +90,6 @@ class ConvertedSplit(PackableSet):
                 allowed = _text(self.card.size)
                 raise CorruptFileError(f"has {_text(image.shape)} pixels (height x width), not {allowed}")
             return image, None if stored is None else (stored, content)
-
-    def _read_ids(self, file: SourceFile) -> np.ndarray:
-        with _naming(file):
-            return read_ids(self.tree.read(file), self.card.label_kinds)
 
     def _stored(
         self, pair: Pair, image: np.ndarray, label: np.ndarray | None, image_file: tuple[str, bytes] | None

@@ -178,7 +178,8 @@ def _find_split(split: Split, files: Sequence[SourceFile], doubles: list[str]) -
         if absent:
             missing.append(f"{len(absent)} of {split.samples} pairs are missing: {_ranges(absent, digits)}")
     elif split.parts:
-        counts = Counter(_part(split.image, file) for file in images.values())
+        paths = (split.image.search(_slashes(file)) for file in images.values())
+        counts = Counter(path["part"] for path in paths if path)
         missing += [
             f"{name}: {counts[name]} images instead of {count}"
             for name, count in split.parts.items()
@@ -208,12 +209,6 @@ def _by_key(pattern: re.Pattern[str], files: Iterable[SourceFile], doubles: list
 def _slashes(file: SourceFile) -> str:
     """Return the path with slashes: archives packed on Windows leave names such as ``GT\\LABELS\\0000000.png``."""
     return file.name.replace("\\", "/")
-
-
-def _part(pattern: re.Pattern[str], file: SourceFile) -> str:
-    match = pattern.search(_slashes(file))
-    assert match is not None
-    return match["part"]
 
 
 def _unpaired(what: str, keys: Iterable[str], pattern: re.Pattern[str]) -> list[str]:

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.data.manifest import Recipe, ShardRecord, conflict, is_complete
+from mfm_dist.data.manifest import DatasetPlan, ShardRecord, conflict, is_complete
 from mfm_dist.errors import BadSample, ConfigError, DataError, StorageError, UserError
 
 if TYPE_CHECKING:
@@ -38,21 +37,9 @@ NAMED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackableSet(ABC):
+class PackableSet(DatasetPlan, ABC):
     """A data set that can be packed: its samples by number, and all that determines them."""
 
-    folder: Path
-    """Where its shards go."""
-    recipe: Recipe
-    """Everything that determines the bytes of the shards."""
-    command: str
-    """The command that packs it, without its ``--output``."""
-    class_names: tuple[str, ...] = CLASS_NAMES
-    """Index = train id."""
-    samples: int
-    """How many there are."""
-    shard_size: int
-    """Samples a shard."""
     bad_limit: float = 0.0
     """Share of the samples that may be unusable; those are left out and named."""
 
@@ -95,20 +82,7 @@ def _write(sets: Sequence[PackableSet], replaced: Iterable[Path], workers: int, 
 
     for folder in replaced:
         remove_shards(folder)
-    works = [
-        _Work(
-            one,
-            ShardSetWriter(
-                one.folder,
-                recipe=one.recipe,
-                command=one.command,
-                class_names=one.class_names,
-                samples=one.samples,
-                shard_size=one.shard_size,
-            ),
-        )
-        for one in sets
-    ]
+    works = [_Work(one, ShardSetWriter(one)) for one in sets]
     for work in works:
         work.writer.require_free_space(work.source.bytes_per_sample())
     _make_shards(works, workers, report)
@@ -151,19 +125,14 @@ class _Work:
 
 
 def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
-    """Write the shards in several processes and note each one that is finished.
-
-    Raises:
-        DataError: more samples of a set are unusable than may be. Its shards that lack some are to be made again.
-    """
+    """Write the shards in several processes. Raises DataError for sets with more unusable samples than may be."""
     jobs = [(work, shard) for work in works for shard in work.writer.pending]
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_end_with_the_parent) as pool:
+    total = sum(len(shard.samples) for _, shard in jobs)
+    with worker_pool(workers, "packing") as pool:
         running = {pool.submit(_make_shard, work.source, *shard): work for work, shard in jobs}
         started, images = time.monotonic(), 0
         # A bar on a terminal, a line for each shard elsewhere. After the fork, because a bar starts a thread.
-        total = sum(len(shard.samples) for _, shard in jobs)
-        bar = tqdm(total=total, unit="image", disable=not sys.stderr.isatty())
-        try:
+        with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
             for done, future in enumerate(as_completed(running), 1):
                 work, (record, mistakes) = running[future], future.result()
                 work.take(record, mistakes)
@@ -175,11 +144,6 @@ def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
                         f"{work.source.folder.name}/{record.file}: {record.samples} images, "
                         f"{record.bytes / 2**20:.1f} MiB ({done} of {len(jobs)} shards, {rate:.0f} images/s)"
                     )
-        except BrokenProcessPool as error:
-            raise UserError("a packing process was killed, by a signal or for want of memory; run it again") from error
-        finally:
-            bar.close()
-            pool.shutdown(wait=False, cancel_futures=True)
     refused = [work for work in works if work.mistakes > work.allowed]
     for work in works:
         for record in work.withheld if work not in refused else ():
@@ -190,11 +154,8 @@ def _make_shards(works: list[_Work], workers: int, report: Report) -> None:
 
 def _make_shard(source: PackableSet, number: int, samples: range) -> tuple[ShardRecord, int]:
     """Write one shard, the unit of work of one process; count the samples left out by mistake."""
-    import torch
-
     from mfm_dist.shards.writer import write_shard
 
-    torch.set_num_threads(1)  # there are as many processes as cores
     bad: list[BadSample] = []
 
     def usable() -> Iterator[RawSample]:
@@ -232,23 +193,38 @@ def _some(reasons: Iterable[str]) -> str:
     return "".join(f"\n  {line}" for line in [*listed[:NAMED], *more])
 
 
-def _end_with_the_parent() -> None:
-    """End a pool process at once on Ctrl-C, and within a second when the command is killed."""
+@contextmanager
+def worker_pool(workers: int, what: str) -> Iterator[ProcessPoolExecutor]:
+    """Start processes of one thread each that end with this one; if the block raises, what waits is not begun.
+
+    Raises UserError when one is killed, naming ``what`` they do.
+    """
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            why = f"a {what} process was killed, by a signal or for want of memory"
+            raise UserError(f"{why}; run it again") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Let a pool process end at once on Ctrl-C, and within a second when the command is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()  # before torch is loaded, which takes a while
+    import torch
+
     from mfm_dist.data.pipeline import end_with
 
+    torch.set_num_threads(1)  # there are as many processes as cores
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
 @contextmanager
 def only_writer(output: Path, report: Report) -> Iterator[None]:
-    """Keep a second process waiting until the first one is through with ``output``.
-
-    Raises:
-        StorageError: it cannot be written to.
-    """
+    """Keep a second process waiting until the first one is through with ``output``. Raises StorageError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115  closed below, after waiting

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from mfm_dist.data.class_statistics import PixelCounts
-from mfm_dist.data.index import scan_tar, size_problem
+from mfm_dist.data.index import scan_tar
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardRecord,
     index_path,
     read_sidecar,
+    size_problem,
     statistics_path,
 )
 from mfm_dist.data.reader import decode_sample, read_member, reads_of

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -27,11 +27,12 @@ from mfm_dist.data.index import LABEL_EXTENSION, META_EXTENSION, build_index
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
+    DatasetPlan,
     Manifest,
-    Recipe,
     ShardRecord,
     index_path,
     remake_hint,
+    size_problem,
     started_manifest,
     statistics_path,
     write_sidecar,
@@ -93,7 +94,11 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
     """
     tar = folder / f"{number:06d}.tar"
     counts = PixelCounts(class_names)
-    with atomic_file(tar) as file, _tar_writer(file) as writer:
+    with (
+        atomic_file(tar) as file,
+        # A fixed owner and time, so that equal samples give equal bytes.
+        webdataset.TarWriter(file, user="", group="", mtime=0, compress=False, encoder=False) as writer,
+    ):
         for sample in samples:
             _check(sample, len(class_names), tar)
             writer.write(_members(sample))
@@ -113,11 +118,6 @@ def write_shard(folder: Path, number: int, samples: Iterable[RawSample], class_n
 def write_index(tar: Path) -> str:
     """Write the sidecar index of a finished tar; return its SHA-256."""
     return write_sidecar(index_path(tar), build_index(tar))
-
-
-def _tar_writer(file: BinaryIO) -> webdataset.TarWriter:
-    """Write with fixed owner and time, so that equal samples give equal bytes."""
-    return webdataset.TarWriter(file, user="", group="", mtime=0, compress=False, encoder=False)
 
 
 def _members(sample: RawSample) -> dict[str, str | bytes]:
@@ -164,29 +164,22 @@ class ShardSetWriter:
     Call ``conflict`` first: the folder must be new or begun by the same recipe.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        recipe: Recipe,
-        command: str,
-        class_names: tuple[str, ...],
-        samples: int,
-        shard_size: int,
-    ) -> None:
+    def __init__(self, plan: DatasetPlan) -> None:
         """Keep the shards whose checksum is right; their index is built anew, being cheaper than to verify."""
-        self.folder = folder
+        self.folder = folder = plan.folder
         folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, samples, shard_size)
-        self._planned = [PlannedShard(i, range(at, min(at + shard_size, samples))) for i, at in enumerate(starts)]
-        self._manifest = Manifest(name=folder.name, class_names=class_names, recipe=recipe, command=command)
+        numbers = range(plan.samples)
+        starts = numbers[:: plan.shard_size]
+        self._planned = [PlannedShard(i, numbers[at : at + plan.shard_size]) for i, at in enumerate(starts)]
+        names = plan.class_names
+        self._manifest = Manifest(name=folder.name, class_names=names, recipe=plan.recipe, command=plan.command)
         self._records: dict[str, ShardRecord] = {}
         started = started_manifest(folder)
         for record in started.shards if started else ():
             tar = folder / record.file
-            if tar.is_file() and tar.stat().st_size == record.bytes and sha256_of(tar) == record.sha256:
+            if not size_problem(tar, record) and sha256_of(tar) == record.sha256:
                 write_index(tar)
-                self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, class_names))
+                self._records[record.file] = replace(record, classes_sha256=_keep_statistics(tar, record, names))
         self._save(UNFINISHED_FILE)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
 
@@ -228,10 +221,7 @@ def _keep_statistics(tar: Path, record: ShardRecord, class_names: tuple[str, ...
 
 
 def count_shard(tar: Path, rows: np.ndarray, class_names: tuple[str, ...]) -> PixelCounts:
-    """Count the pixels of a tar from its labels; sizes are theirs. Decodes every label.
-
-    Args:
-        rows: the index of the tar, ``index_dtype``.
+    """Decode every label of a tar, whose index is ``rows``, and count its pixels; sizes are those of the labels.
 
     Raises:
         DataError: a label cannot be decoded.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.models.segmentor import Segmentor, build_segmentor
+from mfm_dist.models.hrda import build_segmentor
+from mfm_dist.models.segmentor import Segmentor
 
 SMALL_SWIN: dict[str, Any] = {
     "img_size": 64,

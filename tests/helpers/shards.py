@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
-from mfm_dist.data.manifest import Recipe
+from mfm_dist.data.manifest import DatasetPlan, Recipe
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.shards.writer import RawSample, ShardSetWriter, write_shard
 
@@ -36,14 +36,9 @@ def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool 
 
 def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: object) -> Path:
     """Write a finished folder of ``count`` samples."""
-    writer = ShardSetWriter(
-        folder,
-        recipe=Recipe(generator="test", version=1, arguments={"samples": count}),
-        command="make test shards",
-        class_names=CLASS_NAMES,
-        samples=count,
-        shard_size=shard_size,
-    )
+    recipe = Recipe(generator="test", version=1, arguments={"samples": count})
+    plan = DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=count, shard_size=shard_size)
+    writer = ShardSetWriter(plan)
     for shard in writer.pending:
         samples = [raw_sample(index, **sample) for index in shard.samples]
         writer.add(write_shard(folder, shard.number, samples, CLASS_NAMES))

@@ -30,7 +30,13 @@ def build_decoder(
     num_classes: int,
     options: Mapping[str, object] | None = None,
 ) -> nn.Module:
-    """Build ``mfm_dist/models/decoders/<name>.py`` for an encoder with these maps (fine to coarse).
+    """Build ``mfm_dist/models/decoders/<name>.py``.
+
+    Args:
+        channels: channels of all encoder maps, fine to coarse.
+        strides: image pixels for each position of these maps.
+        num_classes: channels of the logits.
+        options: further arguments of the file's ``build``, by name.
 
     Raises:
         ConfigError: no such decoder, an option it does not have, or a value it cannot use.
@@ -54,3 +60,17 @@ def build_decoder(
         return build(channels, strides, num_classes, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.decoder_options: decoder {name!r} cannot use {options}: {error}") from error
+
+
+def number_problems(
+    decoder: str, *, width: int = 1, dropout: float = 0.0, dilations: Sequence[int] = (1,)
+) -> list[str]:
+    """List what is out of its range among the numbers that several decoders have."""
+    problems = []
+    if width < 1:
+        problems.append(f"decoder {decoder}: width must be at least 1, got {width}")
+    if not 0 <= dropout < 1:
+        problems.append(f"decoder {decoder}: dropout must lie in [0, 1), got {dropout}")
+    if not dilations or min(dilations) < 1:
+        problems.append(f"decoder {decoder}: dilations must be positive integers, at least one; got {dilations}")
+    return problems

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.decoders import number_problems
 from mfm_dist.models.layers import ConvNormReLU, SeparableConv, embed_all, init_classifier
 
 
@@ -63,9 +64,6 @@ def build(
     """Build the DAFormer decoder on all encoder maps.
 
     Args:
-        channels: channels of all encoder maps, fine to coarse.
-        strides: image pixels for each position of these maps.
-        num_classes: channels of the logits.
         width: channels of each embedded map and of each ASPP branch (256 as published).
         dropout: probability with which a whole channel is dropped before the classifier (0.1 as published).
         dilations: one ASPP branch for each; 1 is a plain 1x1 convolution, others are separable 3x3 ones.
@@ -73,13 +71,6 @@ def build(
     Raises:
         ConfigError: a number out of its range.
     """
-    problems = []
-    if width < 1:
-        problems.append(f"decoder daformer: width must be at least 1, got {width}")
-    if not 0 <= dropout < 1:
-        problems.append(f"decoder daformer: dropout must lie in [0, 1), got {dropout}")
-    if not dilations or min(dilations) < 1:
-        problems.append(f"decoder daformer: dilations must be positive integers, at least one; got {dilations}")
-    if problems:
+    if problems := number_problems("daformer", width=width, dropout=dropout, dilations=dilations):
         raise ConfigError(problems)
     return DAFormer(channels, strides, num_classes, width=width, dropout=dropout, dilations=dilations)

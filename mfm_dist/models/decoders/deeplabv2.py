@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.decoders import number_problems
 from mfm_dist.models.layers import init_classifier
 
 
@@ -42,15 +43,12 @@ def build(
     """Build DeepLabV2 on the last encoder map.
 
     Args:
-        channels: channels of all encoder maps, fine to coarse.
-        strides: image pixels for each position of these maps.
-        num_classes: channels of the logits.
         dilations: one 3x3 classifier for each. (6, 12) is what the published UDA results use; the original has
             (6, 12, 18, 24).
 
     Raises:
         ConfigError: ``dilations`` is empty or holds a number below 1.
     """
-    if not dilations or min(dilations) < 1:
-        raise ConfigError(f"decoder deeplabv2: dilations must be positive integers, at least one; got {dilations}")
+    if problems := number_problems("deeplabv2", dilations=dilations):
+        raise ConfigError(problems)
     return DeepLabV2(channels, strides, num_classes, dilations)

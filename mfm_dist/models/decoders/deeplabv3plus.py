@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.decoders import number_problems
 from mfm_dist.models.layers import ConvNormReLU, SeparableConv, init_classifier, resize
 
 
@@ -76,9 +77,6 @@ def build(
     """Build DeepLabV3+ on the first and the last encoder map.
 
     Args:
-        channels: channels of all encoder maps, fine to coarse.
-        strides: image pixels for each position of these maps.
-        num_classes: channels of the logits.
         width: channels of each ASPP branch and of the refinement (512 as published for ResNet-101).
         low_level_width: channels that the first map is reduced to (48 as published).
         dropout: probability with which a whole channel is dropped before the classifier (0.1 as published).
@@ -91,14 +89,9 @@ def build(
     Raises:
         ConfigError: a value that cannot be used, or an encoder with a single map.
     """
-    problems = []
-    for name, value in (("width", width), ("low_level_width", low_level_width)):
-        if value < 1:
-            problems.append(f"decoder deeplabv3plus: {name} must be at least 1, got {value}")
-    if not 0 <= dropout < 1:
-        problems.append(f"decoder deeplabv3plus: dropout must lie in [0, 1), got {dropout}")
-    if not dilations or min(dilations) < 1:
-        problems.append(f"decoder deeplabv3plus: dilations must be positive integers, at least one; got {dilations}")
+    problems = number_problems("deeplabv3plus", width=width, dropout=dropout, dilations=dilations)
+    if low_level_width < 1:
+        problems.append(f"decoder deeplabv3plus: low_level_width must be at least 1, got {low_level_width}")
     if not isinstance(norm, bool):
         problems.append(f"decoder deeplabv3plus: norm must be true or false, got {norm!r}")
     if len(channels) < 2:

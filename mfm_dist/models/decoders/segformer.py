@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.decoders import number_problems
 from mfm_dist.models.layers import ConvNormReLU, embed_all, init_classifier
 
 
@@ -43,20 +44,12 @@ def build(
     """Build the SegFormer decoder on all encoder maps.
 
     Args:
-        channels: channels of all encoder maps, fine to coarse.
-        strides: image pixels for each position of these maps.
-        num_classes: channels of the logits.
         width: channels of each embedded map and of the fusion (768 as published for MiT-B2 to B5, 256 for B0 and B1).
         dropout: probability with which a whole channel is dropped before the classifier (0.1 as published).
 
     Raises:
         ConfigError: a number out of its range.
     """
-    problems = []
-    if width < 1:
-        problems.append(f"decoder segformer: width must be at least 1, got {width}")
-    if not 0 <= dropout < 1:
-        problems.append(f"decoder segformer: dropout must lie in [0, 1), got {dropout}")
-    if problems:
+    if problems := number_problems("segformer", width=width, dropout=dropout):
         raise ConfigError(problems)
     return SegFormer(channels, strides, num_classes, width=width, dropout=dropout)

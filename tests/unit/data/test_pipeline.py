@@ -20,7 +20,7 @@ from mfm_dist.config.schema import DataSection
 from mfm_dist.data.blocks import REPLACEMENT_TRIES
 from mfm_dist.data.order import SampleOrder
 from mfm_dist.data.pipeline import EvaluationSet, TrainPipeline
-from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.transforms import source_crop, target_crop
 from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream, keyed_generator
@@ -221,14 +221,11 @@ def test_evaluation_covers_every_sample_once_with_as_many_turns_on_each_rank(
     ranks = [list(EvaluationSet(reader, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert len({len(items) for items in ranks}) == 1
     assert len(ranks[0]) == len(EvaluationSet(reader, rank=0, world_size=world_size))
-    real = [item for items in ranks for item in items if item.number is not None]
+    real = [item for items in ranks for item in items if item.found is not None]
     assert sorted(item.number for item in real) == list(range(count))
     for item in real:
-        assert item.sample is not None
-        assert item.sample.key == raw_sample(item.number).key
-        assert item.bad is None
-    fillers = [item for items in ranks for item in items if item.number is None]
-    assert all(item.sample is None and item.bad is None for item in fillers)
+        assert isinstance(item.found, Sample)
+        assert item.found.key == raw_sample(item.number).key
 
 
 def test_evaluation_excludes_a_bad_sample_and_names_it(shard_folder: ShardFolder) -> None:
@@ -236,9 +233,9 @@ def test_evaluation_excludes_a_bad_sample_and_names_it(shard_folder: ShardFolder
     damage(folder, 2)
     items = list(EvaluationSet(ShardReader(folder), rank=0, world_size=2))
     assert [item.number for item in items] == [0, 2, 4]
-    assert [item.sample is None for item in items] == [False, True, False]
-    assert isinstance(items[1].bad, BadSample)
-    assert items[1].bad.key == "sample_0002"
+    assert [isinstance(item.found, Sample) for item in items] == [True, False, True]
+    assert isinstance(items[1].found, BadSample)
+    assert items[1].found.key == "sample_0002"
 
 
 def test_workers_end_when_the_iterator_is_dropped(folders: tuple[Path, Path]) -> None:

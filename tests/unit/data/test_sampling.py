@@ -13,7 +13,7 @@ import torch
 
 from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
 from mfm_dist.data.class_statistics import read_statistics
-from mfm_dist.data.manifest import Manifest, is_complete, statistics_path
+from mfm_dist.data.manifest import DatasetPlan, Manifest, is_complete, statistics_path
 from mfm_dist.data.order import RareClassOrder, class_probabilities
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, RareClassTarget, source_crop
@@ -108,9 +108,7 @@ def test_shards_made_before_statistics_get_them_from_their_labels(shard_folder: 
     assert not is_complete(folder, manifest.recipe)
     with pytest.raises(DataError, match="made before they were counted"):
         ShardReader(folder).class_statistics()
-    writer = ShardSetWriter(
-        folder, recipe=manifest.recipe, command="", class_names=CLASS_NAMES, samples=10, shard_size=4
-    )
+    writer = ShardSetWriter(DatasetPlan(folder=folder, recipe=manifest.recipe, command="", samples=10, shard_size=4))
     assert writer.pending == []
     assert np.array_equal(read_statistics(folder, writer.finish()), expected)
     assert is_complete(folder, manifest.recipe)

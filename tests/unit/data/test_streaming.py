@@ -30,7 +30,13 @@ def stream_of(folder: Path, pattern: str = "{000000..000002}") -> ShardStream:
 def taken(stream: ShardStream, consumer: int, consumers: int, count: int, start: int = 0) -> list[str]:
     """Keys that one consumer gets, before the shuffling."""
     samples = StreamedSamples(
-        stream, with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=start, consumer=consumer, consumers=consumers
+        origin=stream,
+        with_label=True,
+        seed=0,
+        stream=Stream.SOURCE_ORDER,
+        start=start,
+        consumer=consumer,
+        consumers=consumers,
     )
     return [found["__key__"] for found in islice(samples._passes(consumer), count) if isinstance(found, dict)]
 
@@ -38,7 +44,7 @@ def taken(stream: ShardStream, consumer: int, consumers: int, count: int, start:
 def test_samples_are_those_of_the_indexed_reader(shard_folder: ShardFolder) -> None:
     folder = shard_folder(count=10, shard_size=4)
     samples = StreamedSamples(
-        stream_of(folder), with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
+        origin=stream_of(folder), with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
     )
     reader = ShardReader(folder)
     by_key = {f"sample_{number:04d}": reader.read(number) for number in range(10)}
@@ -89,7 +95,7 @@ def test_bad_samples_and_shards_are_named_and_passed_over(shard_folder: ShardFol
     tar.write_bytes(tar.read_bytes()[:3000])
     (folder / "000002.tar").unlink()
     samples = StreamedSamples(
-        stream_of(folder), with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
+        origin=stream_of(folder), with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
     )
     bad = []
     keys = {samples.take(position, bad).sample.key for position in range(200)}
@@ -139,7 +145,7 @@ def test_an_error_without_words_ends_the_shard_and_no_more(monkeypatch: pytest.M
 def test_a_stream_of_nothing_ends_instead_of_hanging() -> None:
     stream = ShardStream("pipe:cat /nowhere/{0..3}.tar", samples=10, num_classes=19)
     samples = StreamedSamples(
-        stream, with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
+        origin=stream, with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1
     )
     with pytest.raises(DataError, match="not one sample in a whole pass"):
         samples.take(0, [])
@@ -147,7 +153,7 @@ def test_a_stream_of_nothing_ends_instead_of_hanging() -> None:
 
 def test_unlabelled_samples_cannot_be_a_source(shard_folder: ShardFolder) -> None:
     samples = StreamedSamples(
-        stream_of(shard_folder(count=10, labelled=False)),
+        origin=stream_of(shard_folder(count=10, labelled=False)),
         with_label=True, seed=0, stream=Stream.SOURCE_ORDER, start=0, consumer=0, consumers=1,
     )  # fmt: skip
     with pytest.raises(DataError, match=f"{REPLACEMENT_TRIES} samples in a row") as caught:

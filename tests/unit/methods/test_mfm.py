@@ -1,6 +1,8 @@
-"""The ablations of MFM: what each one computes, and what it trains."""
+"""The mask of MFM, and its ablations: what each one computes, and what it trains."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mfm_dist.methods.base import ForwardKind
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
-from mfm_dist.methods.mfm import enlarge_mask, hidden_error, keyed_masks, rebuild
+from mfm_dist.methods.mfm import draw_mask, enlarge_mask, hidden_error, keyed_masks, rebuild
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.train_module import TrainModule
@@ -30,6 +32,41 @@ def module_with(*overrides: str) -> TrainModule:
 def value_of(module: TrainModule, term: str = "mfm") -> float:
     module.student.eval()  # without dropout a forward can be repeated
     return module(block(), 1.0, term).total.item()
+
+
+def test_mask_share_and_independence_of_cells() -> None:
+    mask = draw_mask(2000, (16, 16), 0.4, torch.Generator().manual_seed(0))
+    assert mask.dtype == torch.bool
+    assert mask.shape == (2000, 16, 16)
+    share = mask.float()
+    assert abs(share.mean().item() - 0.4) < 0.005
+    assert share.mean(0).sub(0.4).abs().max() < 0.06  # five standard deviations of one cell
+    # Independent cells: the count of an image varies as a binomial does, unlike an exact count.
+    assert abs(share.sum((1, 2)).var().item() / (256 * 0.4 * 0.6) - 1) < 0.15
+
+
+def test_mask_depends_on_its_generator_only() -> None:
+    torch.manual_seed(1)
+    first = draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(9))
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    second = draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(9))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(10)))
+    torch.set_rng_state(state)
+    draw_mask(3, (8, 12), 0.4, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.0, False), (1.0, True)])
+def test_mask_extremes(ratio: float, expected: bool) -> None:
+    assert draw_mask(4, (32, 32), ratio, torch.Generator()).eq(expected).all()
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan])
+def test_mask_ratio_out_of_range_is_refused(ratio: float) -> None:
+    with pytest.raises(ConfigError, match=r"mfm\.mask_ratio must lie between 0 and 1"):
+        draw_mask(1, (2, 2), ratio, torch.Generator())
 
 
 def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder() -> None:

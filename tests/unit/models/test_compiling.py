@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from mfm_dist.build import build_train_module
-from mfm_dist.models.compiling import compile_segmentor
 from mfm_dist.models.hrda import HRDASegmentor
-from mfm_dist.models.segmentor import build_segmentor
 from tests.helpers.modules import block, config_with
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 HRDA = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "model.decoder_options={width: 8}"]
 
 
-def test_a_run_translates_every_network_but_the_rebuilder(monkeypatch: pytest.MonkeyPatch) -> None:
-    translated: set[nn.Module] = set()
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: translated.add(module))
+def test_a_run_compiles_every_network_but_the_rebuilder(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: set[nn.Module] = set()
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.add(module))
     module = build_train_module(config_with(*HRDA, "train.compile=true"))
     assert module.teacher is not None
     assert module.initial_encoder is not None
@@ -28,8 +26,8 @@ def test_a_run_translates_every_network_but_the_rebuilder(monkeypatch: pytest.Mo
     for segmentor in (module.student, module.teacher.segmentor):
         assert isinstance(segmentor, HRDASegmentor)
         expected |= {segmentor.backbone, segmentor.decoder, segmentor.attention}
-    assert translated == expected
-    left_out = set(module.parameters()) - {p for part in translated for p in part.parameters()}
+    assert compiled == expected
+    left_out = set(module.parameters()) - {p for part in compiled for p in part.parameters()}
     assert left_out == set(module.rebuilder.parameters())  # type: ignore[union-attr]
 
 
@@ -51,19 +49,14 @@ def test_a_compiled_step_of_hrda_is_the_plain_one() -> None:
 
 @NEEDS_COMPILER
 def test_it_is_the_same_function() -> None:
-    segmentor = build_segmentor(
-        backbone="test_resnet",
-        decoder="daformer",
-        num_classes=5,
-        backbone_options={"out_indices": [4]},
-        decoder_options={"width": 8},
-    )
-    features = [torch.randn(2, segmentor.backbone.channels[0], 4, 4)]
-    names = set(segmentor.state_dict())
-    torch.manual_seed(1)
-    plain = segmentor.decoder(features)
-    compile_segmentor(segmentor)
-    torch.manual_seed(1)
-    translated = segmentor.decoder(features)
-    torch.testing.assert_close(translated, plain)
-    assert set(segmentor.state_dict()) == names
+    options = ["model.backbone=test_resnet", "model.backbone_options={out_indices: [4]}"]
+    outputs = []
+    for compiles in (False, True):
+        student = build_train_module(config_with(*options, f"train.compile={compiles}")).student
+        assert student.training
+        torch.manual_seed(1)
+        features = [torch.randn(2, student.backbone.channels[0], 4, 4)]
+        outputs.append((student.decoder(features), student.state_dict()))
+    (plain, weights), (compiled, theirs) = outputs
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(theirs, weights)

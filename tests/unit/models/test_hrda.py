@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import build_decoder
-from mfm_dist.models.hrda import HRDASegmentor, build_hrda_segmentor, fuse
-from mfm_dist.models.segmentor import build_segmentor
+from mfm_dist.models.hrda import HRDASegmentor, build_segmentor, fuse
 from mfm_dist.models.windows import Window
 
 
@@ -18,11 +17,12 @@ def small(decoder: str = "daformer", attention: str = "segformer", window: tuple
     torch.manual_seed(0)
     options = {"daformer": {"width": 8}, "segformer": {"width": 8}, "deeplabv2": {}}
     stages = {"out_indices": (1, 2, 3, 4), **({"output_stride": 8} if decoder == "deeplabv2" else {})}
-    plain = build_segmentor(
+    segmentor = build_segmentor(
         backbone="test_resnet", decoder=decoder, num_classes=5, backbone_options=stages,
-        decoder_options=options[decoder],
+        decoder_options=options[decoder], attention=attention, attention_options=options.get(attention), window=window,
     )  # fmt: skip
-    return build_hrda_segmentor(plain, attention=attention, options=options[attention], num_classes=5, window=window)
+    assert isinstance(segmentor, HRDASegmentor)
+    return segmentor
 
 
 def doubled(map_: Tensor) -> Tensor:
@@ -132,4 +132,4 @@ def test_what_does_not_fit_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"data\.crop=64x72.*multiples of 16"):
         small(window=(64, 72))
     with pytest.raises(ConfigError, match=r"hrda\.attention=segfrmer"):
-        build_hrda_segmentor(small(), attention="segfrmer", options={}, num_classes=5, window=(64, 64))
+        small(attention="segfrmer")

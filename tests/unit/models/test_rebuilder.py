@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.models.rebuilder import Attention, Block, Projector, Rebuilder, draw_mask, sine_cosine_positions
+from mfm_dist.models.rebuilder import Attention, Block, Projector, Rebuilder, sine_cosine_positions
 
 MIT_B5 = {"channels": (64, 128, 320, 512), "strides": (4, 8, 16, 32), "embed_channels": 512}
 SMALL = {"channels": (4, 6, 8, 10), "strides": (4, 8, 16, 32), "embed_channels": 10, "width": 16, "num_heads": 4}
@@ -35,7 +35,7 @@ def small_rebuilder(**changes: object) -> Rebuilder:
 
 
 def half_mask(batch: int, grid: tuple[int, int], ratio: float = 0.5) -> Tensor:
-    return draw_mask(batch, grid, ratio, torch.Generator().manual_seed(7))
+    return torch.rand(batch, *grid, generator=torch.Generator().manual_seed(7)) < ratio
 
 
 def is_hidden(mask: Tensor, rows: int, cols: int) -> Tensor:
@@ -132,7 +132,7 @@ def test_the_mask_is_enlarged_to_the_nearest_cell(size: tuple[int, int], grid: i
 def test_nothing_hidden_returns_the_features_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
     rebuilder = small_rebuilder()
     maps = [feature.to(dtype).contiguous(memory_format=layout) for feature in encoder_maps(128, 256)]
-    mask = draw_mask(2, rebuilder.grid, 0.0, torch.Generator())
+    mask = torch.zeros(2, *rebuilder.grid, dtype=torch.bool)
     fused = rebuilder(maps[-1].float(), maps, mask)
     for feature, out in zip(maps, fused, strict=True):
         assert torch.equal(out, feature)
@@ -218,44 +218,6 @@ def test_every_parameter_gets_a_gradient_tensor_at_the_extremes(ratio: float) ->
     for name, parameter in rebuilder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-
-
-# The mask
-
-
-def test_mask_share_and_independence_of_cells() -> None:
-    mask = draw_mask(2000, (16, 16), 0.4, torch.Generator().manual_seed(0))
-    assert mask.dtype == torch.bool
-    assert mask.shape == (2000, 16, 16)
-    share = mask.float()
-    assert abs(share.mean().item() - 0.4) < 0.005
-    assert share.mean(0).sub(0.4).abs().max() < 0.06  # five standard deviations of one cell
-    # Independent cells: the count of an image varies as a binomial does, unlike an exact count.
-    assert abs(share.sum((1, 2)).var().item() / (256 * 0.4 * 0.6) - 1) < 0.15
-
-
-def test_mask_depends_on_its_generator_only() -> None:
-    torch.manual_seed(1)
-    first = draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(9))
-    state = torch.get_rng_state()
-    torch.manual_seed(2)
-    second = draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(9))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, draw_mask(3, (8, 12), 0.4, torch.Generator().manual_seed(10)))
-    torch.set_rng_state(state)
-    draw_mask(3, (8, 12), 0.4, torch.Generator())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(("ratio", "expected"), [(0.0, False), (1.0, True)])
-def test_mask_extremes(ratio: float, expected: bool) -> None:
-    assert draw_mask(4, (32, 32), ratio, torch.Generator()).eq(expected).all()
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan])
-def test_mask_ratio_out_of_range_is_refused(ratio: float) -> None:
-    with pytest.raises(ConfigError, match=r"mfm\.mask_ratio must lie between 0 and 1"):
-        draw_mask(1, (2, 2), ratio, torch.Generator())
 
 
 # The transformer

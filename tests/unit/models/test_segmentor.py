@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from mfm_dist.errors import ConfigError
-from mfm_dist.models.segmentor import Segmentor, build_segmentor
+from mfm_dist.models.hrda import build_segmentor
+from mfm_dist.models.segmentor import Segmentor
 
 
 def small(decoder: str = "daformer") -> Segmentor:

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.data.manifest import Manifest, Recipe, conflict, is_complete
+from mfm_dist.data.manifest import DatasetPlan, Manifest, Recipe, conflict, is_complete
 from mfm_dist.errors import DataError, StorageError
 from mfm_dist.shards.writer import ShardSetWriter, encode_jpeg, encode_label_png, remove_shards, write_shard
 from mfm_dist.storage import atomic_file
@@ -31,7 +31,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def begin(folder: Path, recipe: Recipe = RECIPE) -> ShardSetWriter:
     return ShardSetWriter(
-        folder, recipe=recipe, command="make test shards", class_names=CLASS_NAMES, samples=10, shard_size=4
+        DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=10, shard_size=4)
     )
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import mfm_dist
 from mfm_dist.inference.segmentor import read_card
-from mfm_dist.models.hrda import build_hrda_segmentor
-from mfm_dist.models.segmentor import build_segmentor
+from mfm_dist.models.hrda import build_segmentor
 from tests.helpers.published_encoders import (
     DIMS,
     Weights,
@@ -77,9 +76,9 @@ def test_a_checkpoint_becomes_an_export(tmp_path: Path, mit: dict[str, Tensor], 
 def test_hrda_with_its_scale_attention(
     tmp_path: Path, mit: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = build_segmentor(backbone="mit_b0", decoder="daformer", num_classes=19, decoder_options={"width": 8})
+    parts = {"decoder_options": {"width": 8}, "attention": "segformer", "attention_options": {"width": 6}}
     segmentor = randomised(
-        build_hrda_segmentor(plain, attention="segformer", options={"width": 6}, num_classes=19, window=(64, 128))
+        build_segmentor(backbone="mit_b0", decoder="daformer", num_classes=19, window=(64, 128), **parts)
     )
     heads = {
         "decode_head.head.": ("decoder", daformer_names()),

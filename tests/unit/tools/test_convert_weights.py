@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_dist.models.backbone import Backbone
-from mfm_dist.models.segmentor import build_segmentor
+from mfm_dist.models.hrda import build_segmentor
 from tests.helpers.published_encoders import (
     hugging_face,
     mit_maps,

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
+from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
-from mfm_dist.models.segmentor import build_segmentor
 from tools.flops import TermCost, count_forward, count_step, torch_mac, with_zeros
 from tools.profile_flops import forward_lines, main
 
