@@ -1,4 +1,4 @@
-"""Parameter groups, the optimiser, and schedules as pure functions of the step."""
+"""Parameter groups and the optimiser; its rates over the steps stand in ``schedules``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving a run: tensors are copied while training waits, and written while it goes on."""
+"""Saving a run: tensors are copied while training waits, and written (``files.write_checkpoint``) while it goes on."""
 
 from __future__ import annotations
 

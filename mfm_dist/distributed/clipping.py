@@ -1,4 +1,7 @@
-"""From the gradients of one step to a factor for each part of them: clipping, and steps that must not be applied."""
+"""Clipping under every engine, ZeRO too, and steps that must not be applied: a factor for each part of the gradient.
+
+``Engine.step`` multiplies the gradients by these factors; DeepSpeed's own clipping is off.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What the launcher decided: how many processes, on what, at which ZeRO stage. Everything mathematical is the run's.
 
-``accelerate launch`` hands its decisions over in environment variables; this file is the only reader of them.
+``accelerate launch`` hands its decisions over in environment variables; this file is the only reader of them. A launch
+that decides more, or what cannot work, is refused: ``start.start_engine`` raises the problems that are found here.
 """
 
 from __future__ import annotations

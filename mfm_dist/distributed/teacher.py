@@ -1,4 +1,4 @@
-"""The teacher's exponential moving average, local to each rank."""
+"""The teacher's exponential moving average, local to each rank; ``bf16_engine`` has its own, from fp32 masters."""
 
 from __future__ import annotations
 
