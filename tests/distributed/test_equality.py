@@ -24,21 +24,20 @@ from mfm_dist.distributed.launch import ZERO_SETTINGS
 from tests.helpers.runs import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
+WIDE = "data.crop=64x128"
+"""Wider crops than those of ``tiny_overrides``: on 64 x 64 a single ReLU that a last bit turns on may be 1e-4 of a
+weight's movement, also from one process to itself (``test_how_far_last_bits_lead``)."""
 # A random teacher is sure of nothing: above a threshold of 0 the MFM term, and the Rebuilder's gradient, would be 0.
 SGD = ["optim.name=sgd", "optim.lr=0.025", "optim.decoder_lr_factor=1", "optim.rebuilder_lr=0.25",
-       "train.clip_norm=1.0", "self_training.pseudo_threshold=0"]  # fmt: skip
+       "train.clip_norm=1.0", "self_training.pseudo_threshold=0", WIDE]  # fmt: skip
 ADAMW = ["optim.name=adamw", "optim.eps=1e-4", "optim.lr=1e-3", "optim.rebuilder_lr=0.5", "train.clip_norm=0.001",
-         "self_training.pseudo_threshold=0"]  # fmt: skip
+         "self_training.pseudo_threshold=0", WIDE]  # fmt: skip
 """Clipped hard, so that gradients stay below epsilon: above it AdamW raises small ones to the size of large ones."""
 LARGER = [*SGD, "train.global_batch=8"]
 """Four micro-batches a step, so that gradients add up within a process too."""
 PAPERS = ["model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.1}", "model.decoder_options={width: 256}",
-          "train.global_batch=8", "data.crop=64x128"]  # fmt: skip
-"""The paper's kind of network, with its BatchNorm, Dropout2d and drop-path.
-
-On wider crops: on 64 x 64 a channel of the head's depthwise convolutions sees 512 places, so that a single ReLU that
-a last bit turns on is 1.5e-4 of such a weight's movement, also from one process to itself.
-"""
+          "train.global_batch=8"]  # fmt: skip
+"""The paper's kind of network, with its BatchNorm, Dropout2d and drop-path."""
 
 
 State = dict[str, dict[str, torch.Tensor]]
@@ -302,9 +301,8 @@ FORMS = {
     "zero3 of 4": ("cpu_zero3", 4),
 }
 """Launch file and processes."""
-TWELVE = [*ADAMW, "optim.lr=4e-4", "optim.rebuilder_lr=0.2", "train.global_batch=8", "checkpoint.keep=99",
-          "data.crop=64x128"]  # fmt: skip
-"""At lower rates, for there are more steps to move in; on wider crops, as ``PAPERS``."""
+TWELVE = [*ADAMW, "optim.lr=4e-4", "optim.rebuilder_lr=0.2", "train.global_batch=8", "checkpoint.keep=99"]
+"""At lower rates, for there are more steps to move in."""
 
 
 @pytest.fixture(scope="module")
