@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_dist.checkpoint.progress import Progress
-from mfm_dist.errors import CorruptFileError
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.storage import sha256_of, whole_folder, write_atomically
 
 FORMAT = 2
@@ -134,6 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CorruptFileError: if a file is not as it was written, or says what no run of ours writes.
+        ConfigError: if it is whole and of another format than this code reads.
     """
     try:
         manifest = _read_json(path / "manifest.json")["files"]
@@ -161,8 +162,14 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
 
 def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     """Read ``state.json``, each part checked by value: a checksum in the same folder does not vouch for them."""
-    if state.get("format") != FORMAT:
-        raise CorruptFileError(f"its format is {state.get('format')!r:.40}, this code reads {FORMAT}")
+    found = state.get("format")
+    if type(found) is int and found != FORMAT:
+        raise ConfigError(
+            f"{path} has format {found} of checkpoints, this code reads {FORMAT}: go on with the version of mfm_dist that"
+            " wrote it, or choose another run.folder"
+        )
+    if found != FORMAT:
+        raise CorruptFileError(f"its format is {found!r:.40}, this code reads {FORMAT}")
     counts, config, data, world_size = (state[key] for key in ("progress", "config", "data", "world_size"))
     kinds = {entry.name: list if entry.default is MISSING else int for entry in fields(Progress)}
     if not {"step", "applied", "block"} <= set(counts) <= set(kinds) or not all(

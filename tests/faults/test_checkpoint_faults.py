@@ -31,7 +31,7 @@ from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import find_resumable
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import CorruptFileError, StorageError
+from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -368,7 +368,7 @@ STATES = {
     "a list": b"[1, 2]",
     "nested too deep": b'{"config": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     "empty": b"",
-    "another format": {"format": 99},
+    "a format of text": {"format": "2"},
     "no processes": {"world_size": 0},
     "processes as text": {"world_size": "2"},
     "no progress": {"progress": {}},
@@ -395,6 +395,17 @@ def test_a_state_that_no_run_writes_is_told_in_one_line(kind: str, tmp_path: Pat
     assert isinstance(value, bytes)
     rewrite(checkpoint, "state.json", value)
     assert_told_in_one_line(tmp_path)
+
+
+@pytest.mark.parametrize("form", [1, 99])
+def test_another_format_is_refused_by_name_and_never_passed_over(form: int, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    newest = tmp_path / "step_00000002"
+    state = json.loads((newest / "state.json").read_bytes())
+    rewrite(newest, "state.json", json.dumps(state | {"format": form}).encode())
+    with pytest.raises(ConfigError, match=rf"step_00000002 has format {form} of checkpoints, this code reads 2"):
+        find_resumable(tmp_path, pytest.fail)
 
 
 MANIFESTS = {
