@@ -165,8 +165,8 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     found = state.get("format")
     if type(found) is int and found != FORMAT:
         raise ConfigError(
-            f"{path} has format {found} of checkpoints, this code reads {FORMAT}: go on with the version of mfm_dist that"
-            " wrote it, or choose another run.folder"
+            f"{path} has format {found} of checkpoints, this code reads {FORMAT}: go on with the version of mfm_dist "
+            "that wrote it, or choose another run.folder"
         )
     if found != FORMAT:
         raise CorruptFileError(f"its format is {found!r:.40}, this code reads {FORMAT}")
