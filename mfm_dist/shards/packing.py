@@ -203,6 +203,7 @@ def worker_pool(workers: int, what: str) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BrokenProcessPool as error:
+            time.sleep(0.5)  # Ctrl-C goes to all processes, and may reach this one after it has ended the others
             why = f"a {what} process was killed, by a signal or for want of memory"
             raise UserError(f"{why}; run it again") from error
         finally:
