@@ -24,6 +24,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -126,9 +127,10 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
         for key, folder in (("run.folder", config.run.folder), ("data.scratch", data.scratch)):
             if folder is not None:
                 yield f"writing to {key}={folder}", partial(write_probe, folder, probe), room
+        turn = Lock()
         for key, name in (("source", data.source), ("target", data.target), ("validation", data.validation)):
             advice = f"is it mounted there? python tools/check_shards.py {data.root / name}"
-            yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name), advice
+            yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name, turn), advice
 
 
 def meet(run: Path, launch: Launch, device: torch.device, store: Any, said: dict[str, Any]) -> list[Finding]:
@@ -185,15 +187,12 @@ def all_reduce(launch: Launch, device: torch.device) -> tuple[int, float]:
 
 
 def run_checks(checks: Iterable[Check], seconds: float) -> list[str]:
-    """Run checks one after another; return what is wrong, also of one that does not end in time."""
-    # In one thread: numpy reads its files through Python's parser, which several at once confuse (Python 3.11).
-    found, deadline, pool = [], time.monotonic() + seconds, ThreadPoolExecutor(max_workers=1)
+    """Run all checks at the same time; return what is wrong, also of those that do not end in time."""
+    found, deadline, pool = [], time.monotonic() + seconds, ThreadPoolExecutor(max_workers=32)
     for what, future, advice in [(what, pool.submit(check), advice) for what, check, advice in checks]:
         try:
             future.result(max(deadline - time.monotonic(), 0))
         except Exception as error:
-            if future.cancel():  # it has not begun, because of one before it, which is told
-                continue
             reason = " ".join(str(error).split())[:300] or f"no answer in {seconds:.0f} s, it is very slow or hangs"
             found.append(f"{what} failed ({reason}): {advice}")
     return found
@@ -242,12 +241,17 @@ def read_soon(probe: Path) -> None:
     read_checkpoint(probe)
 
 
-def read_samples(config: RunConfig, name: str) -> None:
-    """Decode five images of a shard set. Bad ones may be among them, as ``data.bad_sample_limit`` allows."""
+def read_samples(config: RunConfig, name: str, turn: Lock) -> None:
+    """Decode five images of a shard set. Bad ones may be among them, as ``data.bad_sample_limit`` allows.
+
+    Args:
+        turn: held while an index is opened: numpy does so by Python's parser, which threads confuse (Python 3.11).
+    """
     folder, limit = config.data.root / name, config.data.bad_sample_limit
     if is_stream(name) or config.data.render_scenes:
         return  # nothing but reading it all checks a stream; scenes the run makes, finishes or checks itself
-    reader = ShardReader(folder, bad_limit=limit)
+    with turn:
+        reader = ShardReader(folder, bad_limit=limit)
     if not len(reader):
         raise ValueError("it holds no samples")
     numbers = sorted({(len(reader) - 1) * part // 4 for part in range(5)})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -219,26 +220,26 @@ def test_shards_that_the_run_will_render_or_finish_are_not_missed(scenes: Path, 
     config = shards_of(scenes, tmp_path / "scenes")
     shutil.rmtree(tmp_path / "scenes" / "camera_val")
     with pytest.raises(UserError):
-        preflight.read_samples(config, "camera_val")
+        preflight.read_samples(config, "camera_val", Lock())
     config.data.render_scenes = True
-    preflight.read_samples(config, "camera_val")
+    preflight.read_samples(config, "camera_val", Lock())
 
 
 def test_single_bad_samples_are_left_to_the_limit_of_the_run(scenes: Path, tmp_path: Path) -> None:
     config = shards_of(scenes, tmp_path / "scenes")
     shards = tmp_path / "scenes" / "game_train"
     spoil(shards, "000000.tar")
-    preflight.read_samples(config, "game_train")
+    preflight.read_samples(config, "game_train", Lock())
     config.data.bad_sample_limit = 0.0
     with pytest.raises(ValueError, match=r"^2 of 5 samples tried cannot be used, first "):
-        preflight.read_samples(config, "game_train")
+        preflight.read_samples(config, "game_train", Lock())
     config.data.bad_sample_limit = 0.5
     (shards / "000000.tar").unlink()  # 5 of 12 samples
-    preflight.read_samples(config, "game_train")
+    preflight.read_samples(config, "game_train", Lock())
     (shards / "000000.tar").write_bytes(b"")
     spoil(shards, "000001.tar", "000002.tar")
     with pytest.raises(ValueError, match=r"^5 of 5 samples tried cannot be used"):
-        preflight.read_samples(config, "game_train")
+        preflight.read_samples(config, "game_train", Lock())
 
 
 def test_a_shard_set_without_samples_is_told(scenes: Path, tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_a_shard_set_without_samples_is_told(scenes: Path, tmp_path: Path) -> No
     manifest = tmp_path / "scenes" / "camera_train" / "dataset.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shards": []}))
     with pytest.raises(ValueError, match="it holds no samples"):
-        preflight.read_samples(config, "camera_train")
+        preflight.read_samples(config, "camera_train", Lock())
 
 
 def free_port() -> int:
