@@ -57,7 +57,7 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
                 positions=batch.positions,
             )
             mixed = mixed_batch(inputs, config.self_training)
-            masks = keyed_masks(inputs, config.rebuilder.grid, config.mfm.mask_ratio)
+            masks = keyed_masks(inputs, config.rebuilder.grid, config.mfm)
             seen[batch.block] = [batch.source_image, batch.source_label, batch.target_image, *mixed, masks]
     return seen
 
