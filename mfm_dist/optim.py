@@ -35,9 +35,10 @@ def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[s
         kept = [p for p in trainable if p in exempt]
         for label, parameters, decay in (("", decaying, settings.weight_decay), ("_norm", kept, 0.0)):
             if parameters:
-                groups.append(
-                    {"name": name + label, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                )
+                group = {"name": name + label, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                if name == "rebuilder" and settings.rebuilder_betas is not None:
+                    group["betas"] = settings.rebuilder_betas
+                groups.append(group)
     return groups
 
 

@@ -273,6 +273,8 @@ class OptimSection:
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's averaging constants. UDA: torch's default."""
+    rebuilder_betas: tuple[Share, Share] | None = None
+    """Those of the Rebuilder; null: `betas` (MFM). A shorter memory of squares follows a gradient that grows."""
     eps: FloatFrom0 = 1e-8
     """AdamW's epsilon. UDA: torch's default."""
     warmup_steps: IntFrom0 = 1500
