@@ -177,7 +177,13 @@ def render_scenes(config: RunConfig) -> None:
     if config.data.render_scenes:
         scenes = config.scenes
         write_scenes(
-            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+            config.data.root,
+            train=scenes.train,
+            val=scenes.val,
+            size=scenes.size,
+            seed=scenes.seed,
+            gap=scenes.gap,
+            report=print,
         )
 
 

@@ -117,6 +117,8 @@ class ScenesSection:
     """Image (height, width) in pixels."""
     seed: IntFrom0 = 0
     """Seed of the streets, apart from the seed of the run: several runs share one data set."""
+    gap: tuple[Literal["photometric", "texture", "layout"], ...] = ("photometric", "texture", "layout")
+    """What the camera's scenes have of their own, in which the domains differ: light and sensor, materials, streets."""
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ from mfm_dist.shards.packing import PackableSet, Report, pack
 if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample
 
-FULL_GAP = Gap()
+ALL_CAUSES = tuple(asdict(Gap()))
 BYTES_PER_PIXEL = 1.0
 """Room asked for before packing; scenes take about half of it."""
 
@@ -57,7 +58,7 @@ def write_scenes(
     size: tuple[int, int],
     seed: int,
     report: Report,
-    gap: Gap = FULL_GAP,
+    gap: Collection[str] = ALL_CAUSES,
     shard_size: int = 100,
     workers: int | None = None,
     overwrite: bool = False,
@@ -68,7 +69,7 @@ def write_scenes(
         train: images of each ``*_train``.
         val: images of each ``*_val``.
         size: height and width in pixels.
-        gap: causes of the difference between the domains.
+        gap: causes of the difference between the domains, of ``ALL_CAUSES``.
         shard_size: images a shard.
         workers: processes; None is one a core.
         overwrite: replace folders that hold other shards.
@@ -76,10 +77,11 @@ def write_scenes(
     Raises:
         ConfigError, StorageError: as ``pack`` does.
     """
-    causes = ",".join(name for name, is_on in asdict(gap).items() if is_on) or "none"
+    causes = Gap.of(gap)
+    named = ",".join(cause for cause in ALL_CAUSES if cause in gap) or "none"
     command = (
         f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
-        f"--seed {seed} --shard-size {shard_size} --gap {causes}"
+        f"--seed {seed} --shard-size {shard_size} --gap {named}"
     )
     sets = []
     for domain, split in product(DOMAINS, SPLITS):
@@ -92,7 +94,7 @@ def write_scenes(
             "width": size[1],
             "seed": seed,
         }
-        recipe = Recipe(generator="scenes", version=GENERATOR_VERSION, arguments={**arguments, "gap": asdict(gap)})
+        recipe = Recipe(generator="scenes", version=GENERATOR_VERSION, arguments={**arguments, "gap": asdict(causes)})
         folder = output / f"{domain}_{split}"
-        sets.append(SceneSplit(folder=folder, recipe=recipe, command=command, gap=gap, **arguments))
+        sets.append(SceneSplit(folder=folder, recipe=recipe, command=command, gap=causes, **arguments))
     pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)
