@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfm_dist.classes import Relabelling
+from mfm_dist.classes import ClassSet, Relabelling
 from mfm_dist.config.class_files import DEFAULT, load_class_set, shipped_class_sets
 from mfm_dist.data.manifest import Recipe, class_arguments
 from mfm_dist.errors import ConfigError
@@ -86,19 +86,16 @@ def write_scenes(
     Raises:
         ConfigError, StorageError: as ``pack`` does.
     """
-    causes = Gap.of(gap)
+    causes, chosen = Gap.of(gap), load_class_set(classes)
+    relabelling = _from_drawn(chosen, classes)
     named = ",".join(cause for cause in ALL_CAUSES if cause in gap) or "none"
     command = (
         f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
         f"--seed {seed} --shard-size {shard_size} --gap {named}"
     )
-    chosen, drawn = load_class_set(classes), load_class_set(DEFAULT)
-    relabelling = chosen.relabelling(drawn)
-    if relabelling is not None and not relabelling.matches:
-        raise ConfigError(f"--classes {classes}: none of them is a class of the scenes, or merges one, {drawn}")
     if classes != DEFAULT:
-        named = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
-        command += f" --classes {shlex.quote(named)}"
+        file = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
+        command += f" --classes {shlex.quote(file)}"
     sets = []
     for domain, split in product(DOMAINS, SPLITS):
         arguments: dict[str, Any] = {
@@ -125,3 +122,12 @@ def write_scenes(
             )
         )
     pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)
+
+
+def _from_drawn(chosen: ClassSet, name: str) -> Relabelling | None:
+    """Map the classes that scenes are drawn in to others. Raises ConfigError: they have nothing in common."""
+    drawn = load_class_set(DEFAULT)
+    relabelling = chosen.relabelling(drawn)
+    if relabelling is not None and not relabelling.matches:
+        raise ConfigError(f"--classes {name}: none of them is a class of the scenes, or merges one, {drawn}")
+    return relabelling

@@ -74,7 +74,9 @@ def test_optimisers() -> None:
     assert adamw.defaults["betas"] == (0.9, 0.999)
     assert adamw.defaults["eps"] == 1e-8
     with_mfm = load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true"])
-    groups = build_optimizer(build_train_module(with_mfm, CLASSES), OptimSection(rebuilder_betas=(0.9, 0.95))).param_groups
+    groups = build_optimizer(
+        build_train_module(with_mfm, CLASSES), OptimSection(rebuilder_betas=(0.9, 0.95))
+    ).param_groups
     averaged = {group["name"].partition("_")[0]: group["betas"] for group in groups}
     assert averaged == {"encoder": (0.9, 0.999), "decoder": (0.9, 0.999), "rebuilder": (0.9, 0.95)}
     assert build_optimizer(module, OptimSection(name="sgd")).defaults["momentum"] == 0.9
