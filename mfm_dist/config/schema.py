@@ -214,9 +214,17 @@ class MFMSection:
     loss_weight: FloatFrom0 = 1.0
     """Weight of the term, lambda. MFM: 1.0."""
     mask_ratio: Share = 0.4
-    """Chance of each grid cell to be hidden. MFM: 0.4."""
+    """Share of the grid cells to hide. MFM: 0.4."""
+    mask_block_cells: IntFrom1 = 1
+    """Side, in grid cells, of the squares that are hidden together; must divide `rebuilder.grid`. MFM: 1, a cell of
+    32 x 32 pixels and 4 x 4 features. With blocks much smaller than that, averaging the neighbours solves the task."""
+    mask: Literal["bernoulli", "exact"] = "bernoulli"
+    """Each block is hidden independently (MFM), or the same number of blocks in every image."""
     loss_on: Literal["all", "hidden"] = "all"
     """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
+    target_weight: Literal["pseudo_weight", "confidence"] = "pseudo_weight"
+    """Weight of a target pixel: the pseudo-weight, one for the whole micro-batch (MFM), or the teacher's confidence
+    there, 0 up to one half and 1 at 1."""
     ramp_from: IntFrom0 = 0
     """Step up to which the weight is 0; it then grows linearly. MFM: 0, no ramp."""
     ramp_to: IntFrom0 = 0

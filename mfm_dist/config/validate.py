@@ -14,7 +14,7 @@ def problems(config: RunConfig) -> list[str]:
     return [
         *_range_problems(config),
         *_training_problems(config),
-        *_mfm_problems(config.mfm, two_resolutions=config.two_resolutions),
+        *_mfm_problems(config.mfm, config.rebuilder.grid, two_resolutions=config.two_resolutions),
         *_data_problems(config.data),
         *_stream_problems(config.data),
     ]
@@ -63,7 +63,7 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
         yield "model.pretrained and model.weights are both set: keep one, they both start the encoder"
 
 
-def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
+def _mfm_problems(mfm: MFMSection, grid: tuple[int, int], *, two_resolutions: bool) -> Iterator[str]:
     """Find forms of the MFM term that do not go together, or not with the method."""
     if mfm.view != "context" and not two_resolutions:
         yield f"mfm.view={mfm.view} is about HRDA's crops: keep context, or train method.name=hrda or mic on it"
@@ -76,6 +76,11 @@ def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
         yield (
             f"mfm.trained_parts={mfm.trained_parts} is about the decoder, "
             f"which mfm.reconstruction={mfm.reconstruction} does not use: choose both"
+        )
+    if any(side % mfm.mask_block_cells for side in grid if mfm.mask_block_cells >= 1):
+        yield (
+            f"mfm.mask_block_cells={mfm.mask_block_cells} does not divide rebuilder.grid={grid[0]}x{grid[1]}: choose "
+            "a divisor of both sides"
         )
     if mfm.ramp_to < mfm.ramp_from:
         yield f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them"

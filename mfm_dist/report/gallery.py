@@ -18,7 +18,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.mfm import draw_mask, enlarge_mask, rebuild
+from mfm_dist.methods.mfm import enlarge_mask, mask_of, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
@@ -279,7 +279,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
     box = _central_box((image.shape[1], image.shape[2]), config.data.crop)
     crop = image[:, box[0], box[1]]
     generator = torch_generator(config.seed, Stream.MFM_MASK, subject.number)
-    mask = draw_mask(1, rebuilder.grid, config.mfm.mask_ratio, generator)
+    mask = mask_of(config.mfm, rebuilder.grid, generator)
     features = student.encode(student.context(normalise(crop[None])))
     logits = resize(student.decode(rebuild(student, rebuilder, features, mask)), crop.shape[1:])
 

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfm_dist.classes import Relabelling
+from mfm_dist.classes import ClassSet, Relabelling
 from mfm_dist.config.class_files import DEFAULT, load_class_set, shipped_class_sets
 from mfm_dist.data.manifest import Recipe, class_arguments
 from mfm_dist.errors import ConfigError
@@ -85,18 +85,12 @@ def write_scenes(
     Raises:
         ConfigError, StorageError: as ``pack`` does.
     """
+    chosen, relabelling, said = _class_set(classes)
     causes = ",".join(name for name, is_on in asdict(gap).items() if is_on) or "none"
     command = (
         f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
-        f"--seed {seed} --shard-size {shard_size} --gap {causes}"
+        f"--seed {seed} --shard-size {shard_size} --gap {causes}{said}"
     )
-    chosen, drawn = load_class_set(classes), load_class_set(DEFAULT)
-    relabelling = chosen.relabelling(drawn)
-    if relabelling is not None and not relabelling.matches:
-        raise ConfigError(f"--classes {classes}: none of them is a class of the scenes, or merges one, {drawn}")
-    if classes != DEFAULT:
-        named = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
-        command += f" --classes {shlex.quote(named)}"
     sets = []
     for domain, split in product(DOMAINS, SPLITS):
         arguments: dict[str, Any] = {
@@ -123,3 +117,13 @@ def write_scenes(
             )
         )
     pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)
+
+
+def _class_set(name: str) -> tuple[ClassSet, Relabelling | None, str]:
+    """Return a class set, how labels of scenes become its own, and how a command asks for it. Raises ConfigError."""
+    chosen, drawn = load_class_set(name), load_class_set(DEFAULT)
+    relabelling = chosen.relabelling(drawn)
+    if relabelling is not None and not relabelling.matches:
+        raise ConfigError(f"--classes {name}: none of them is a class of the scenes, or merges one, {drawn}")
+    path = name if name in shipped_class_sets() else str(Path(name).absolute())
+    return chosen, relabelling, "" if name == DEFAULT else f" --classes {shlex.quote(path)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student, build_train_module
+from mfm_dist.config.schema import MFMSection
 from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods.mfm import keyed_masks, rebuild
 from mfm_dist.models.layers import batch_norm_untracked
@@ -75,7 +76,8 @@ def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
     inputs = inputs_of(module, block())
     assert module.rebuilder is not None
     features = module.student.encode(inputs.target_image)
-    rebuilt = rebuild(module.student, module.rebuilder, features, keyed_masks(inputs, module.rebuilder.grid, 0.0))
+    mask = keyed_masks(inputs, module.rebuilder.grid, MFMSection(mask_ratio=0.0))
+    rebuilt = rebuild(module.student, module.rebuilder, features, mask)
     for before, after in zip(features, rebuilt, strict=True):
         assert torch.equal(before, after)
     module.student.eval()
@@ -96,10 +98,10 @@ def test_the_same_block_gives_the_same_bits_whatever_ran_before() -> None:
 
 def test_masks_are_keyed_by_position() -> None:
     module = build_train_module(config_with(), CLASSES)
-    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4)
-    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4))
+    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection())
+    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection()))
     assert not torch.equal(masks[0], masks[1])
-    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), 0.4) for n in range(40)])
+    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), MFMSection()) for n in range(40)])
     assert many.float().mean().item() == pytest.approx(0.4, abs=0.01)
 
 
