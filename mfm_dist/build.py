@@ -175,8 +175,8 @@ def shared_classes(folders: Mapping[str, ShardReader]) -> ClassSet:
         raise ConfigError(f"{', '.join(folders)}: no labels, so there are no classes to train")
     first, shared = next(iter(known.items()))
     problems = [
-        f"{first} and {name} do not agree, {difference}\n    Name in data.classes the classes to train on, into which all are "
-        "mapped by name, or pack one of them again with --classes"
+        f"{first} and {name} do not agree, {difference}\n    Name in data.classes the classes to train on, into which "
+        "all are mapped by name, or pack one of them again with --classes"
         for name, classes in known.items()
         if (difference := shared.difference(classes))
     ]
