@@ -18,7 +18,7 @@ from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
-from mfm_dist.models.activation_checkpointing import checkpoint_blocks
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks, recompute
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -81,6 +81,10 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
         num_heads=settings.heads,
         mlp_ratio=settings.mlp_ratio,
         grid=settings.grid,
+        qk_norm=settings.qk_norm,
+        depth_scaling=settings.depth_scaling,
+        readout=settings.readout,
+        fill=settings.fill,
     )
 
 
@@ -107,6 +111,8 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
         # A seed of its own: with or without MFM, a student starts from the same weights.
         torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 1))
         rebuilder = build_rebuilder(config, student)
+        if config.memory.checkpoint_rebuilder:
+            recompute([*rebuilder.blocks, *rebuilder.readout])
     if method is not None and method.needs_initial_encoder and not classes.things:
         problems.append(
             f"method.name={config.method_label} keeps things near their ImageNet features, and no class is a thing: "
@@ -121,7 +127,9 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
 
 
 def compile_networks(module: TrainModule) -> None:
-    """Compile student, teacher and initial encoder by torch.compile, at their first forward; names and weights stay.
+    """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile, at their first forward.
+
+    Names and weights stay.
 
     Dropout draws torch's own numbers, so that a compiled run sees the same ones as any other.
     """
@@ -129,6 +137,8 @@ def compile_networks(module: TrainModule) -> None:
     parts = [part for segmentor in segmentors for part in (segmentor.backbone, *segmentor.heads)]
     if module.initial_encoder is not None:
         parts.append(module.initial_encoder.backbone)
+    if module.rebuilder is not None:
+        parts += [*module.rebuilder.blocks, *module.rebuilder.readout]
     for part in parts:
         part.compile(dynamic=False, options={"fallback_random": True})
 
@@ -225,7 +235,13 @@ def render_scenes(config: RunConfig) -> None:
     if config.data.render_scenes:
         scenes = config.scenes
         write_scenes(
-            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+            config.data.root,
+            train=scenes.train,
+            val=scenes.val,
+            size=scenes.size,
+            seed=scenes.seed,
+            gap=scenes.gap,
+            report=print,
         )
 
 

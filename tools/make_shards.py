@@ -13,17 +13,15 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from mfm_dist.config.class_files import DEFAULT, load_class_file, load_class_set, shipped_class_sets
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
-from mfm_dist.scenes import Gap
 from mfm_dist.shards.card import IMAGE_SUFFIXES, Card, card_names, folder_card, read_card
 from mfm_dist.shards.convert import Conversion, convert
-from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.shards.scene_shards import ALL_CAUSES, write_scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole
@@ -156,14 +154,13 @@ def name(text: str) -> str:
     return text
 
 
-def gap(text: str) -> Gap:
+def gap(text: str) -> list[str]:
     """Read causes of the domain gap, ``photometric,texture`` or ``none``."""
-    known = list(asdict(Gap()))
     chosen = [] if text == "none" else text.split(",")
-    unknown = [name for name in chosen if name not in known]
+    unknown = [name for name in chosen if name not in ALL_CAUSES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(known)}, or none")
-    return Gap(**{name: name in chosen for name in known})
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(ALL_CAUSES)}, or none")
+    return chosen
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--height", type=whole(32, 8192), default=256, help="pixels (%(default)s)")
     scenes.add_argument("--width", type=whole(32, 8192), default=512, help="pixels (%(default)s)")
     scenes.add_argument("--seed", type=whole(0, 1 << 40), default=0, help="of the whole data set (%(default)s)")
-    scenes.add_argument("--gap", type=gap, default=Gap(), help="photometric,texture,layout (all) or some, or none")
+    scenes.add_argument("--gap", type=gap, default=ALL_CAUSES, help="photometric,texture,layout (all) or some, or none")
     _add_classes(scenes, DEFAULT)
     _add_work(scenes)
     for card in map(read_card, card_names()):

@@ -37,6 +37,10 @@ IMMUTABLE_KEYS = {
     "rebuilder.heads": _NETWORK,
     "rebuilder.mlp_ratio": _NETWORK,
     "rebuilder.grid": _NETWORK,
+    "rebuilder.qk_norm": _NETWORK,
+    "rebuilder.depth_scaling": _NETWORK,
+    "rebuilder.readout": _NETWORK,
+    "rebuilder.fill": _NETWORK,
 }
 """Settings that a run keeps for good, and why. With another value the state of a checkpoint would not fit, or fit and
 mean something else. Everything else may change between two starts, and is listed when it does: world size, ZeRO stage

@@ -121,6 +121,8 @@ class ScenesSection:
     """Image (height, width) in pixels."""
     seed: IntFrom0 = 0
     """Seed of the streets, apart from the seed of the run: several runs share one data set."""
+    gap: tuple[Literal["photometric", "texture", "layout"], ...] = ("photometric", "texture", "layout")
+    """What the camera's scenes have of their own, in which the domains differ: light and sensor, materials, streets."""
 
 
 @dataclass(kw_only=True)
@@ -225,6 +227,9 @@ class MFMSection:
     target_weight: Literal["pseudo_weight", "confidence"] = "pseudo_weight"
     """Weight of a target pixel: the pseudo-weight, one for the whole micro-batch (MFM), or the teacher's confidence
     there, 0 up to one half and 1 at 1."""
+    gradient_budget: FloatFrom0 = 0.0
+    """Largest gradient that the term may send to the encoder's last map, as a share of the method's own gradient there
+    (both averaged over steps): above it the weight is lowered. 0: no limit, as in MFM; stable: 0.5."""
     ramp_from: IntFrom0 = 0
     """Step up to which the weight is 0; it then grows linearly. MFM: 0, no ramp."""
     ramp_to: IntFrom0 = 0
@@ -249,6 +254,10 @@ class MFMSection:
 
 @dataclass(kw_only=True)
 class RebuilderSection:
+    variant: Literal["paper", "stable"] = "paper"
+    """Defaults of everything below, of `mfm` and of the Rebuilder's optimiser: the paper's, or those of
+    `config.variants`, which let it grow. What a file or the command line says comes after them, so that each of the
+    stable variant's ingredients can be turned off by itself."""
     depth: IntFrom1 = 2
     """Transformer blocks. MFM: 2."""
     width: IntFrom1 = 512
@@ -259,6 +268,17 @@ class RebuilderSection:
     """Hidden width of a block's MLP over `width`. MFM: 4."""
     grid: tuple[IntFrom1, IntFrom1] = (16, 16)
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
+    qk_norm: bool = False
+    """Normalise queries and keys, so that no attention logit grows without bound. MFM: false; stable: true."""
+    depth_scaling: bool = False
+    """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
+    the paper's 2 blocks. MFM: false; stable: true."""
+    readout: IntFrom0 = 0
+    """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
+    read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
+    fill: bool = False
+    """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts at 0 and stays
+    within what the channel shows. MFM: false; stable: true."""
 
 
 @dataclass(kw_only=True)
@@ -271,6 +291,15 @@ class OptimSection:
     """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
     rebuilder_lr: FloatFrom0 = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
+    rebuilder_betas: tuple[Share, Share] | None = None
+    """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. stable: [0.9, 0.95], whose second moment
+    follows a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
+    rebuilder_warmup: Share = 0.0
+    """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
+    `warmup_steps`. MFM: 0; stable: 0.025."""
+    rebuilder_base_width: IntFrom0 = 0
+    """Matrices of the Rebuilder that are as wide as `rebuilder.width` learn at `rebuilder_lr` times this over that
+    width, so that a step changes the output as much at any width. 0: no scaling, as in MFM; stable: 512."""
     weight_decay: FloatFrom0 = 0.01
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -299,8 +328,8 @@ class TrainSection:
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
     compile: bool = False
-    """Compile student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
-    compiler."""
+    """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile. Takes minutes at the
+    start, and on a CPU a C++ compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: IntFrom1 = 1
@@ -313,6 +342,8 @@ class MemorySection:
     """Run backward after each loss term instead of once for their sum: one term's activations are held at a time."""
     checkpoint_backbone: bool = False
     """Hold only the inputs of the encoder's blocks and compute the rest again in the backward pass. Costs time."""
+    checkpoint_rebuilder: bool = False
+    """The same for the Rebuilder's blocks."""
     offload_optimizer: bool = False
     """Keep the optimiser's state and its step in main memory instead of the GPU's; under ZeRO 1 to 3. Costs time."""
 

@@ -7,7 +7,7 @@ settings that is the paper's term, and every other branch is a row of one of its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind, StepInputs
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
-from mfm_dist.methods.losses import cross_entropy
+from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -59,7 +59,7 @@ def masked_features_loss(
         features: the encoder's maps that the decoder reads, fine to coarse, i-th [B, channels[i], h_i, w_i], of the
             clean image; the last one is what the Rebuilder sees.
         decode: the decoder.
-        mask: bool [B, rows, cols] over the Rebuilder's grid, True = hidden (``draw_mask``), on the features' device.
+        mask: bool [B, rows, cols] over the Rebuilder's grid, True = hidden (``draw_mask``), on any device.
         label: integer [B, H, W], of the teacher for a target image; ``IGNORE_INDEX`` counts for nothing.
         weight: float [B, H, W], the teacher's pseudo-weight (MFM), or ``confidence_weight``.
         loss_on: pixels that count: every one (MFM), or the hidden ones. Their loss is divided by their share of the
@@ -67,7 +67,7 @@ def masked_features_loss(
     """
     logits = decode(rebuilder(features[-1], features, mask))
     if loss_on == "hidden":
-        hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight.dtype)
+        hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight)
         weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
     return cross_entropy(logits, label, weight)
 
@@ -79,7 +79,9 @@ def confidence_weight(confidence: Tensor) -> Tensor:
 
 def hide(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:  # noqa: ARG001 - as a Rebuilder
     """Set the hidden part of maps to 0 and rebuild nothing (MFM, row "mask without rebuilding")."""
-    return [map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1), 0.0) for map_ in features]
+    return [
+        map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1).to(map_.device), 0.0) for map_ in features
+    ]
 
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
@@ -111,6 +113,7 @@ def mfm_term(
     grid: tuple[int, int],
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
+    measured: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Compute L_mfm of a step: the clean target image, its features in part hidden, classified as the teacher does.
 
@@ -119,6 +122,7 @@ def mfm_term(
         grid: rows and columns of the mask.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
+        measured: takes the loss where hidden and where visible, and the largest attention logit; None for neither.
     """
     view = view_of(student, inputs, settings, kind)
     features = student.encode(view.image)
@@ -134,19 +138,33 @@ def mfm_term(
 
     def decode(rebuilt: list[Tensor]) -> Tensor:
         with frozen(student.decoder) if settings.trained_parts == "encoder" else nullcontext():
-            return student.decode(completed(features, read, rebuilt))
+            logits = student.decode(completed(features, read, rebuilt))
+        if measured is not None:
+            measured.update(
+                {f"{kind.label}/{name}": loss for name, loss in losses_by_place(logits, view, mask).items()}
+            )
+        return logits
 
-    loss = masked_features_loss(
-        rebuilder or hide,
-        [features[index] for index in read],
-        decode,
-        mask,
-        view.label,
-        view.weight,
-        loss_on=settings.loss_on,
-    )
+    maps = [features[index] for index in read]
+    with ExitStack() as stack:
+        collects = rebuilder is not None and measured is not None
+        largest = stack.enter_context(rebuilder.collecting_logits()) if collects else []  # type: ignore[union-attr]
+        loss = masked_features_loss(
+            rebuilder or hide, maps, decode, mask, view.label, view.weight, loss_on=settings.loss_on
+        )
+    if measured is not None and largest:
+        measured["rebuilder/max_logit"] = torch.stack(largest).amax()
     not_reached = student.heads if settings.trained_parts == "encoder" else student.heads[1:]
     return loss + zero_loss_through(not_reached, features)
+
+
+@torch.no_grad()
+def losses_by_place(logits: Tensor, view: View, mask: Tensor) -> dict[str, Tensor]:
+    """Average the weighed cross-entropy of logits [B, C, h, w] over hidden and over visible pixels; 0 of none."""
+    errors = pixel_cross_entropy(logits.detach(), view.label) * view.weight
+    hidden = enlarge_mask(mask, errors.shape[-2:]).to(errors.device)
+    places = {"loss_hidden": hidden, "loss_visible": ~hidden}
+    return {name: (errors * place).sum() / place.sum().clamp_min(1) for name, place in places.items()}
 
 
 def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
@@ -209,12 +227,12 @@ def draw_mask(
 def keyed_masks(
     inputs: StepInputs, grid: tuple[int, int], settings: MFMSection, kind: ForwardKind = ForwardKind.MFM
 ) -> Tensor:
-    """Draw bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
+    """Draw bool [B, rows, cols] on the CPU, True = hidden; keyed by each sample's position and the pass."""
     masks = [
         mask_of(settings, grid, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
         for position in inputs.positions
     ]
-    return torch.cat(masks).to(inputs.target_image.device)
+    return torch.cat(masks)
 
 
 def mask_of(settings: MFMSection, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -266,7 +284,7 @@ def regression_loss(
 def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error of two maps [B, C, h, w] over what is hidden; 0 if nothing is."""
     normalised = F.layer_norm(target.float().movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1)
+    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1).to(target.device)
     # Selected, not multiplied with: visible places hold the encoder's own values, of any size.
     error = torch.where(hidden, rebuilt.float() - normalised, 0.0).square()
     return error.sum() / (hidden.sum() * target.shape[1]).clamp_min(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from mfm_dist.shards.packing import PackableSet, Report, pack
 if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample
 
-FULL_GAP = Gap()
+ALL_CAUSES = tuple(asdict(Gap()))
 BYTES_PER_PIXEL = 1.0
 """Room asked for before packing; scenes take about half of it."""
 
@@ -64,7 +65,7 @@ def write_scenes(
     size: tuple[int, int],
     seed: int,
     report: Report,
-    gap: Gap = FULL_GAP,
+    gap: Collection[str] = ALL_CAUSES,
     classes: str = DEFAULT,
     shard_size: int = 100,
     workers: int | None = None,
@@ -76,7 +77,7 @@ def write_scenes(
         train: images of each ``*_train``.
         val: images of each ``*_val``.
         size: height and width in pixels.
-        gap: causes of the difference between the domains.
+        gap: causes of the difference between the domains, of ``ALL_CAUSES``.
         classes: name or file of the class set; scenes are drawn in those of ``DEFAULT`` and mapped by name.
         shard_size: images a shard.
         workers: processes; None is one a core.
@@ -85,12 +86,16 @@ def write_scenes(
     Raises:
         ConfigError, StorageError: as ``pack`` does.
     """
-    chosen, relabelling, said = _class_set(classes)
-    causes = ",".join(name for name, is_on in asdict(gap).items() if is_on) or "none"
+    causes, chosen = Gap.of(gap), load_class_set(classes)
+    relabelling = _from_drawn(chosen, classes)
+    named = ",".join(cause for cause in ALL_CAUSES if cause in gap) or "none"
     command = (
         f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
-        f"--seed {seed} --shard-size {shard_size} --gap {causes}{said}"
+        f"--seed {seed} --shard-size {shard_size} --gap {named}"
     )
+    if classes != DEFAULT:
+        file = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
+        command += f" --classes {shlex.quote(file)}"
     sets = []
     for domain, split in product(DOMAINS, SPLITS):
         arguments: dict[str, Any] = {
@@ -102,7 +107,7 @@ def write_scenes(
             "width": size[1],
             "seed": seed,
         }
-        full = {**arguments, "gap": asdict(gap), **class_arguments(chosen)}
+        full = {**arguments, "gap": asdict(causes), **class_arguments(chosen)}
         recipe = Recipe(generator="scenes", version=GENERATOR_VERSION, arguments=full)
         folder = output / f"{domain}_{split}"
         sets.append(
@@ -112,18 +117,17 @@ def write_scenes(
                 command=command,
                 classes=chosen,
                 relabelling=relabelling,
-                gap=gap,
+                gap=causes,
                 **arguments,
             )
         )
     pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)
 
 
-def _class_set(name: str) -> tuple[ClassSet, Relabelling | None, str]:
-    """Return a class set, how labels of scenes become its own, and how a command asks for it. Raises ConfigError."""
-    chosen, drawn = load_class_set(name), load_class_set(DEFAULT)
+def _from_drawn(chosen: ClassSet, name: str) -> Relabelling | None:
+    """Map the classes that scenes are drawn in to others. Raises ConfigError: they have nothing in common."""
+    drawn = load_class_set(DEFAULT)
     relabelling = chosen.relabelling(drawn)
     if relabelling is not None and not relabelling.matches:
         raise ConfigError(f"--classes {name}: none of them is a class of the scenes, or merges one, {drawn}")
-    path = name if name in shipped_class_sets() else str(Path(name).absolute())
-    return chosen, relabelling, "" if name == DEFAULT else f" --classes {shlex.quote(path)}"
+    return relabelling

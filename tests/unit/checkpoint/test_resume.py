@@ -36,6 +36,10 @@ OTHER = {
     "rebuilder.heads": 8,
     "rebuilder.mlp_ratio": 2.0,
     "rebuilder.grid": (8, 8),
+    "rebuilder.qk_norm": True,
+    "rebuilder.depth_scaling": True,
+    "rebuilder.readout": 2,
+    "rebuilder.fill": True,
 }
 """Another value of each setting that must stay."""
 FREE = {

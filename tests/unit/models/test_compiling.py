@@ -17,7 +17,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 HRDA = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "model.decoder_options={width: 8}"]
 
 
-def test_a_run_compiles_every_network_but_the_rebuilder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_compiles_every_network_and_of_the_rebuilder_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: set[nn.Module] = set()
     monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.add(module))
     module = build_train_module(config_with(*HRDA, "train.compile=true"), CLASSES)
@@ -27,9 +27,10 @@ def test_a_run_compiles_every_network_but_the_rebuilder(monkeypatch: pytest.Monk
     for segmentor in (module.student, module.teacher.segmentor):
         assert isinstance(segmentor, HRDASegmentor)
         expected |= {segmentor.backbone, segmentor.decoder, segmentor.attention}
-    assert compiled == expected
+    assert module.rebuilder is not None
+    assert compiled == expected | set(module.rebuilder.blocks)
     left_out = set(module.parameters()) - {p for part in compiled for p in part.parameters()}
-    assert left_out == set(module.rebuilder.parameters())  # type: ignore[union-attr]
+    assert left_out == set(module.rebuilder.parameters()) - set(module.rebuilder.blocks.parameters())
 
 
 @NEEDS_COMPILER
