@@ -7,7 +7,10 @@ setup(
     version="0.1.0",
     description="Distributed training of Masked Feature Modeling for domain-adaptive semantic segmentation",
     packages=find_packages(include=["mfm_dist", "mfm_dist.*"]),
-    package_data={"mfm_dist.report": ["templates/*.html", "templates/*.css"]},
+    package_data={
+        "mfm_dist.config": ["class_sets/*.yaml"],
+        "mfm_dist.report": ["templates/*.html", "templates/*.css"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import UDABatch
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term, passes_of
@@ -43,7 +44,15 @@ class StepOutput:
 class TrainModule(nn.Module):
     """The only module the engine wraps, and ``forward`` its only way in, so that no gradient bypasses DDP or ZeRO."""
 
-    def __init__(self, *, student: Segmentor, rebuilder: Rebuilder | None, method: Method, config: RunConfig) -> None:
+    def __init__(
+        self,
+        *,
+        student: Segmentor,
+        rebuilder: Rebuilder | None,
+        method: Method,
+        config: RunConfig,
+        classes: ClassSet,
+    ) -> None:
         super().__init__()
         self.student = student
         self.teacher = Teacher(student) if method.needs_teacher or config.mfm.enabled else None
@@ -51,6 +60,7 @@ class TrainModule(nn.Module):
         self.rebuilder = rebuilder
         self.method = method
         self.config = config
+        self.classes = classes
         self.map_gradients = MapGradients()
 
     @property
@@ -156,6 +166,7 @@ class TrainModule(nn.Module):
             target_image=target_image,
             pseudo=self.pseudo_target(target_image, batch.target_valid),
             initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
+            classes=self.classes,
             seed=self.config.seed,
             block=batch.block,
             positions=batch.positions,

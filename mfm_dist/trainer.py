@@ -250,6 +250,7 @@ class Trainer:
                 self.engine,
                 step=step,
                 precision="bf16" if config.train.precision == "bf16_weights" else "fp32",
+                classes=self.readers.classes,
                 class_sets=config.eval.class_sets,
                 fit_into=config.eval.resize,
                 overlays=config.eval.overlays,

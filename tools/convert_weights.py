@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.export import refuse_what_is_no_export, write_export
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
@@ -105,6 +105,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
+    classes = load_class_set(DEFAULT)
     card = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
@@ -112,8 +113,8 @@ def convert_segmentor(
         decoder_options=decoder.options,
         attention=attention.name if attention else None,
         attention_options=attention.options if attention else {},
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
+        class_names=classes.names,
+        palette=classes.palette,
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
         weights="teacher" if weights == "teacher" else "student",

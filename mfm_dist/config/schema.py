@@ -72,6 +72,10 @@ class DataSection:
     """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
     validation: str = "camera_val"
     """Labelled shard set that evaluation scores."""
+    classes: str | None = None
+    """Class set to train on: cityscapes19, cityscapes7, synthia16, synthia13, or a class file. Classes of the shards
+    become those of the same name, or those that merge them; the others are ignored. null: that of the shards, which
+    must be the same in all."""
     crop: tuple[IntFrom1, IntFrom1] = (512, 512)
     """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
     workers: IntFrom0 = 2
@@ -382,10 +386,6 @@ class CheckpointSection:
     """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
 
 
-ClassSet = Literal["synthia16", "synthia13"]
-"""Those of ``classes.CLASS_SETS``."""
-
-
 @dataclass(kw_only=True)
 class EvalSection:
     every: IntFrom1 = 4000
@@ -394,8 +394,9 @@ class EvalSection:
     """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
     size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
     Dark Zurich."""
-    class_sets: tuple[ClassSet, ...] = ()
-    """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
+    class_sets: tuple[str, ...] = ()
+    """Also give the mean IoU over these groups of the run's classes, in both conventions of the literature;
+    cityscapes19 has synthia16 and synthia13."""
     overlays: IntFrom0 = 4
     """Images to save as overlays (image, label, prediction) at each evaluation."""
 

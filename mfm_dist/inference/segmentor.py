@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import from_tree, to_tree
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
@@ -37,7 +38,7 @@ class ModelCard:
     """Decoder that weighs detail against context (HRDA); None for one resolution."""
     attention_options: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...]
-    """Index = channel of the logits = train id."""
+    """Index = channel of the logits = value of a predicted pixel."""
     palette: tuple[tuple[int, int, int], ...]
     """RGB colour of each class."""
     mean: tuple[float, float, float]
@@ -61,6 +62,11 @@ class ModelCard:
     revision: str | None
     """Git revision of the code that trained it; None if that was not a clone."""
     format: str = FORMAT
+
+    @property
+    def classes(self) -> ClassSet:
+        """What it tells apart."""
+        return ClassSet(names=self.class_names, palette=self.palette)
 
     def to_json(self) -> str:
         """Return the text of config.json."""

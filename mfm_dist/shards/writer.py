@@ -172,7 +172,7 @@ class ShardSetWriter:
         starts = numbers[:: plan.shard_size]
         self._planned = [PlannedShard(i, numbers[at : at + plan.shard_size]) for i, at in enumerate(starts)]
         names = plan.class_names
-        self._manifest = Manifest(name=folder.name, class_names=names, recipe=plan.recipe, command=plan.command)
+        self._manifest = Manifest(name=folder.name, classes=plan.classes, recipe=plan.recipe, command=plan.command)
         self._records: dict[str, ShardRecord] = {}
         started = started_manifest(folder)
         for record in started.shards if started else ():

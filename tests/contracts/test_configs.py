@@ -15,6 +15,7 @@ from mfm_dist.build import build_train_module, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, launch_problems
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
 
 RUNS = sorted(
@@ -32,7 +33,7 @@ def test_run_builds_with_mfm(path: Path) -> None:
     if config.model.weights is None or not (REPOSITORY / config.model.weights).is_file():  # what a user has to fetch
         config.model.pretrained, config.model.weights = False, None
     with torch.device("meta"):
-        module = build_train_module(config)
+        module = build_train_module(config, CLASSES)
     assert sum(p.numel() for p in module.student.parameters()) > 0
     assert module.rebuilder is not None
 

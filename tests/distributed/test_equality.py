@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
@@ -101,7 +102,7 @@ def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial
 
 def initial_state(scenes: Path, *overrides: str) -> State:
     """What a run starts from."""
-    module = build_train_module(load_config(None, [*tiny_overrides(scenes, Path("unused")), *overrides]))
+    module = build_train_module(load_config(None, [*tiny_overrides(scenes, Path("unused")), *overrides]), CLASSES)
     assert module.teacher is not None
     assert module.rebuilder is not None
     parts = {"student": module.student, "teacher": module.teacher.segmentor, "rebuilder": module.rebuilder}

@@ -10,6 +10,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import MFMSection, OptimSection
 from mfm_dist.optim import build_optimizer, parameter_groups
 from mfm_dist.schedules import learning_rate_factor, mfm_weight
+from tests.helpers.classes import CLASSES
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_lambda_is_constant_by_default_and_ramps_on_request() -> None:
 
 def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay() -> None:
     config = load_config(None, ["model.backbone=mit_b0", "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2"])
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     groups = {group["name"]: group for group in parameter_groups(module, OptimSection())}
     rates = {name: group["base_lr"] for name, group in groups.items()}
     assert rates["encoder"] == rates["encoder_norm"] == 6e-5
@@ -56,7 +57,7 @@ def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay(
 def test_a_pyramid_learns_as_the_decoder_does() -> None:
     options = "{embed_dim: 16, depth: 4, num_heads: 2, dynamic_img_size: true, pyramid: true}"
     network = ["model.backbone=vit_tiny_patch16_224", f"model.backbone_options={options}"]
-    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]))
+    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]), CLASSES)
     backbone = module.student.backbone
     assert backbone.pyramid is not None
     grouped = [(p, g["base_lr"]) for g in parameter_groups(module, OptimSection(lr=1.0)) for p in g["params"]]
@@ -68,12 +69,14 @@ def test_a_pyramid_learns_as_the_decoder_does() -> None:
 
 
 def test_optimisers() -> None:
-    module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]))
+    module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]), CLASSES)
     adamw = build_optimizer(module, OptimSection())
     assert adamw.defaults["betas"] == (0.9, 0.999)
     assert adamw.defaults["eps"] == 1e-8
     with_mfm = load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true"])
-    groups = build_optimizer(build_train_module(with_mfm), OptimSection(rebuilder_betas=(0.9, 0.95))).param_groups
+    groups = build_optimizer(
+        build_train_module(with_mfm, CLASSES), OptimSection(rebuilder_betas=(0.9, 0.95))
+    ).param_groups
     averaged = {group["name"].partition("_")[0]: group["betas"] for group in groups}
     assert averaged == {"encoder": (0.9, 0.999), "decoder": (0.9, 0.999), "rebuilder": (0.9, 0.95)}
     assert build_optimizer(module, OptimSection(name="sgd")).defaults["momentum"] == 0.9

@@ -31,13 +31,14 @@ from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
 
 EVERY_PIXEL = "self_training.pseudo_threshold=0"
 
 
 def module_with(*overrides: str) -> TrainModule:
-    return build_train_module(config_with(EVERY_PIXEL, *overrides))
+    return build_train_module(config_with(EVERY_PIXEL, *overrides), CLASSES)
 
 
 def value_of(module: TrainModule, term: str = "mfm") -> float:
@@ -154,7 +155,7 @@ def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder()
 
 
 def test_the_source_is_classified_by_its_labels_without_a_pseudo_weight() -> None:
-    module = build_train_module(config_with("mfm.domain=source", "method.name=source_only"))
+    module = build_train_module(config_with("mfm.domain=source", "method.name=source_only"), CLASSES)
     value = value_of(module, "mfm_source")
     inputs = module.step_inputs(block())
     features = module.student.encode(inputs.source_image)
@@ -283,7 +284,7 @@ def test_a_fixed_module_passes_gradients_on() -> None:
 
 
 def test_touching_gives_zero_gradients_and_leaves_statistics_alone() -> None:
-    module = build_train_module(config_with())
+    module = build_train_module(config_with(), CLASSES)
     features = [feature.detach() for feature in module.student.encode(normalise(block().target_image))]
     before = [b.clone() for b in module.student.decoder.buffers()]
     total = zero_loss_through([module.student.decoder], features)
