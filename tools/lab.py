@@ -117,7 +117,10 @@ class Lab:
             if code in OUTCOMES and not self.keep:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             figure = "no figure" if record["figure"] is None else f"{record['figure']:.2f} %"
-            print(f"{run.bed} {run.arm} seed {run.seed}: {figure}, {record['reason']}, {record['seconds']:.0f} s")
+            print(
+                f"{run.bed} {run.arm} seed {run.seed}: {figure}, {record['reason']}, {record['seconds']:.0f} s",
+                flush=True,
+            )
             return code in OUTCOMES
 
     async def _probe(self, folder: Path) -> dict[str, Any]:
