@@ -159,13 +159,13 @@ def test_images_that_hide_different_numbers_of_cells_are_refused() -> None:
 # Filling
 
 
-def test_a_new_rebuilder_that_fills_says_nearly_what_the_neighbours_say() -> None:
+def test_a_new_rebuilder_that_fills_stays_near_what_the_neighbours_say() -> None:
     maps, mask = maps_of(), exact_mask(ratio=0.25)
     rebuilt = rebuilder_with(**STABLE)(maps[-1], maps, mask)
     for out, feature in zip(rebuilt, maps, strict=True):
         hidden = nn.functional.interpolate(mask[:, None].float(), feature.shape[-2:]) > 0.5
         difference = (out - fill_from_neighbours(feature, hidden))[hidden.expand_as(out)]
-        assert 0.05 < difference.square().mean().sqrt() < 0.15  # the maps have a deviation of 1
+        assert 0.3 < difference.square().mean().sqrt() < 0.6  # the maps have a deviation of 1
         assert torch.equal(out[~hidden.expand_as(out)], feature[~hidden.expand_as(out)])
 
 
