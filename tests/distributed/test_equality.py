@@ -149,9 +149,9 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
 
 
 LARGE = [
-    *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16", "rebuilder.grid=4x8",
-    "memory.checkpoint_rebuilder=true", "train.global_batch=4", "optim.rebuilder_lr=0.005", "checkpoint.every=10",
-    "checkpoint.keep=2", "log.every=20", "eval.every=20",
+    *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
+    "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4", "optim.rebuilder_lr=0.005",
+    "checkpoint.every=10", "checkpoint.keep=2", "log.every=20", "eval.every=20",
 ]  # fmt: skip
 """configs/rebuilder/large.yaml at the rates of these tests."""
 
