@@ -11,14 +11,14 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
-from mfm_dist.data.photographs import PNG_START, opened
+from mfm_dist.data.photographs import opened
+from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
 
 UPRIGHT = 1
 _ORIENTATION_TAG = 0x0112
-_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _UNKNOWN = -1
 
 
@@ -53,29 +53,26 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
     kind = png_kind(content)
     if kind is None or kind not in kinds:
         raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
+    if kind.startswith("16-bit RGB"):
+        return _red_of_16_bits(content)
     with opened(content) as picture:
-        if kind.startswith("16-bit RGB"):
-            return _red_of_16_bits(content)
         ids = np.array(picture)
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
 
 
-def png_kind(content: bytes) -> str | None:
-    """Tell from its header what a PNG is: ``8-bit palette``, ``16-bit RGB`` …; None for anything else."""
-    if len(content) < 33 or not content.startswith(PNG_START) or content[25] not in _COLOURS:
-        return None
-    return f"{content[24]}-bit {_COLOURS[content[25]]}"
-
-
 def _red_of_16_bits(content: bytes) -> np.ndarray:
-    """Read the red channel, uint16 [H, W]. Pillow would halve the depth, so torchvision decodes."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
+    """Read the red channel, uint16 [H, W].
 
-    channels = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    red: np.ndarray = channels[0].numpy()
-    return red
+    Of two bytes Pillow keeps the more significant one. Told that they come the other way round, it keeps the other.
+    """
+    halves = []
+    for order in ("16B", "16L"):
+        with opened(content) as picture:
+            assert isinstance(picture, ImageFile.ImageFile)
+            picture.tile = [tile._replace(args=str(tile.args).replace("16B", order)) for tile in picture.tile]
+            halves.append(np.array(picture)[..., 0].astype(np.uint16))
+    return halves[0] << 8 | halves[1]
 
 
 def lookup_table(train_ids: Mapping[int, int]) -> np.ndarray:

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
 from mfm_dist.data.geometry import fitted
+from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.shards.pictures import lookup_table, png_kind, read_ids, read_picture, resize_pair, to_train_ids
+from mfm_dist.shards.pictures import lookup_table, read_ids, read_picture, resize_pair, to_train_ids
 from tests.helpers import downloads
 
 
