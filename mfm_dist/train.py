@@ -14,7 +14,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from mfm_dist.run.folder import RunFolder, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 
 if TYPE_CHECKING:
+    from mfm_dist.checkpoint.files import Checkpoint
     from mfm_dist.trainer import Trainer
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -98,10 +99,29 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
                     if checkpoint is not None:
                         trainer.resume(checkpoint)
+                        engine.run_collectively(lambda: set_aside(checkpoint, run, say))
                     engine.run_collectively(lambda: run.begin(config, engine.environment, trainer.progress.step))
                 stop.training_begins()
                 yield trainer
     engine.close()
+
+
+def set_aside(checkpoint: Checkpoint, run: RunFolder, say: Callable[[str], object]) -> None:
+    """Put the damaged checkpoints that the run passes over where it will not write over them, and name them.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    from mfm_dist.checkpoint.files import set_aside_later
+
+    if not run.writes:
+        return
+    try:
+        for path in set_aside_later(checkpoint):
+            run.event("checkpoint_set_aside", step=checkpoint.progress.step, path=str(path.relative_to(run.path)))
+            say(f"  set aside: {path}")
+    except OSError as error:
+        raise StorageError(f"run.folder={run.path} cannot be written: {error}") from error
 
 
 def report_finished(config: RunConfig, run: RunFolder) -> bool:
