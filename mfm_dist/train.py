@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
 from mfm_dist.run.folder import RunFolder, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
+from mfm_dist.storage import read_json
 
 if TYPE_CHECKING:
     from mfm_dist.checkpoint.files import Checkpoint
@@ -135,7 +135,8 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
 
     step = config.train.steps
     try:
-        miou = json.loads(run.evaluation(step).read_text(encoding="utf-8"))["miou"]
+        score = read_json(run.evaluation(step))["miou"]
+        miou = None if score is None else float(score)
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
     except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
         return False  # something is left to do, or to mend

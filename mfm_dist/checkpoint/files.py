@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.errors import ConfigError, CorruptFileError
-from mfm_dist.storage import sha256_of, whole_folder, write_atomically
+from mfm_dist.storage import read_json, sha256_of, whole_folder, write_atomically
 
 FORMAT = 2
 """Any format keeps its number in ``state.json``, and bytes and SHA-256 of every file in ``manifest*.json``."""
@@ -156,7 +156,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         state = _read_state(path)
-        manifest = _read_json(path / "manifest.json")["files"]
+        manifest = read_json(path / "manifest.json", JSON_LIMIT)["files"]
         if foreign := [name for name in manifest if not _FILE.fullmatch(name)]:
             raise CorruptFileError(f"manifest.json names {foreign[0]!r}, which is no file of a checkpoint")
         present = {entry.name for entry in path.glob("*.safetensors")}
@@ -172,12 +172,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _read_state(path: Path) -> dict[str, Any]:
     """Read ``state.json`` if it is as it was written, and of this format: of another nothing else is known."""
     for manifest in path.glob("manifest*.json"):
-        if written := _read_json(manifest)["files"].get("state.json"):
+        if written := read_json(manifest, JSON_LIMIT)["files"].get("state.json"):
             _verify_file(path / "state.json", written["bytes"], written["sha256"])
             break
     else:
         raise CorruptFileError("no manifest names state.json")
-    state = _read_json(path / "state.json")
+    state = read_json(path / "state.json", JSON_LIMIT)
     found = state.get("format")
     if type(found) is int and found != FORMAT:
         raise ConfigError(
@@ -221,17 +221,6 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        content = file.read(JSON_LIMIT + 1)
-    if len(content) > JSON_LIMIT:
-        raise CorruptFileError(f"{path.name} is larger than {JSON_LIMIT >> 20} MiB")
-    value = json.loads(content)
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path.name} is not a mapping")
-    return value
 
 
 def _step_of(path: Path) -> int | None:
