@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mfm_dist.config.loader import from_tree, to_tree
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.hrda import build_segmentor
+from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.models.preprocessing import normalise
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
@@ -114,11 +115,17 @@ def load_export(folder: Path) -> TrainedSegmentor:
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
     """
-    model = TrainedSegmentor(read_card(folder))
+    model, file = TrainedSegmentor(read_card(folder)), folder / WEIGHTS
+    own = {name: tensor.dtype for name, tensor in model.segmentor.state_dict().items()}
     try:
-        model.segmentor.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
+        if not file.is_file():  # a named pipe would be waited for
+            raise FileNotFoundError(f"there is no file {WEIGHTS}")
+        tensors = load_file(file)
+        if problems := [*wrong_types(tensors, own), *not_finite(tensors)]:
+            raise CorruptFileError(min(problems))
+        model.segmentor.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, CorruptFileError) as error:
+        raise ConfigError(f"{file} cannot be used ({str(error)[:1000]}): export the run again") from error
     return model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -239,6 +241,10 @@ def test_a_run_without_a_teacher_says_so(trained_run: Path, tmp_path: Path) -> N
         (lambda f: _change(f, decoder="daformr"), "'daformer'"),
         (lambda f: _change(f, mean="grey"), "mean: expected"),
         (lambda f: _change(f, decoder_options={"width": 32}), "export the run again"),
+        (lambda f: _change_weights(f, lambda tensor: tensor.to(torch.int8)), "is int8"),
+        (lambda f: _change_weights(f, lambda tensor: tensor * torch.nan), "not finite"),
+        (lambda f: _pipe(f / "model.safetensors"), "there is no file model.safetensors"),
+        (lambda f: _pipe(f / "config.json"), "neither an export"),
     ],
 )
 def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, exported: Path, tmp_path: Path) -> None:
@@ -253,6 +259,17 @@ def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, 
 def _change(folder: Path, **values: object) -> None:
     card = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**card, **values}))
+
+
+def _change_weights(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: change(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+              folder / "model.safetensors")  # fmt: skip
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_window(
