@@ -12,6 +12,7 @@ from functools import wraps
 from typing import NamedTuple
 
 EXIT_DONE = 0
+EXIT_ERROR = 1  # no mistake of a user that we know of: what Python ends with after a traceback
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_STORAGE = 4
@@ -25,8 +26,6 @@ class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do about it."""
 
     exit_code: int = 1
-    step: int = -1
-    """Global batches consumed when it happened, -1 before training."""
 
 
 class ConfigError(UserError):

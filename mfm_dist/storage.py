@@ -26,13 +26,14 @@ LARGEST_FILE = 64 << 20
 def whole_folder(final: Path) -> Iterator[Path]:
     """Give an empty temporary folder to fill. At the end of the block it takes the place of ``final``, all on disk.
 
-    If the block raises, nothing of it is left, and a ``final`` that was there before still is.
+    If the block raises, nothing of it is left, and a ``final`` that was there before still is. The folder that it is
+    in has to be there: one that somebody removed does not come back.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     replaced = final.with_name(f".{final.name}.old")
     _remove(temporary)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             fsync(path)

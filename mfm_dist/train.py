@@ -9,7 +9,6 @@ outcome.json says the same.
 from __future__ import annotations
 
 import argparse
-import errno
 import signal
 import sys
 import time
@@ -21,8 +20,16 @@ from typing import TYPE_CHECKING
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
-from mfm_dist.run.folder import RunFolder, write_outcome
+from mfm_dist.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    ConfigError,
+    CorruptFileError,
+    StorageError,
+    UserError,
+    first_line,
+)
+from mfm_dist.run.folder import OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 from mfm_dist.storage import read_json
 
@@ -39,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     launch = Launch.from_environment()
-    folder: Path | None = None
+    folder = stop = trainer = None
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
@@ -49,13 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_with_launcher(launch)
         with StopRequested(folder, launch.rank) as stop, start_run(config, stop) as trainer:
             return EXIT_DONE if trainer is None else trainer.fit()
-    except UserError as error:
-        return tell(error, launch.rank, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        advice = "Checkpoints are intact; free some space and start the same command again"
-        return tell(StorageError(f"{error}. {advice}"), launch.rank, folder)
+    except Exception as error:
+        step = trainer.progress.step if trainer else -1
+        owned = stop is not None and stop.owns_folder
+        mistake = error if isinstance(error, UserError) else None
+        if mistake is None and isinstance(error, OSError) and folder is not None:
+            mistake = storage_error(error, folder)
+        if mistake is not None:
+            return tell(mistake, launch.rank, folder, step=step, owned=owned)
+        if folder is not None and owned and not (folder / OUTCOME).exists():  # the first rank to fail says why
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            write_outcome(folder, code=EXIT_ERROR, reason=reason, step=step, owned=True)
+        raise
 
 
 @contextmanager
@@ -79,6 +91,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
         engine.run_collectively(run.create)
+        stop.owns_folder = True
         if engine.from_main(lambda: report_finished(config, run)):
             yield None
         else:
@@ -166,7 +179,7 @@ def check(config: RunConfig) -> None:
     print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
 
 
-def tell(error: UserError, rank: int, folder: Path | None) -> int:
+def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: bool) -> int:
     """Print the message, once, for it is the same on every rank; write it to the run folder too, if there is one."""
     if rank != 0:
         # The launcher ends every rank as soon as one has ended, and rank 0 may not have spoken yet. Who is still there
@@ -175,7 +188,7 @@ def tell(error: UserError, rank: int, folder: Path | None) -> int:
         time.sleep(RANK_0_SPEAKS_WITHIN)
     print(error, file=sys.stderr, flush=True)
     if folder is not None and folder.is_dir():
-        write_outcome(folder, code=error.exit_code, reason=str(error), step=error.step)
+        write_outcome(folder, code=error.exit_code, reason=str(error), step=step, owned=owned)
     return error.exit_code
 
 

@@ -70,6 +70,7 @@ def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(folder: Path, *steps: int, keep: int = 2, background: bool = False) -> None:
+    folder.mkdir(exist_ok=True)
     writes = writer(folder, keep=keep, background=background)
     for step in steps:
         module: Any = step
@@ -282,7 +283,7 @@ def test_every_rank_hears_of_a_write_that_failed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     (tmp_path / "file").write_text("in the way")
     module: Any = 1
-    first, second = writer(tmp_path / "file" / "checkpoints", background=True), writer(tmp_path)
+    first, second = writer(tmp_path / "file", background=True), writer(tmp_path)
     told: list[Any] = []
 
     def gather_first(own: Any) -> list[Any]:
