@@ -42,10 +42,17 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
     def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return f"configuration error: {self.problems[0]}"
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        return f"{len(self.problems)} configuration errors:\n{lines}"
+        problems = [problem if len(problem) <= 1000 else f"{problem[:1000]} ..." for problem in self.problems]
+        if len(problems) == 1:
+            return f"configuration error: {problems[0]}"
+        lines, size = [f"{len(problems)} configuration errors:"], 0
+        for number, problem in enumerate(problems, 1):
+            size += len(problem)
+            if size > 3500:
+                lines.append(f"  and {len(problems) - number + 1} more")
+                break
+            lines.append(f"  {number}. {problem}")
+        return "\n".join(lines)
 
 
 class DataError(UserError):

@@ -285,11 +285,67 @@ def test_files_that_are_missing_or_no_mapping(tmp_path: Path) -> None:
     assert "expected sections" in problems_of(path=tmp_path / "there.yaml")[0]
     (tmp_path / "broken.yaml").write_text("train: {steps: 3\n")
     assert "not valid YAML" in problems_of(path=tmp_path / "broken.yaml")[0]
-    (tmp_path / "broken.yaml").write_text("run: {folder: 2024-13-45}\n")
-    assert "not valid YAML: month must be in 1..12" in problems_of(path=tmp_path / "broken.yaml")[0]
-    assert problems_of("run.folder=2024-13-45") == [
-        "override 'run.folder=2024-13-45': '2024-13-45' is not a YAML value; quote it"
-    ]
+    assert load_config(None, ["run.folder=2024-13-45"]).run.folder == Path("2024-13-45")  # no date
+
+
+HOSTILE = {
+    "not UTF-8": (b"# caf\xe9\ntrain: {steps: 3}\n", r"is not UTF-8 \(byte 5 is 0xe9\)"),
+    "a tag of a date": (b"seed: !!timestamp x", "could not determine a constructor"),
+    "a tag of a set": (b"seed: !!set {1}", "could not determine a constructor"),
+    "an empty integer": (b"seed: !!int ''", "is no integer"),
+    "an integer of text": (b"seed: !!int x", "is no integer"),
+    "a truth of text": (b"seed: !!bool x", "is neither true nor false"),
+    "a number of text": (b"seed: !!float x", "is no number"),
+    "400 digits": (b"seed: " + b"9" * 400, "an integer beyond 64 bits"),
+    "5000 digits": (b"seed: " + b"9" * 5000, "is no integer"),
+    "hexadecimal digits": (b"seed: 0x" + b"f" * 5000, "an integer beyond 64 bits"),
+    "itself": (b"model: {backbone_options: &a {x: *a}}", "holds an alias of itself"),
+    "deep": (b"model: {backbone_options: {x: " + b"[" * 5000 + b"]" * 5000 + b"}}", "nested more than 16 deep"),
+    "deeper than 16": (b"model: {backbone_options: {x: " + b"[" * 17 + b"]" * 17 + b"}}", "nested more than 16 deep"),
+    "aliases": (
+        b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in range(98, 108)),
+        "more than 20,000 values",
+    ),
+    "a long list": (b"seed: [" + b"1234567890," * 19000 + b"]", "expected an integer, got"),
+    "too many values": (b"seed: [" + b"1," * 30000 + b"]", "more than 20,000 values"),
+    "too long": (b"#" * (1 << 21), "is larger than 1 MiB"),
+    "a long key": (b"? " + b"k" * 100_000 + b"\n: 3", "unknown key"),
+    "a key twice": (b"train: {steps: 3}\nseed: 1\ntrain: {steps: 4}", "'train' is a key that stands there twice"),
+    "a key twice below": (b"train: {steps: 3, steps: 4}", "'steps' is a key that stands there twice"),
+    "half a character": (b'run: {folder: "\\ud800"}', "a character that no file can hold"),
+    "a zero byte": (b'run: {folder: "a\\0b"}', "a character that no file can hold"),
+    "a number too large": (b"seed: 1.0e+300", "expected an integer"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_text_that_no_configuration_is_gets_a_short_answer(kind: str, tmp_path: Path) -> None:
+    content, reason = HOSTILE[kind]
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 4096
+
+
+def test_many_problems_are_told_shortly(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, "".join(f"key_{number}: 3\n" for number in range(500)))
+    with pytest.raises(ConfigError, match=r"500 configuration errors:(?s:.)* and \d+ more$") as caught:
+        load_config(file)
+    assert len(str(caught.value)) < 4096
+    assert len(caught.value.problems) == 500
+    for override in ("." * 100_000 + "=1", "seed=" + "[" * 5000, "seed=" + "9" * 5000, "x" * 100_000):
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, [override])
+        assert len(str(caught.value)) < 4096
+
+
+def test_of_two_overrides_of_a_key_the_last_wins_and_merge_keys_add(tmp_path: Path) -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+    (file,) = write(tmp_path, "model: {backbone_options: &a {x: 1, y: 2}, decoder_options: {<<: *a, y: 3}}\n")
+    assert load_config(file).model.decoder_options == {"x": 1, "y": 3}
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
