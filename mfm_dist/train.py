@@ -165,7 +165,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: for the first of these that is wrong, with all that is wrong with it.
     """
-    from mfm_dist.build import build_train_module, open_readers
+    from mfm_dist.build import build_train_module, check_shapes, open_readers
     from mfm_dist.distributed.trackers import tracker_problems
 
     if problems := tracker_problems(config):
@@ -173,6 +173,7 @@ def check(config: RunConfig) -> None:
     module = build_train_module(config)
     if not config.data.render_scenes:
         open_readers(config, module.method.supervised_on)
+    check_shapes(module)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")

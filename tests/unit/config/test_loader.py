@@ -101,7 +101,7 @@ def test_problems_name_the_file_they_come_from(tmp_path: Path) -> None:
     first.write_text("model: {pretrained: true}\ntrain: {steps: 0}\n")
     assert problems_of("model.weights=x.pth", "mfm.mask_ratio=2", path=[first, third]) == [
         "mfm.mask_ratio=2.0: must lie between 0 and 1 (command line)",
-        f"train.steps=0: must be at least 1 ({first})",
+        f"train.steps=0: must lie between 1 and 1,000,000,000 ({first})",
         f"train.global_batch=4 is not a multiple of train.micro_batch=3 ({third})",
         "model.pretrained and model.weights are both set: keep one, they both start the encoder "
         f"({first}, command line)",
@@ -210,9 +210,18 @@ def test_a_number_out_of_its_range_is_refused(key: str) -> None:
     assert [text for text in found if text.startswith(f"{key}=-1") and ": must " in text and "(command line)" in text]
 
 
-@pytest.mark.parametrize("key", ["data.crop", "eval.resize", "rebuilder.grid"])
-def test_each_number_of_a_pair_has_the_range(key: str) -> None:
-    assert f"{key}=0: must be at least 1 (command line)" in problems_of(f"{key}=[32, 0]")
+def test_no_number_is_without_end() -> None:
+    """Seeds have 64 bits, and no larger integer is read at all."""
+    limited = [key for key in RANGED if not key.endswith("seed")]
+    text = "\n".join(problems_of(*(f"{key}=10000000000" for key in limited)))
+    assert [key for key in limited if f"{key}=10000000000" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "most"), [("data.crop", "32,768"), ("eval.resize", "32,768"), ("rebuilder.grid", "1,024")]
+)
+def test_each_number_of_a_pair_has_the_range(key: str, most: str) -> None:
+    assert f"{key}=0: must lie between 1 and {most} (command line)" in problems_of(f"{key}=[32, 0]")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +232,12 @@ def test_each_number_of_a_pair_has_the_range(key: str) -> None:
         ("optim.warmup_ratio", ["0", "1"], "1.001"),
         ("rebuilder.mlp_ratio", ["0.1"], "0"),
         ("recovery.spike_factor", ["0", "1.1"], "1"),
+        ("optim.betas", ["0", "0.999999"], "1"),
+        ("optim.eps", ["1e-30", "1"], "0"),
+        ("watchdog.seconds", ["0", "1"], "1e-9"),
+        ("train.threads", ["1024"], "100000"),
+        ("seed", ["9223372036854775807"], "-1"),
+        ("data.crop", ["8192x8192"], "8192x8193"),
         ("recovery.spike_window", ["1", "10000"], "10001"),
     ],
 )
@@ -235,8 +250,8 @@ def test_the_edges_of_a_range(key: str, allowed: list[str], refused: str) -> Non
 def test_help_shows_types_and_ranges() -> None:
     heads = {line.partition("=")[0]: line.partition("\n")[0] for line in describe()}
     assert list(heads) == list(KEYS)
-    assert heads["train.steps"] == "train.steps=40000  [an integer, must be at least 1]"
-    assert heads["eval.resize"] == "eval.resize=None  [2 x an integer or null, must be at least 1]"
+    assert heads["train.steps"] == "train.steps=40000  [an integer, must lie between 1 and 1,000,000,000]"
+    assert heads["eval.resize"] == "eval.resize=None  [2 x an integer or null, must lie between 1 and 32,768]"
     assert heads["mfm.enabled"] == "mfm.enabled=False  [true or false]"
     assert all(("must" in heads[key]) == (key in RANGED) for key in KEYS)
 
