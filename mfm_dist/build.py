@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.classes import ClassSet
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.schema import DataSection, RunConfig, is_stream
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
@@ -16,7 +18,7 @@ from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError, first_line
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
-from mfm_dist.models.activation_checkpointing import checkpoint_blocks
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks, recompute
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -28,29 +30,32 @@ from mfm_dist.train_module import TrainModule
 
 @dataclass(frozen=True)
 class Readers:
-    """The three data sets of a run."""
+    """The three data sets of a run, and the classes that all of them are labelled with."""
 
     labelled: ShardReader | ShardStream
     """What the student is supervised on."""
     target: ShardReader | ShardStream
     validation: ShardReader
+    classes: ClassSet
+    notes: tuple[str, ...] = ()
+    """What becomes of classes that are not those of the run, a line for each data set, for people."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the shards that the run trains on; what it is scored on may change."""
-        return {
-            "labelled": self.labelled.fingerprint,
-            "target": self.target.fingerprint,
-        }
+        """Of the shards that the run trains on and what becomes of their labels; what it is scored on may change."""
+        found = {"labelled": self.labelled.fingerprint, "target": self.target.fingerprint}
+        if isinstance(self.labelled, ShardReader) and self.labelled.relabelling is not None:
+            found["relabelling"] = self.labelled.relabelling.fingerprint
+        return found
 
 
-def build_student(config: RunConfig) -> Segmentor:
-    """Build the segmentor with its initial weights; of HRDA, where that is the method."""
+def build_student(config: RunConfig, classes: ClassSet) -> Segmentor:
+    """Build the segmentor of these classes with its initial weights; of HRDA, where that is the method."""
     model = config.model
     return build_segmentor(
         backbone=model.backbone,
         decoder=model.decoder,
-        num_classes=len(CLASS_NAMES),
+        num_classes=len(classes),
         pretrained=model.pretrained,
         weights=model.weights,
         backbone_options=model.backbone_options,
@@ -78,11 +83,15 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
             num_heads=settings.heads,
             mlp_ratio=settings.mlp_ratio,
             grid=settings.grid,
+            qk_norm=settings.qk_norm,
+            depth_scaling=settings.depth_scaling,
+            readout=settings.readout,
+            fill=settings.fill,
         )
 
 
-def build_train_module(config: RunConfig) -> TrainModule:
-    """Build student, teacher and Rebuilder; the initial weights depend on ``config.seed`` alone.
+def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
+    """Build student, teacher and Rebuilder; the initial weights depend on ``config.seed`` and the number of classes.
 
     Raises:
         ConfigError: with everything that is wrong about the method, the networks and the Rebuilder.
@@ -95,7 +104,7 @@ def build_train_module(config: RunConfig) -> TrainModule:
         problems += error.problems
     torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 0))
     try:
-        student = build_student(config)
+        student = build_student(config, classes)
         if config.memory.checkpoint_backbone:
             checkpoint_blocks(student.backbone)
     except ConfigError as error:
@@ -104,9 +113,16 @@ def build_train_module(config: RunConfig) -> TrainModule:
         # A seed of its own: with or without MFM, a student starts from the same weights.
         torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 1))
         rebuilder = build_rebuilder(config, student)
+        if config.memory.checkpoint_rebuilder:
+            recompute([*rebuilder.blocks, *rebuilder.readout])
+    if method is not None and method.needs_initial_encoder and not classes.things:
+        problems.append(
+            f"method.name={config.method_label} keeps things near their ImageNet features, and no class is a thing: "
+            "say which are (things: [...]) in a class file, and name it in data.classes"
+        )
     if problems or method is None or student is None:
         raise ConfigError(problems)
-    module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config)
+    module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config, classes=classes)
     if config.train.compile:
         compile_networks(module)
     return module
@@ -126,7 +142,8 @@ def check_shapes(module: TrainModule) -> None:
         module.student(image)
         if module.rebuilder is not None and module.config.mfm.reconstruction != "pixels":
             features = module.student.encode(module.student.context(image))
-            mask = torch.zeros(len(image), *module.rebuilder.grid, dtype=torch.bool, device="meta")
+            rows, columns = module.rebuilder.grid
+            mask = (torch.arange(rows * columns) % 2 == 0).view(rows, columns).expand(len(image), -1, -1)
             inputs = [features[index] for index in module.student.decoder_inputs]
             module.rebuilder(features[-1], inputs, mask)
     except Exception as error:  # whatever a layer of timm or torch says of a shape
@@ -137,7 +154,9 @@ def check_shapes(module: TrainModule) -> None:
 
 
 def compile_networks(module: TrainModule) -> None:
-    """Compile student, teacher and initial encoder by torch.compile, at their first forward; names and weights stay.
+    """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile, at their first forward.
+
+    Names and weights stay.
 
     Dropout draws torch's own numbers, so that a compiled run sees the same ones as any other.
     """
@@ -145,30 +164,85 @@ def compile_networks(module: TrainModule) -> None:
     parts = [part for segmentor in segmentors for part in (segmentor.backbone, *segmentor.heads)]
     if module.initial_encoder is not None:
         parts.append(module.initial_encoder.backbone)
+    if module.rebuilder is not None:
+        parts += [*module.rebuilder.blocks, *module.rebuilder.readout]
     for part in parts:
         part.compile(dynamic=False, options={"fallback_random": True})
 
 
-def open_readers(config: RunConfig, supervised_on: str) -> Readers:
-    """Open the shard sets of a run, each checked.
+def open_readers(config: RunConfig) -> Readers:
+    """Open the shard sets of a run, each checked, and find the classes that they share.
 
     Raises:
         UserError: ConfigError or DataError with what is wrong about each of the three.
     """
     data = config.data
-    labelled = data.source if supervised_on == "source" else data.target
-    opened: dict[str, ShardReader | ShardStream] = {}
+    classes = None if data.classes is None else load_class_set(data.classes)
+    labelled = data.source if build_method(config).supervised_on == "source" else data.target
+    names = dict.fromkeys((labelled, data.target, data.validation))
+    folders: dict[str, ShardReader] = {}
     errors = []
-    for name in dict.fromkeys((labelled, data.target, data.validation)):
+    for name in names:
         try:
-            opened[name] = open_shards(data, name)
+            if not is_stream(name):
+                folders[name] = open_folder(data, name, classes)
         except UserError as error:
             errors.append(error)
     if errors:
         raise _joined(errors)
-    validation = opened[data.validation]
-    assert isinstance(validation, ShardReader)  # the configuration was checked
-    return Readers(opened[labelled], opened[data.target], validation)
+    classes = classes or shared_classes(folders)
+    check_groups(config, classes)
+    streams = {name: open_stream(data, name, classes) for name in names if is_stream(name)}
+    opened: dict[str, ShardReader | ShardStream] = {**folders, **streams}
+    notes = _relabelled(folders)
+    notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
+    return Readers(opened[labelled], opened[data.target], folders[data.validation], classes, tuple(notes))
+
+
+def check_groups(config: RunConfig, classes: ClassSet) -> None:
+    """Raise ConfigError where ``eval.class_sets`` names what is no group of the run's classes."""
+    if unknown := [name for name in config.eval.class_sets if name not in classes.groups]:
+        known = ", ".join(classes.groups) or "none"
+        raise ConfigError(f"eval.class_sets names {', '.join(unknown)}; groups of the run's classes: {known}")
+
+
+def shared_classes(folders: Mapping[str, ShardReader]) -> ClassSet:
+    """Return the one class set of all data sets that have labels.
+
+    Raises:
+        ConfigError: they differ, or none has labels.
+    """
+    known = {name: reader.classes for name, reader in folders.items() if reader.classes is not None}
+    if not known:
+        raise ConfigError(f"{', '.join(folders)}: no labels, so there are no classes to train")
+    first, shared = next(iter(known.items()))
+    problems = [
+        f"{first} and {name} do not agree, {difference}\n    Name in data.classes the classes to train on, into which "
+        "all are mapped by name, or pack one of them again with --classes"
+        for name, classes in known.items()
+        if (difference := shared.difference(classes))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return shared
+
+
+def _relabelled(folders: Mapping[str, ShardReader]) -> list[str]:
+    """Say what becomes of the classes of data sets, where they do not stay what they are; alike ones together."""
+    names: dict[str, list[str]] = {}
+    for name, reader in folders.items():
+        if reader.relabelling is not None:
+            ignored, absent = (", ".join(some) for some in (reader.relabelling.ignored, reader.relabelling.absent))
+            lines = [f"labels of {reader.index.manifest.classes}", f"  become {reader.classes}"]
+            lines += [f"  ignored, as none of these: {ignored}"] if ignored else []
+            lines += [f"  never labelled: {absent}"] if absent else []
+            names.setdefault("\n".join(lines), []).append(name)
+    return [f"{', '.join(alike)}: {text}" for text, alike in names.items()]
+
+
+def classes_without_data(config: RunConfig) -> ClassSet:
+    """Return the classes of networks that are built where no data is read. Raises ConfigError."""
+    return load_class_set(config.data.classes or DEFAULT)
 
 
 def train_pipeline(
@@ -193,21 +267,29 @@ def render_scenes(config: RunConfig) -> None:
     if config.data.render_scenes:
         scenes = config.scenes
         write_scenes(
-            config.data.root, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed, report=print
+            config.data.root,
+            train=scenes.train,
+            val=scenes.val,
+            size=scenes.size,
+            seed=scenes.seed,
+            gap=scenes.gap,
+            report=print,
         )
 
 
-def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
-    """Open one shard set of a run: a stream where it is a URL; staged to the node's disk where that is asked for.
+def open_folder(data: DataSection, name: str, classes: ClassSet | None) -> ShardReader:
+    """Open one folder of shards of a run, staged to the node's disk where that is asked for.
+
+    Args:
+        classes: that its labels are mapped into; None: its own.
 
     Raises:
         UserError: ConfigError, DataError or StorageError with what is wrong.
     """
-    if is_stream(name):
-        return ShardStream(name, samples=data.stream_samples, num_classes=len(CLASS_NAMES), decoder=data.decoder)
     scratch = Scratch(data.scratch, partial(print, flush=True), limit_gib=data.scratch_gib) if data.scratch else None
     reader = ShardReader(
         data.root / name,
+        classes=classes,
         decoder=data.decoder,
         bad_limit=data.bad_sample_limit,
         open_shard=scratch.open if scratch else open_tar,
@@ -215,6 +297,11 @@ def open_shards(data: DataSection, name: str) -> ShardReader | ShardStream:
     if scratch and not data.lanes:
         scratch.stage(data.root / name)
     return reader
+
+
+def open_stream(data: DataSection, url: str, classes: ClassSet) -> ShardStream:
+    """Open shards behind a URL, whose labels are in these classes. Raises ConfigError."""
+    return ShardStream(url, samples=data.stream_samples, num_classes=len(classes), decoder=data.decoder)
 
 
 def _joined(errors: list[UserError]) -> UserError:

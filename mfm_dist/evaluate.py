@@ -12,11 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from mfm_dist.classes import CLASS_SETS
+from mfm_dist.classes import ClassSet
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.errors import EXIT_DONE, tell_user_errors
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.evaluation import OneProcess, evaluate
 from mfm_dist.inference.open_run import open_run
@@ -27,39 +29,69 @@ from mfm_dist.inference.segmentor import TrainedSegmentor, load_export
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
-    name, model, data, class_sets = what_to_score(arguments)
-    reader = ShardReader(data)
+    scored = what_to_score(arguments)
+    model, reader, classes = scored.model, scored.reader, scored.classes
     ranks = OneProcess()
     scores, _ = evaluate(
         model.segmentor.to(ranks.device),
         EvaluationSet(reader, rank=0, world_size=1),
         ranks,
         step=model.card.step,
-        class_sets=class_sets,
+        classes=classes,
+        class_sets=scored.class_sets,
         fit_into=model.card.resize,
         scale=model.normalise,
         overlays=len(reader) if arguments.overlays else 0,
         overlay_folder=arguments.overlays,
     )
-    print(scores.to_json() if arguments.json else f"{name}, {scores.images} images\n{scores.table()}")
+    print(scores.to_json() if arguments.json else f"{scored.name}, {scores.images} images\n{scores.table()}")
     for line in scores.bad_samples:
         print(f"not counted: {line}", file=sys.stderr)
     return EXIT_DONE
 
 
-def what_to_score(arguments: argparse.Namespace) -> tuple[str, TrainedSegmentor, Path, Sequence[str]]:
-    """Return the name of what is scored, the segmentor, the folder of its data and the class sets to give means over.
+class Scored(NamedTuple):
+    """A segmentor, and what it is scored on."""
+
+    name: str
+    model: TrainedSegmentor
+    reader: ShardReader
+    classes: ClassSet
+    class_sets: Sequence[str]
+    """Groups of the classes to give means over, too."""
+
+
+def what_to_score(arguments: argparse.Namespace) -> Scored:
+    """Open the segmentor and its data.
 
     Raises:
-        UserError: what ``open_run`` and ``load_export`` raise.
+        UserError: what ``open_run``, ``load_export`` and ``ShardReader`` raise; or the classes do not agree.
     """
+    mapped_into = None if arguments.classes is None else load_class_set(arguments.classes)
+    class_sets: Sequence[str] = arguments.class_sets or ()
     if arguments.model is not None:
-        model = load_export(arguments.model)
-        return str(arguments.model), model, arguments.data, arguments.class_sets or ()
-    run = open_run(arguments.run)
-    data = arguments.data or run.config.data.root / (arguments.split or run.config.data.validation)
-    class_sets = run.config.eval.class_sets if arguments.class_sets is None else arguments.class_sets
-    return str(run.checkpoint.path), run.model, data, class_sets
+        name, model, data = str(arguments.model), load_export(arguments.model), arguments.data
+        trained_on = None
+    else:
+        run = open_run(arguments.run)
+        name, model, settings = str(run.checkpoint.path), run.model, run.config
+        data = arguments.data or settings.data.root / (arguments.split or settings.data.validation)
+        trained_on = run.checkpoint.classes
+        mapped_into = mapped_into or (trained_on if settings.data.classes else None)
+        class_sets = settings.eval.class_sets if arguments.class_sets is None else class_sets
+    reader = ShardReader(data, classes=mapped_into)
+    if reader.classes is None:
+        raise ConfigError(f"{data} has no labels to score against")
+    if difference := model.card.classes.difference(reader.classes):
+        raise ConfigError(
+            f"{name} and {data} do not agree, {difference}\n    Score on shards of the first, or name with --classes a "
+            "set of these classes into which the shards' are mapped by name"
+        )
+    classes = trained_on or reader.classes  # the same names; a run's groups and colours are its own
+    if unknown := [one for one in class_sets if one not in classes.groups]:
+        known = ", ".join(classes.groups) or "none"
+        raise ConfigError(f"--class-sets {' '.join(unknown)}: groups of these classes: {known}")
+    return Scored(name, model, reader, classes, class_sets)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,8 +101,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--data", type=Path, metavar="SHARD_SET", help="folder of a labelled shard set; --model needs it")
     data.add_argument("--split", metavar="SHARD_SET", help="name of one in the run's data.root (its data.validation)")
     parser.add_argument(
-        "--class-sets", nargs="+", choices=sorted(CLASS_SETS), help="also means over these classes (those of the run)"
+        "--classes", metavar="NAME|FILE", help="map the shards' classes into this set (as the run does)"
     )
+    parser.add_argument("--class-sets", nargs="+", metavar="GROUP", help="also means over these groups (the run's)")
     parser.add_argument(
         "--overlays", type=Path, metavar="FOLDER", help="save image, label and prediction of all images"
     )

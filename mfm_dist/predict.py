@@ -1,7 +1,8 @@
 """Segment photographs: python -m mfm_dist.predict (--run RUN | --model EXPORT) --input FILE_OR_FOLDER --output FOLDER
 
-Writes FOLDER/ids/NAME.png, whose pixel values are train ids (0 road ... 18 bicycle) and whose palette shows them in
-class colours, FOLDER/overlays/NAME.png, and FOLDER/predictions.json. Subfolders of the input are kept. Images are
+Writes FOLDER/ids/NAME.png, whose pixel values are the indices of the model's classes (train ids, for those of
+Cityscapes) and which shows them in class colours, FOLDER/overlays/NAME.png, and FOLDER/predictions.json, which names
+the classes. Subfolders of the input are kept. Images are
 taken upright as EXIF says, and as in the run's evaluation: whole or in windows, fitted into a box (eval.resize) or not.
 Exit codes: 0 done, 2 command line, 3 some images could not be read (they are named, the others are done), 4 storage.
 """
@@ -49,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
         ids, bad = predict_all(model, root, names, output, overlays=arguments.overlays)
-        summary = {"model": model.card.run, "step": model.card.step, "ids": ids, "bad": bad}
+        card = model.card
+        summary = {"model": card.run, "step": card.step, "classes": card.class_names, "ids": ids, "bad": bad}
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"--output {output} cannot be written: {error}") from error
     for name, reason in bad.items():
         print(f"not done: {root / name}: {reason}", file=sys.stderr)
-    print(f"{len(ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
+    print(f"{len(ids)} of {len(names)} images: indices of classes in {output / 'ids'}", end="")
     print(f", overlays in {output / 'overlays'}" if arguments.overlays else "")
     return EXIT_DATA if bad else EXIT_DONE
 
@@ -88,9 +90,9 @@ def predict_all(
             bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
             continue
         picture = pictures[name]
-        save_ids(output / "ids" / picture, ids)
+        save_ids(output / "ids" / picture, ids, model.card.palette)
         if overlays:
-            blended = overlay(image.permute(1, 2, 0).numpy(), ids)
+            blended = overlay(image.permute(1, 2, 0).numpy(), ids, model.card.palette)
             save_picture(output / "overlays" / picture, Image.fromarray(blended))
         ids_of[str(name)] = str(Path("ids") / picture)
     return ids_of, bad

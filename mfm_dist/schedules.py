@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from mfm_dist.config.schema import MFMSection
+from collections.abc import Sequence
+
+from mfm_dist.config.schema import MFMSection, RunConfig
+
+GRADIENT_DECAY = 0.9
+"""Of the averages that ``mfm.gradient_budget`` compares: they follow within some ten steps."""
 
 
 def ema_decay_at(update: int, ema_decay: float) -> float:
@@ -32,3 +37,39 @@ def mfm_weight(step: int, settings: MFMSection) -> float:
     if step <= settings.ramp_from:
         return 0.0
     return settings.loss_weight * (step - settings.ramp_from) / (settings.ramp_to - settings.ramp_from)
+
+
+def rebuilder_warmup(step: int, config: RunConfig) -> float:
+    """Return what the Rebuilder's rate is multiplied with beside ``learning_rate_factor``: it waits for its loss."""
+    length = config.optim.rebuilder_warmup * config.train.steps
+    return min(1.0, max(0.0, step + 1 - config.mfm.ramp_from) / length) if length else 1.0
+
+
+def within_budget(weight: float, norms: Sequence[float], budget: float) -> float:
+    """Lower lambda to what ``mfm.gradient_budget`` allows.
+
+    Args:
+        weight: lambda of the step.
+        norms: averaged norm of the gradient at the encoder's last map, of the method's own terms and of L_mfm at a
+            weight of 1; empty before both were seen.
+        budget: largest gradient of lambda * L_mfm, as a share of the method's; 0 for no limit.
+    """
+    if not budget or not norms or weight * norms[1] == 0:
+        return weight
+    return weight * min(1.0, budget * norms[0] / (weight * norms[1]))
+
+
+def averaged_norms(before: Sequence[float], norms: Sequence[float], weight: float) -> list[float]:
+    """Take the norms of one step into those that ``within_budget`` is given.
+
+    Args:
+        before: the averages so far.
+        norms: of the step, of the method's own terms and of L_mfm at the weight that it had.
+        weight: that weight; at 0 the step says nothing about L_mfm.
+    """
+    if weight == 0:
+        return list(before)
+    seen = [norms[0], norms[1] / weight]
+    if not before:
+        return seen
+    return [GRADIENT_DECAY * old + (1 - GRADIENT_DECAY) * new for old, new in zip(before, seen, strict=True)]

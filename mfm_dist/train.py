@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
@@ -98,22 +99,25 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
             with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
                 with watchdog.phase("start", 0):
                     engine.from_main(lambda: render_scenes(config))
-                    module = build_train_module(config)
-                    readers = engine.run_collectively(lambda: open_readers(config, module.method.supervised_on))
+                    readers = engine.run_collectively(lambda: open_readers(config))
+                    for note in readers.notes:
+                        say(note)
+                    module = build_train_module(config, readers.classes)
                     fingerprints = {**readers.fingerprints, **module.fingerprints()}
                 with watchdog.phase("start", 0):
                     # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
                     checkpoint = engine.from_main(lambda: find_resumable(run.checkpoints, say))
                     if checkpoint is not None:
                         say(f"resuming {checkpoint.path}")
-                        check_resumable(checkpoint, config, fingerprints, say)
+                        check_resumable(checkpoint, config, fingerprints, readers.classes, say)
                 with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim))
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
                     if checkpoint is not None:
                         trainer.resume(checkpoint)
                         engine.run_collectively(lambda: set_aside(checkpoint, run, say))
-                    engine.run_collectively(lambda: run.begin(config, engine.environment, trainer.progress.step))
+                    start, classes = trainer.progress.step, readers.classes
+                    engine.run_collectively(lambda: run.begin(config, classes, engine.environment, start))
                 stop.training_begins()
                 yield trainer
     engine.close()
@@ -153,7 +157,8 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
     except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
         return False  # something is left to do, or to mend
-    check_resumable(checkpoint, config, {})
+    named = config.data.classes
+    check_resumable(checkpoint, config, {}, load_class_set(named) if named else checkpoint.classes)
     print(f"{run.path} has been trained to step {step} already; more steps: train.steps=N")
     run.end(EXIT_DONE, "done", step, miou=miou)
     return True
@@ -165,14 +170,20 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: for the first of these that is wrong, with all that is wrong with it.
     """
-    from mfm_dist.build import build_train_module, check_shapes, open_readers
+    from mfm_dist.build import build_train_module, check_groups, check_shapes, classes_without_data, open_readers
     from mfm_dist.distributed.trackers import tracker_problems
 
     if problems := tracker_problems(config):
         raise ConfigError(problems)
-    module = build_train_module(config)
-    if not config.data.render_scenes:
-        open_readers(config, module.method.supervised_on)
+    if config.data.render_scenes:
+        classes = classes_without_data(config)
+        check_groups(config, classes)
+    else:
+        readers = open_readers(config)
+        classes = readers.classes
+        for note in readers.notes:
+            print(note)
+    module = build_train_module(config, classes)
     check_shapes(module)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.batch import UDABatch
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
 from mfm_dist.methods.mfm import mfm_term, passes_of
@@ -34,6 +35,8 @@ class StepOutput:
     """Sum of the weighted terms that ran, with its graph."""
     losses: dict[str, Tensor]
     """Each of them by name, unweighted and detached; ``pseudo_weight`` stands among them where there is a teacher."""
+    measured: dict[str, Tensor]
+    """What was measured beside them, by name; empty unless it was asked for."""
     inputs: StepInputs
     """What the terms looked at, teacher targets included; a later call for the same batch takes it."""
 
@@ -41,7 +44,15 @@ class StepOutput:
 class TrainModule(nn.Module):
     """The only module the engine wraps, and ``forward`` its only way in, so that no gradient bypasses DDP or ZeRO."""
 
-    def __init__(self, *, student: Segmentor, rebuilder: Rebuilder | None, method: Method, config: RunConfig) -> None:
+    def __init__(
+        self,
+        *,
+        student: Segmentor,
+        rebuilder: Rebuilder | None,
+        method: Method,
+        config: RunConfig,
+        classes: ClassSet,
+    ) -> None:
         super().__init__()
         self.student = student
         self.teacher = Teacher(student) if method.needs_teacher or config.mfm.enabled else None
@@ -49,6 +60,8 @@ class TrainModule(nn.Module):
         self.rebuilder = rebuilder
         self.method = method
         self.config = config
+        self.classes = classes
+        self.map_gradients = MapGradients()
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -56,7 +69,12 @@ class TrainModule(nn.Module):
         return tuple(self.terms(mfm_weight=0.0))
 
     def forward(
-        self, batch: UDABatch, mfm_weight: float, only: str | None = None, inputs: StepInputs | None = None
+        self,
+        batch: UDABatch,
+        mfm_weight: float,
+        only: str | None = None,
+        inputs: StepInputs | None = None,
+        measure: bool = False,
     ) -> StepOutput:
         """One micro-batch: L = L_sup + L_uda + lambda * L_mfm (MFM, section 3).
 
@@ -69,33 +87,43 @@ class TrainModule(nn.Module):
                 parameter with its previous gradient.
             only: name of the one term to run, None for all.
             inputs: of the previous term's output, so that the teacher is asked once for a batch.
+            measure: also measure the loss of L_mfm where hidden and where visible, the Rebuilder's largest attention
+                logit, and the gradients that reach the encoder's last map.
         """
         inputs = inputs or self.step_inputs(batch)
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
-        for index, (name, term) in enumerate(self.terms(mfm_weight).items()):
+        measured: dict[str, Tensor] = {}
+        for index, (name, term) in enumerate(self.terms(mfm_weight, measured if measure else None).items()):
             if only in (None, name):
                 # Dropout and drop-path depend on block and term alone, never on a rank or on what ran before.
                 torch.manual_seed(keyed_seed(self.config.seed, Stream.FORWARD, batch.block, index))
-                for part, loss in term(self.student, inputs).items():
-                    losses[part] = loss.value
-                    weighted.append(loss.weight * loss.value)
+                with self._watched(name, measure):
+                    for part, loss in term(self.student, inputs).items():
+                        losses[part] = loss.value
+                        weighted.append(loss.weight * loss.value)
 
         logged = {name: loss.detach() for name, loss in losses.items()}
         if inputs.pseudo is not None:
             logged["pseudo_weight"] = inputs.pseudo.weight.amax()
-        return StepOutput(total=torch.stack(weighted).sum(), losses=logged, inputs=inputs)
+        return StepOutput(total=torch.stack(weighted).sum(), losses=logged, measured=measured, inputs=inputs)
 
-    def terms(self, mfm_weight: float) -> dict[str, Term]:
-        """List the terms by name: those of the method, L_sup + L_uda, then L_mfm."""
+    def terms(self, mfm_weight: float, measured: dict[str, Tensor] | None = None) -> dict[str, Term]:
+        """List the terms by name: those of the method, L_sup + L_uda, then L_mfm, which adds what it measures."""
         terms = dict(self.method.terms())
         if self.config.mfm.enabled:
             for kind in passes_of(self.config.mfm):
-                terms[kind.label] = partial(self.masked_features_term, kind=kind, weight=mfm_weight)
+                terms[kind.label] = partial(self.masked_features_term, kind=kind, weight=mfm_weight, measured=measured)
         return terms
 
     def masked_features_term(
-        self, student: Segmentor, inputs: StepInputs, *, kind: ForwardKind, weight: float
+        self,
+        student: Segmentor,
+        inputs: StepInputs,
+        *,
+        kind: ForwardKind,
+        weight: float,
+        measured: dict[str, Tensor] | None = None,
     ) -> dict[str, Loss]:
         """Compute L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
         settings = self.config.mfm
@@ -108,8 +136,25 @@ class TrainModule(nn.Module):
                 grid=self.config.rebuilder.grid,
                 teacher=self.teacher_features,
                 kind=kind,
+                measured=measured,
             )
         return {kind.label: Loss(loss, weight)}
+
+    def pop_map_squares(self) -> Tensor:
+        """Return the squared norms at the encoder's last map since the last call: [2], of the method and of L_mfm."""
+        squares, self.map_gradients.squares = self.map_gradients.squares, torch.zeros(2)
+        return squares
+
+    @contextmanager
+    def _watched(self, term: str, measure: bool) -> Iterator[None]:
+        """Watch the gradients at the last map of every image that a term encodes, where they are measured or needed."""
+        if self.config.mfm.enabled and (measure or self.config.mfm.gradient_budget):
+            of_mfm = term in {kind.label for kind in passes_of(self.config.mfm)}
+            self.student.watch = partial(self.map_gradients.watch, place=int(of_mfm))
+        try:
+            yield
+        finally:
+            self.student.watch = None
 
     def step_inputs(self, batch: UDABatch) -> StepInputs:
         """Prepare what the terms look at, the teacher's targets included."""
@@ -121,6 +166,7 @@ class TrainModule(nn.Module):
             target_image=target_image,
             pseudo=self.pseudo_target(target_image, batch.target_valid),
             initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
+            classes=self.classes,
             seed=self.config.seed,
             block=batch.block,
             positions=batch.positions,
@@ -151,6 +197,23 @@ class TrainModule(nn.Module):
         """Return the teacher's encoder maps of a normalised image, without gradients."""
         assert self.teacher is not None
         return self.teacher.segmentor.encode(image)
+
+
+class MapGradients:
+    """Sums the squares of the gradients that come back to the encoder's last map."""
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros(2)
+        """Of the method's own terms, and of lambda * L_mfm."""
+
+    def watch(self, features: list[Tensor], place: int) -> None:
+        """Add what the backward will bring to the last of these maps to one of the sums."""
+        if features[-1].requires_grad:
+            features[-1].register_hook(partial(self._add, place))
+
+    def _add(self, place: int, gradient: Tensor) -> None:
+        square = gradient.detach().float().square().sum()
+        self.squares = self.squares.to(square.device).index_add(0, torch.tensor([place]), square[None])
 
 
 class Teacher(nn.Module):

@@ -25,7 +25,14 @@ from mfm_dist.run.logging import Console, StepLog
 from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, record_applied
 from mfm_dist.run.signals import Stopped
 from mfm_dist.run.watchdog import Phase, Watchdog
-from mfm_dist.schedules import ema_decay_at, learning_rate_factor, mfm_weight
+from mfm_dist.schedules import (
+    averaged_norms,
+    ema_decay_at,
+    learning_rate_factor,
+    mfm_weight,
+    rebuilder_warmup,
+    within_budget,
+)
 from mfm_dist.train_module import TrainModule
 
 TURNS_BETWEEN_LOOKS = 4
@@ -119,19 +126,20 @@ class Trainer:
     def train_step(self, batches: list[UDABatch]) -> None:
         """Train on one global batch: this rank's micro-batches, the update, the teacher."""
         config, progress, module = self.config, self.progress, self.module
-        self.engine.set_learning_rates(
-            learning_rate_factor(
-                progress.step,
-                steps=config.train.steps,
-                warmup_steps=config.optim.warmup_steps,
-                warmup_ratio=config.optim.warmup_ratio,
-            )
+        factor = learning_rate_factor(
+            progress.step,
+            steps=config.train.steps,
+            warmup_steps=config.optim.warmup_steps,
+            warmup_ratio=config.optim.warmup_ratio,
         )
+        self.engine.set_learning_rates(factor, {"rebuilder": rebuilder_warmup(progress.step, config)})
         weight = mfm_weight(progress.step, config.mfm)
+        weight = within_budget(weight, progress.map_norms, config.mfm.gradient_budget)
+        measure = config.mfm.enabled and self._logs_at(progress.step + 1)
         own_losses = []
         for batch in batches:
             with self.phase("micro-batch" if self.compiled else "compile"):
-                losses = self.engine.forward_backward(batch.to(self.engine.device), weight)
+                losses = self.engine.forward_backward(batch.to(self.engine.device), weight, measure)
             self.step_log.add(losses)
             own_losses.append(losses["total"])
         limits = ceilings(progress, config.recovery)
@@ -142,12 +150,16 @@ class Trainer:
         progress.block += config.blocks_per_step
         if result.applied:
             record_applied(progress, config.recovery, result)
+            if config.mfm.gradient_budget:
+                progress.map_norms = averaged_norms(progress.map_norms, result.map_norms.tolist(), weight)
             if module.teacher is not None:
                 self.engine.update_teacher(ema_decay_at(progress.applied, config.self_training.ema_decay))
         else:
             progress.skipped += 1
             self.skipped.record(result, limits, own_losses, progress.step)
         self.step_log.grad_norms = result.grad_norms
+        if measure:
+            self.step_log.measured_step(weight, result.map_norms)
         self.console.advance()
 
     @contextmanager
@@ -167,7 +179,7 @@ class Trainer:
         if must_roll_back(self.progress, config.recovery):
             self.roll_back()
             return
-        if step % config.log.every == 0 or last:
+        if self._logs_at(step):
             self.log()
         if config.debug.audit_every and step % config.debug.audit_every == 0:
             self.audit()
@@ -177,6 +189,9 @@ class Trainer:
             self.save()
         if step % config.eval.every == 0 or last:
             self.evaluate()
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self.config.log.every == 0 or step == self.config.train.steps
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         """Tell the watchdog what this rank is about."""
@@ -231,6 +246,7 @@ class Trainer:
                 self.engine,
                 step=step,
                 precision="bf16" if config.train.precision == "bf16_weights" else "fp32",
+                classes=self.readers.classes,
                 class_sets=config.eval.class_sets,
                 fit_into=config.eval.resize,
                 overlays=config.eval.overlays,

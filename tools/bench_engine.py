@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import build_train_module
+from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
@@ -64,13 +64,13 @@ RATIOS = (("engine", "bare"), ("engine", "raw DeepSpeed"), ("raw DeepSpeed", "ba
 
 def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     """Ask the engine for what the trainer does in one step, and for a checkpoint."""
-    module = build_train_module(config)
+    module = build_train_module(config, classes_without_data(config))
     engine.prepare(module, build_optimizer(module, config.optim))
     weight = mfm_weight(0, config.mfm)
     updates = count(1)
 
     def step(batches: Sequence[UDABatch]) -> None:
-        engine.set_learning_rates(1.0)
+        engine.set_learning_rates(1.0, {})
         for batch in batches:
             engine.forward_backward(batch.to(engine.device), weight)
         if engine.step().applied:

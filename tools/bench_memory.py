@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import build_train_module
-from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.distributed.engine import Engine
@@ -56,7 +55,7 @@ def random_batch(config: RunConfig, number: int) -> UDABatch:
     images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
     return UDABatch(
         source_image=images[0],
-        source_label=torch.randint(0, len(CLASS_NAMES), size, generator=generator, dtype=torch.uint8),
+        source_label=torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8),
         target_image=images[1],
         target_valid=torch.ones(size, dtype=torch.bool),
         block=number,
@@ -66,7 +65,7 @@ def random_batch(config: RunConfig, number: int) -> UDABatch:
 def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
     """Build an engine, a step of it, and the bytes of weights, teacher and optimiser state after a first one."""
     engine = start_engine(config)
-    module = build_train_module(config)
+    module = build_train_module(config, classes_without_data(config))
     engine.prepare(module, build_optimizer(module, config.optim))
     batches = [random_batch(config, number).to(engine.device) for number in range(engine.accumulation)]
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.build import build_train_module
+from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
@@ -65,7 +65,7 @@ def cases(launches: Sequence[str], precisions: Sequence[str], processes: int) ->
 def count_state(config: RunConfig) -> dict[str, Any] | None:
     """Train and count, in a rank. Rank 0 returns what the fullest rank holds, the others None."""
     engine = start_engine(config)
-    module = build_train_module(config)
+    module = build_train_module(config, classes_without_data(config))
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     teacher = sum(p.numel() for _, p in module.teacher_pairs())
     engine.prepare(module, build_optimizer(module, config.optim))

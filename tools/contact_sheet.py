@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.scenes import DOMAINS, render_scene
 
 TILE = (304, 152)
@@ -18,13 +18,14 @@ GUTTER = 6
 BAND = 26
 """Height of the header and of one row of the legend, pixels."""
 LEGEND_ROWS = 2
+CLASSES = load_class_set(DEFAULT)
 PAPER, TEXT = (255, 255, 255), (40, 40, 40)
 
 
 def coloured(label: np.ndarray) -> np.ndarray:
     """Show train ids, uint8 [H, W], in the colours of Cityscapes, uint8 [H, W, 3]; unlabelled is black."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(PALETTE)] = PALETTE
+    table[: len(CLASSES)] = CLASSES.palette
     return table[label]
 
 
@@ -55,9 +56,9 @@ def contact_sheet(*, seed: int, split: str, indices: dict[str, Sequence[int]]) -
 
 def _legend(draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
     font = ImageFont.load_default(13)
-    per_row = -(-len(CLASS_NAMES) // LEGEND_ROWS)
+    per_row = -(-len(CLASSES) // LEGEND_ROWS)
     pitch = (size[0] - 2 * GUTTER) / per_row
-    for number, (name, colour) in enumerate(zip(CLASS_NAMES, PALETTE, strict=True)):
+    for number, (name, colour) in enumerate(zip(CLASSES.names, CLASSES.palette, strict=True)):
         left = GUTTER + pitch * (number % per_row)
         middle = size[1] - BAND * (LEGEND_ROWS - number // per_row) + BAND // 2
         draw.rectangle((left, middle - 7, left + 14, middle + 7), fill=colour)

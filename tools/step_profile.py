@@ -27,7 +27,6 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError
-from mfm_dist.methods import build_method
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.watchdog import Watchdog
@@ -102,7 +101,7 @@ class Setting:
 def build_setting(config: RunConfig, readers: Readers) -> Setting:
     """Build everything that a run of ``config`` trains with, but for the data."""
     engine = start_engine(config)
-    module = build_train_module(config)
+    module = build_train_module(config, readers.classes)
     engine.prepare(module, build_optimizer(module, config.optim))
     clock = PartClock(engine.device)
     mark_backward(engine, clock)
@@ -236,7 +235,7 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
     render_scenes(config)
     configs = {name: with_mfm(config, enabled) for name, enabled in (("without", False), ("with", True))}
     device = start_engine(config).device
-    readers = open_readers(config, build_method(config).supervised_on)
+    readers = open_readers(config)
     blocks = Blocks(config, readers)
     settings = {name: build_and_weigh(configs[name], readers, blocks, device) for name in configs}
     ways: list[tuple[str, str, StepFunction]] = [

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def read_source(path: Path, weights: str, ignore: Sequence[str]) -> Source:
     """Read one network of a published file: names as in the file, without the prefix of the network.
 
     Args:
-        path: a safetensors or torch file.
+        path: a safetensors or torch file, or the name of an installed package that carries one.
         weights: ``student`` or ``teacher``, of a checkpoint that holds both.
         ignore: beginnings of names that are to be left out.
     """
@@ -73,8 +74,9 @@ def read_source(path: Path, weights: str, ignore: Sequence[str]) -> Source:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     """Read a file. Nothing but tensors, plain containers, numbers and texts is ever built from it."""
+    path = path if path.exists() else _inside_package(str(path))
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
+        raise ConfigError(f"there is no file {path}, nor an installed package of that name with a weights file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # of many kinds
@@ -87,6 +89,16 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content
+
+
+def _inside_package(name: str) -> Path:
+    """Find the weights file of an installed package, which is not imported; the name itself where there is none."""
+    try:
+        files = metadata.files(name) or []
+    except (metadata.PackageNotFoundError, ValueError):  # not installed; no name
+        return Path(name)
+    found = [Path(str(file.locate())) for file in files if file.suffix in (".pth", ".safetensors")]
+    return found[0] if len(found) == 1 else Path(name)
 
 
 def _other_objects(path: Path, error: Exception) -> list[str]:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.classes import ClassSet
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.storage import read_json, sha256_of, whole_folder, write_atomically
 
@@ -45,6 +47,8 @@ class Checkpoint:
     """The configuration it was written under, as nested plain values."""
     data: dict[str, str]
     """Fingerprints of the shard sets it was trained on, by what they served as."""
+    classes: ClassSet
+    """That its networks tell apart."""
     world_size: int
     """Processes that wrote it."""
 
@@ -66,6 +70,7 @@ def write_checkpoint(
     progress: Progress,
     config: Mapping[str, Any],
     data: Mapping[str, str],
+    classes: ClassSet,
     world_size: int,
     keep: int,
 ) -> None:
@@ -81,6 +86,7 @@ def write_checkpoint(
         "progress": asdict(progress),
         "config": config,
         "data": data,
+        "classes": classes.to_tree(),
         "world_size": world_size,
         "torch": torch.__version__,
     }
@@ -216,7 +222,17 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
         raise CorruptFileError("state.json: data is not a fingerprint by name")
     if type(world_size) is not int or world_size < 1:
         raise CorruptFileError("state.json: world_size is not a number of processes")
-    return Checkpoint(path, Progress(**counts), config, data, world_size)
+    return Checkpoint(path, Progress(**counts), config, data, _class_set(state), world_size)
+
+
+def _class_set(state: dict[str, Any]) -> ClassSet:
+    """Read the classes of a checkpoint; those written before they were a matter of the data have ``DEFAULT``."""
+    if "classes" not in state:
+        return load_class_set(DEFAULT)
+    try:
+        return ClassSet.from_tree(state["classes"], "classes")
+    except ConfigError as error:
+        raise CorruptFileError(f"state.json: {error.problems[0]:.200}") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -27,3 +27,5 @@ class Progress:
     """Of the last applied steps, where ``recovery.spike_factor`` asks for them. Replaced, never changed in place."""
     grad_norms: list[float] = field(default_factory=list)
     """Likewise."""
+    map_norms: list[float] = field(default_factory=list)
+    """What ``schedules.within_budget`` is given. Likewise."""

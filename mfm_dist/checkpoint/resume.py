@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, StorageError
@@ -36,6 +37,10 @@ IMMUTABLE_KEYS = {
     "rebuilder.heads": _NETWORK,
     "rebuilder.mlp_ratio": _NETWORK,
     "rebuilder.grid": _NETWORK,
+    "rebuilder.qk_norm": _NETWORK,
+    "rebuilder.depth_scaling": _NETWORK,
+    "rebuilder.readout": _NETWORK,
+    "rebuilder.fill": _NETWORK,
 }
 """Settings that a run keeps for good, and why. With another value the state of a checkpoint would not fit, or fit and
 mean something else. Everything else may change between two starts, and is listed when it does: world size, ZeRO stage
@@ -69,6 +74,7 @@ def check_resumable(
     checkpoint: Checkpoint,
     config: RunConfig,
     data_fingerprints: Mapping[str, str],
+    classes: ClassSet,
     report: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Report what changed since a checkpoint was written.
@@ -78,26 +84,35 @@ def check_resumable(
     """
     for line in changed_keys(checkpoint.config, config):
         report(f"  changed since: {line}")
-    if problems := resume_problems(checkpoint, config, data_fingerprints):
+    if problems := resume_problems(checkpoint, config, data_fingerprints, classes):
         raise ConfigError(problems)
 
 
 FINGERPRINT_MISMATCH = {
     "labelled": "the labelled " + _SHARDS,
     "target": "the target " + _SHARDS,
+    "relabelling": "data.classes makes other classes of the labels than {path} was trained on: put the former back",
     "initial_encoder": "the encoder does not start from the weights that {path} keeps close to: give model.weights or "
     "model.pretrained as before",
 }
 """What it means when something that a run rests on is not what it was, and what to do."""
 
 
-def resume_problems(checkpoint: Checkpoint, config: RunConfig, data_fingerprints: Mapping[str, str]) -> list[str]:
+def resume_problems(
+    checkpoint: Checkpoint, config: RunConfig, data_fingerprints: Mapping[str, str], classes: ClassSet
+) -> list[str]:
     """List why the run cannot go on from ``checkpoint``, each with the way out.
 
     Args:
         data_fingerprints: fingerprints of what it would go on with, each by a name of ``FINGERPRINT_MISMATCH``.
+        classes: of the data that it would go on with.
     """
     path, problems = checkpoint.path, []
+    if difference := checkpoint.classes.difference(classes):
+        problems.append(
+            f"{path} and the data do not agree, {difference}\n    Put the former shards and data.classes back, "
+            "or choose another run.folder"
+        )
     for key, reason in IMMUTABLE_KEYS.items():
         before, now = _value(checkpoint.config, key), _value(to_tree(config), key)
         # None: written by a version that had no such setting, and trained as its default does.

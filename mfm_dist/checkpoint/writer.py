@@ -16,6 +16,7 @@ from torch import Tensor
 from mfm_dist.checkpoint.contents import collect
 from mfm_dist.checkpoint.files import step_folder, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
@@ -77,7 +78,9 @@ class CheckpointWriter:
         self.wait()
         files = collect(module, self.engine)
         if self.engine.is_main:
-            self._pending = self._thread.submit(self._write, files, copy(progress), began, time.perf_counter())
+            self._pending = self._thread.submit(
+                self._write, files, copy(progress), module.classes, began, time.perf_counter()
+            )
         if not self.config.checkpoint.background:
             self.wait()
 
@@ -116,7 +119,12 @@ class CheckpointWriter:
             self._written(saved)
 
     def _write(
-        self, files: Mapping[str, Mapping[str, Tensor]], progress: Progress, began: float, collected: float
+        self,
+        files: Mapping[str, Mapping[str, Tensor]],
+        progress: Progress,
+        classes: ClassSet,
+        began: float,
+        collected: float,
     ) -> Saved:
         """Write; this may run beside training, for it sees copies only."""
         path = step_folder(self.folder, progress.step)
@@ -126,6 +134,7 @@ class CheckpointWriter:
                 files,
                 progress=progress,
                 config=to_tree(self.config),
+                classes=classes,
                 data=self.data_fingerprints,
                 world_size=self.engine.world_size,
                 keep=self.config.checkpoint.keep,

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from mfm_dist.checkpoint.files import read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.cluster.job import PREFLIGHT
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
 from mfm_dist.data.reader import ShardReader
@@ -222,9 +223,9 @@ def inspect_gpus(launch: Launch) -> None:
 def write_probe(folder: Path, name: str) -> None:
     """Write a checkpoint, read it, and look for room for one as large as the largest there."""
     tensors = {"student": {"probe": torch.rand(PROBE_BYTES // 4)}}
-    probe = folder / name / "step_00000000"
+    classes, probe = load_class_set(DEFAULT), folder / name / "step_00000000"
     probe.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, world_size=1, keep=1)
+    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, classes=classes, world_size=1, keep=1)
     read_checkpoint(probe)
     checkpoints = [path for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints]

@@ -1,8 +1,9 @@
 """YAML files and ``section.key=value`` overrides into a checked ``RunConfig``, and back into YAML.
 
-Precedence: default < first file < later files < overrides. Sections are laid over one another key by key; the value of
-a key is replaced as a whole, also where it is a mapping (``model.backbone_options``). Only an override that names one
-entry of such a mapping (``model.backbone_options.output_stride=8``) keeps the others. All problems are told at once.
+Precedence: default < ``rebuilder.variant`` < first file < later files < overrides. Sections are laid over one another
+key by key; the value of a key is replaced as a whole, also where it is a mapping (``model.backbone_options``). Only an
+override that names one entry of such a mapping (``model.backbone_options.output_stride=8``) keeps the others. All
+problems are told at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.validate import problems as problems_of
 from mfm_dist.config.validate import range_of
+from mfm_dist.config.variants import VARIANTS
 from mfm_dist.config.yaml_text import DEEPEST, LARGEST_TEXT, dump_yaml, parse_yaml
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.storage import read_text
@@ -52,6 +54,7 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = (
     config = RunConfig()
     problems: dict[str, str] = {}
     origins: dict[str, str] = {}
+    trees: list[tuple[dict[str, Any], str]] = []
     sources: list[Path | str] = [path] if isinstance(path, Path) else [*(path or ())]
     for source in [*sources, *overrides]:
         origin = str(source) if isinstance(source, Path) else "command line"
@@ -62,6 +65,11 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = (
             continue
         config = from_tree(RunConfig, tree, problems, base=config, origin=origin)
         origins |= dict.fromkeys(flatten(tree), origin)
+        trees.append((tree, origin))
+    if variant := VARIANTS[config.rebuilder.variant]:  # once more, over what the variant says
+        config = from_tree(RunConfig, variant, {})
+        for tree, origin in trees:
+            config = from_tree(RunConfig, tree, {}, base=config, origin=origin)
     if found := list(problems.values()) or [_with_origin(problem, origins) for problem in problems_of(config)]:
         raise ConfigError(found)
     return config

@@ -96,6 +96,10 @@ class DataSection:
     """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
     validation: str = "camera_val"
     """Labelled shard set that evaluation scores."""
+    classes: str | None = None
+    """Class set to train on: cityscapes19, cityscapes7, synthia16, synthia13, or a class file. Classes of the shards
+    become those of the same name, or those that merge them; the others are ignored. null: that of the shards, which
+    must be the same in all."""
     crop: tuple[Pixels, Pixels] = (512, 512)
     """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
     workers: Workers = 2
@@ -141,6 +145,8 @@ class ScenesSection:
     """Image (height, width) in pixels."""
     seed: Seed = 0
     """Seed of the streets, apart from the seed of the run: several runs share one data set."""
+    gap: tuple[Literal["photometric", "texture", "layout"], ...] = ("photometric", "texture", "layout")
+    """What the camera's scenes have of their own, in which the domains differ: light and sensor, materials, streets."""
 
 
 @dataclass(kw_only=True)
@@ -234,9 +240,20 @@ class MFMSection:
     loss_weight: FloatFrom0 = 1.0
     """Weight of the term, lambda. MFM: 1.0."""
     mask_ratio: Share = 0.4
-    """Chance of each grid cell to be hidden. MFM: 0.4."""
+    """Share of the grid cells to hide. MFM: 0.4."""
+    mask_block_cells: IntFrom1 = 1
+    """Side, in grid cells, of the squares that are hidden together; must divide `rebuilder.grid`. MFM: 1, a cell of
+    32 x 32 pixels and 4 x 4 features. With blocks much smaller than that, averaging the neighbours solves the task."""
+    mask: Literal["bernoulli", "exact"] = "bernoulli"
+    """Each block is hidden independently (MFM), or the same number of blocks in every image."""
     loss_on: Literal["all", "hidden"] = "all"
     """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
+    target_weight: Literal["pseudo_weight", "confidence"] = "pseudo_weight"
+    """Weight of a target pixel: the pseudo-weight, one for the whole micro-batch (MFM), or the teacher's confidence
+    there, 0 up to one half and 1 at 1."""
+    gradient_budget: FloatFrom0 = 0.0
+    """Largest gradient that the term may send to the encoder's last map, as a share of the method's own gradient there
+    (both averaged over steps): above it the weight is lowered. 0: no limit, as in MFM; stable: 0.5."""
     ramp_from: IntFrom0 = 0
     """Step up to which the weight is 0; it then grows linearly. MFM: 0, no ramp."""
     ramp_to: IntFrom0 = 0
@@ -261,6 +278,10 @@ class MFMSection:
 
 @dataclass(kw_only=True)
 class RebuilderSection:
+    variant: Literal["paper", "stable"] = "paper"
+    """Defaults of everything below, of `mfm` and of the Rebuilder's optimiser: the paper's, or those of
+    `config.variants`, which let it grow. What a file or the command line says comes after them, so that each of the
+    stable variant's ingredients can be turned off by itself."""
     depth: Depth = 2
     """Transformer blocks. MFM: 2."""
     width: Width = 512
@@ -271,6 +292,17 @@ class RebuilderSection:
     """Hidden width of a block's MLP over `width`. MFM: 4."""
     grid: tuple[Cells, Cells] = (16, 16)
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
+    qk_norm: bool = False
+    """Normalise queries and keys, so that no attention logit grows without bound. MFM: false; stable: true."""
+    depth_scaling: bool = False
+    """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
+    the paper's 2 blocks. MFM: false; stable: true."""
+    readout: IntFrom0 = 0
+    """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
+    read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
+    fill: bool = False
+    """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts small and stays
+    within what the channel shows. MFM: false; stable: true."""
 
 
 @dataclass(kw_only=True)
@@ -283,6 +315,15 @@ class OptimSection:
     """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
     rebuilder_lr: LearningRate = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
+    rebuilder_betas: tuple[Beta, Beta] | None = None
+    """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. stable: [0.9, 0.95], whose second moment
+    follows a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
+    rebuilder_warmup: Share = 0.0
+    """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
+    `warmup_steps`. MFM: 0; stable: 0.025."""
+    rebuilder_base_width: IntFrom0 = 0
+    """Width that `rebuilder_lr` was chosen at. Matrices of a Rebuilder that is wider learn at the rate times this over
+    its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""
     weight_decay: FloatFrom0 = 0.01
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -311,8 +352,8 @@ class TrainSection:
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
     compile: bool = False
-    """Compile student, teacher and initial encoder by torch.compile. Takes minutes at the start, and on a CPU a C++
-    compiler."""
+    """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile. Takes minutes at the
+    start, and on a CPU a C++ compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: Threads = 1
@@ -325,6 +366,8 @@ class MemorySection:
     """Run backward after each loss term instead of once for their sum: one term's activations are held at a time."""
     checkpoint_backbone: bool = False
     """Hold only the inputs of the encoder's blocks and compute the rest again in the backward pass. Costs time."""
+    checkpoint_rebuilder: bool = False
+    """The same for the Rebuilder's blocks."""
     offload_optimizer: bool = False
     """Keep the optimiser's state and its step in main memory instead of the GPU's; under ZeRO 1 to 3. Costs time."""
 
@@ -367,10 +410,6 @@ class CheckpointSection:
     """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
 
 
-ClassSet = Literal["synthia16", "synthia13"]
-"""Those of ``classes.CLASS_SETS``."""
-
-
 @dataclass(kw_only=True)
 class EvalSection:
     every: IntFrom1 = 4000
@@ -379,8 +418,9 @@ class EvalSection:
     """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
     size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
     Dark Zurich."""
-    class_sets: tuple[ClassSet, ...] = ()
-    """Also give the mean IoU over these classes: synthia16 and synthia13, in both conventions of the literature."""
+    class_sets: tuple[str, ...] = ()
+    """Also give the mean IoU over these groups of the run's classes, in both conventions of the literature;
+    cityscapes19 has synthia16 and synthia13."""
     overlays: IntFrom0 = 4
     """Images to save as overlays (image, label, prediction) at each evaluation."""
 

@@ -18,6 +18,7 @@ def problems(config: RunConfig) -> list[str]:
         *range_problems(config),
         *_training_problems(config),
         *_mfm_problems(config.mfm, two_resolutions=config.two_resolutions),
+        *_rebuilder_problems(config),
         *_data_problems(config.data),
         *_stream_problems(config.data),
     ]
@@ -44,7 +45,7 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
 
 def _training_problems(config: RunConfig) -> Iterator[str]:
     """Find values that are allowed one by one but not together."""
-    train, rebuilder, crop = config.train, config.rebuilder, config.data.crop
+    train, crop = config.train, config.data.crop
     if train.micro_batch >= 1 and train.global_batch % train.micro_batch:
         yield f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch}"
     for part, limit in train.clip_parts.items():
@@ -58,10 +59,6 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             f"self_training.pseudo_weight_ignore_top and _bottom are {margins} rows together, all of data.crop="
             f"{crop[0]}x{crop[1]}: leave some"
         )
-    if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:
-        yield f"rebuilder.width={rebuilder.width} is not a multiple of rebuilder.heads={rebuilder.heads}"
-    if rebuilder.width % 4:
-        yield f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its projectors need"
     if config.model.pretrained and config.model.weights is not None:
         yield "model.pretrained and model.weights are both set: keep one, they both start the encoder"
 
@@ -82,6 +79,28 @@ def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
         )
     if mfm.ramp_to < mfm.ramp_from:
         yield f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them"
+
+
+def _rebuilder_problems(config: RunConfig) -> Iterator[str]:
+    """Find sizes of the Rebuilder that do not go together, or not with the mask."""
+    rebuilder, block = config.rebuilder, config.mfm.mask_block_cells
+    if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:
+        yield f"rebuilder.width={rebuilder.width} is not a multiple of rebuilder.heads={rebuilder.heads}"
+    if rebuilder.width % 4:
+        yield f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its projectors need"
+    if block >= 1 and any(side % block for side in rebuilder.grid):
+        rows, cols = rebuilder.grid
+        yield f"mfm.mask_block_cells={block} does not divide rebuilder.grid={rows}x{cols}: choose a divisor of both"
+    if rebuilder.readout and config.mfm.mask != "exact":
+        yield (
+            f"rebuilder.readout={rebuilder.readout} reads the same number of visible cells of every image: choose "
+            "mfm.mask=exact"
+        )
+    if rebuilder.fill and config.mfm.reconstruction != "classes":
+        yield (
+            f"rebuilder.fill corrects features, and mfm.reconstruction={config.mfm.reconstruction} compares with "
+            "normalised ones: choose classes, or rebuilder.fill=false"
+        )
 
 
 def _data_problems(data: DataSection) -> Iterator[str]:

@@ -9,15 +9,19 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from mfm_dist.classes import CLASS_NAMES
-from mfm_dist.errors import CorruptFileError, DataError
+from mfm_dist.classes import ClassSet
+from mfm_dist.config.class_files import DEFAULT, load_class_set
+from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.storage import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_CLASS_SET = 1
+"""The format before, which named classes but said nothing else of them; read where they are those of ``DEFAULT``."""
 MANIFEST_FILE = "dataset.json"
 UNFINISHED_FILE = "dataset.unfinished.json"
 """The manifest of a folder still being written: its recipe and the shards that are done."""
@@ -44,6 +48,13 @@ class Recipe:
         return [f"{n}: {mine.get(n)} -> {theirs.get(n)}" for n in names if mine.get(n) != theirs.get(n)]
 
 
+def class_arguments(classes: ClassSet | None) -> dict[str, Any]:
+    """Return what a recipe says of the classes of labels: nothing of ``DEFAULT``, as before there were others."""
+    if classes is None or classes == load_class_set(DEFAULT):
+        return {}
+    return {"classes": classes.to_tree()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetPlan:
     """A folder of shards that is to be written."""
@@ -52,12 +63,17 @@ class DatasetPlan:
     recipe: Recipe
     command: str
     """The command that writes it, without its ``--output``."""
-    class_names: tuple[str, ...] = CLASS_NAMES
-    """Index = train id."""
+    classes: ClassSet | None
+    """Of its labels; None without labels."""
     samples: int
     """How many there are."""
     shard_size: int
     """Samples a shard."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Index = value of a stored label."""
+        return () if self.classes is None else self.classes.names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +106,22 @@ class Manifest:
     """Contents of ``dataset.json``."""
 
     name: str
-    class_names: tuple[str, ...]
-    """Index = train id."""
+    classes: ClassSet | None
+    """Of its labels; None without labels."""
     recipe: Recipe
     command: str
     """Command that makes the folder, without its ``--output``."""
     shards: tuple[ShardRecord, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Index = value of a stored label."""
+        return () if self.classes is None else self.classes.names
+
+    @property
+    def label_classes(self) -> ClassSet | None:
+        """The classes, if any sample has a label."""
+        return self.classes if self.pixel_counts else None
 
     @property
     def samples(self) -> int:
@@ -134,18 +160,37 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format"]
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, WITHOUT_CLASS_SET):
                 raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}; make the shards anew")
             manifest = cls(
                 name=content["name"],
-                class_names=tuple(content["class_names"]),
+                classes=_read_class_set(path, content),
                 recipe=_typed(Recipe(**content["recipe"])),
                 command=content["command"],
                 shards=tuple(_shard(record) for record in content["shards"]),
             )
             return _typed(manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise DataError(f"{path} cannot be read as a manifest ({error!r}); make the shards anew") from error
+
+
+def _read_class_set(path: Path, content: dict[str, Any]) -> ClassSet | None:
+    """Read the classes of the labels.
+
+    Raises:
+        ConfigError: they are no class set.
+        DataError: they are only named, by names that do not tell what they are.
+    """
+    if content["format"] == FORMAT_VERSION:
+        return None if content["classes"] is None else ClassSet.from_tree(content["classes"], "classes")
+    known = load_class_set(DEFAULT)
+    if tuple(content["class_names"]) == known.names:
+        return known
+    raise DataError(
+        f"{path} has format {WITHOUT_CLASS_SET}, which says of its classes only the names, "
+        f"{', '.join(map(str, content['class_names']))}: pack it anew, giving --classes a file that describes them "
+        f"({content['command']} --output {path.parent.parent} --overwrite)"
+    )
 
 
 def _shard(fields: dict[str, Any]) -> ShardRecord:
@@ -174,12 +219,14 @@ def _typed(instance: _Part) -> _Part:
 
 
 def _is(value: object, hint: Any) -> bool:
-    """Tell whether a value has a type, of which there are plain ones, ``dict[...]`` and ``tuple[..., ...]`` here."""
+    """Tell whether a value has a type: a plain one, a union, ``dict[...]`` or ``tuple[..., ...]``."""
     if isinstance(value, dict) and get_origin(hint) is dict:
         of_keys, of_values = get_args(hint)
         return all(_is(key, of_keys) and _is(one, of_values) for key, one in value.items())
     if isinstance(value, tuple) and get_origin(hint) is tuple:
         return all(_is(one, get_args(hint)[0]) for one in value)
+    if isinstance(hint, UnionType):
+        return any(_is(value, one) for one in get_args(hint))
     return hint is Any or type(value) is hint
 
 

@@ -6,14 +6,16 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mfm_dist.classes import ClassSet
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.decoding import (
     JpegDecoder,
@@ -25,7 +27,7 @@ from mfm_dist.data.decoding import (
 )
 from mfm_dist.data.index import DatasetIndex
 from mfm_dist.data.manifest import ShardRecord
-from mfm_dist.errors import BadSample, CorruptFileError
+from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
 
 OPEN_FILES = 128
 """Shards a reader keeps open; a process may usually hold 1024 files."""
@@ -39,7 +41,7 @@ class Sample:
     image: Tensor
     """uint8 [3, H, W], RGB; a view of rows of triples."""
     label: Tensor | None
-    """uint8 [H, W], train ids or ``IGNORE_INDEX``; None where it was not asked for."""
+    """uint8 [H, W], indices of classes or ``IGNORE_INDEX``; None where it was not asked for."""
 
 
 ReadInto = Callable[[memoryview, int], int]
@@ -110,23 +112,36 @@ class ShardReader:
         self,
         folder: Path | str,
         *,
+        classes: ClassSet | None = None,
         decoder: str = "torchvision",
         bad_limit: float = 0.0,
         open_shard: Callable[[Path, ShardRecord], int] = open_tar,
     ) -> None:
         """
         Args:
+            classes: what labels and class statistics are to be in; None: in those of the shards.
             decoder: ``torchvision`` or ``simplejpeg``.
             bad_limit: share of the samples that may be lost with missing or truncated shards.
             open_shard: gives a descriptor of a shard, or of a copy of it (``staging``).
 
         Raises:
+            ConfigError: no class of the shards is one of ``classes``.
             What ``DatasetIndex.open`` and ``jpeg_decoder`` raise.
         """
         self._files: OrderedDict[int, int] = OrderedDict()
         self._decode_jpeg = jpeg_decoder(decoder)
         self._open_shard = open_shard
         self.index = DatasetIndex.open(Path(folder), bad_limit=bad_limit)
+        stored = self.index.manifest.label_classes
+        self.classes = classes or stored
+        """Of the labels that it gives; None where there are none and nothing was said."""
+        self.relabelling = classes.relabelling(stored) if classes and stored else None
+        """What becomes of the stored labels; None where they stay."""
+        if self.relabelling is not None and not self.relabelling.matches:
+            raise ConfigError(
+                f"{folder}: none of its classes is, or is merged into, one that is asked for:\n"
+                f"    stored {stored}\n    asked for {classes}"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -138,7 +153,8 @@ class ShardReader:
 
     def class_statistics(self) -> np.ndarray:
         """Count the pixels of each class: uint32 [samples, classes]. Raises what ``read_statistics`` raises."""
-        return read_statistics(self.index.folder, self.index.manifest)
+        counts = read_statistics(self.index.folder, self.index.manifest)
+        return counts if self.relabelling is None else self.relabelling.sum_counts(counts)
 
     def read(self, number: int, *, with_label: bool = True) -> Sample | BadSample:
         """Read, verify and decode sample ``number``.
@@ -158,10 +174,13 @@ class ShardReader:
         try:
             image = read_member(read_into, image_at, "image")
             label = read_member(read_into, label_at, "label") if with_label else None
-            return decode_sample(key, image_format.decode(), image, label, num_classes, self._decode_jpeg)
+            sample = decode_sample(key, image_format.decode(), image, label, num_classes, self._decode_jpeg)
         except CorruptFileError as error:
             tar = self.index.folder / record.file
             return BadSample(shard=str(tar), key=key, number=number, reason=str(error))
+        if sample.label is None or self.relabelling is None:
+            return sample
+        return replace(sample, label=torch.from_numpy(self.relabelling.apply(sample.label.numpy())))
 
     def read_into(self, shard: int, payload: memoryview, offset: int) -> int:
         """Read a shard from ``offset`` on; return how many bytes there were. Raises OSError, the second time."""

@@ -26,11 +26,6 @@ class Ceilings:
     """Global norm before clipping."""
 
 
-def part_of(group_name: str) -> str:
-    """Return the part of the module that an optimiser group belongs to: ``encoder_norm`` is of the ``encoder``."""
-    return group_name.removesuffix("_norm")
-
-
 def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Sum the squares of all elements: a float32 scalar, 0 where this rank holds none of them."""
     if not gradients:

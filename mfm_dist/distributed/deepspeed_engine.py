@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.distributed.clipping import part_of
 from mfm_dist.distributed.engine import Engine
 
 Piece = tuple[slice, Tensor]
@@ -37,13 +36,13 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
         self._check_gradients()
 
-    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+    def forward_backward(self, batch: UDABatch, mfm_weight: float, measure: bool = False) -> dict[str, Tensor]:
         if self.config.memory.lean and self._pending == 0:
             # One exchange of gradients for all backwards of the step. Without it every backward would exchange, and
             # ZeRO-3 would silently add to an old gradient where a later one is the first to touch a parameter.
             self._exchange.enter_context(self._wrapped.coalesce_grad_reduction())  # type: ignore[operator]
         try:
-            losses = super().forward_backward(batch, mfm_weight)
+            losses = super().forward_backward(batch, mfm_weight, measure)
         except BaseException:
             # Python leaves the block above on the way out, and with gradients to exchange it would wait there for the
             # other ranks, which do not come: the process could not end.
@@ -118,12 +117,17 @@ class DeepSpeedEngine(Engine):
 
     def _gradients_by_part(self) -> dict[str, list[Tensor]]:
         zero: Any = self.optimizer
-        parts: dict[str, list[Tensor]] = {part_of(group["name"]): [] for group in zero.param_groups}
+        parts: dict[str, list[Tensor]] = {group["part"]: [] for group in zero.param_groups}
+        for index, (group, shard, _) in enumerate(self._stepped()):
+            held = [shard.grad] if self.config.memory.offload_optimizer else zero.averaged_gradients[index]
+            parts[group["part"]].extend(gradient for gradient in held if gradient is not None)
+        return parts
+
+    def _stepped(self) -> Iterator[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]:
+        zero: Any = self.optimizer
         for index, shard in enumerate(self._flat_shards()):
             group = zero.param_groups[zero.sub_group_to_group_id[index] if self._is_stage_3 else index]
-            held = [shard.grad] if self.config.memory.offload_optimizer else zero.averaged_gradients[index]
-            parts[part_of(group["name"])].extend(gradient for gradient in held if gradient is not None)
-        return parts
+            yield group, shard, self._base.state.get(shard, {})
 
     @property
     def replicates_gradients(self) -> bool:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, part_of, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, sum_of_squares
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
@@ -33,6 +33,9 @@ class StepResult:
     """Mean over all micro-batches of the step, the same on every rank."""
     grad_norms: dict[str, Tensor]
     """Norm of the gradient before clipping, by part (encoder, decoder, Rebuilder) and ``total``."""
+    map_norms: Tensor
+    """[2], norm of the gradient at the encoder's last map, of the method's own terms and of lambda * L_mfm; 0 where the
+    step did not measure it."""
 
 
 class Engine:
@@ -65,14 +68,17 @@ class Engine:
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
 
-    def forward_backward(self, batch: UDABatch, mfm_weight: float) -> dict[str, Tensor]:
+    def forward_backward(self, batch: UDABatch, mfm_weight: float, measure: bool = False) -> dict[str, Tensor]:
         """Run forward and backward of one micro-batch, adding its gradients to those of the step.
 
         With ``memory.lean`` the terms of the loss follow one another, each with a backward of its own, which frees
         its activations before the next one starts.
 
+        Args:
+            measure: also measure what ``TrainModule.forward`` does then.
+
         Returns:
-            the module's losses by name, ``total`` among them, detached.
+            the module's losses by name, ``total`` among them, and what was measured, detached.
         """
         self._pending += 1
         terms = cast(Sequence[str], self.module.term_names) if self.config.memory.lean else [None]
@@ -81,9 +87,9 @@ class Engine:
         for term in terms:
             with self._sync_context(exchange=self._pending == self.accumulation and term == terms[-1]):
                 with self._autocast():
-                    output = self._wrapped(batch, mfm_weight, term, inputs)
+                    output = self._wrapped(batch, mfm_weight, term, inputs, measure)
                 self.backward(output.total)
-            losses |= {**output.losses, "total": losses["total"] + output.total.detach()}
+            losses |= {**output.losses, **output.measured, "total": losses["total"] + output.total.detach()}
             inputs = output.inputs
         self._loss = self._loss + losses["total"]
         if self._gradient_check is not None:
@@ -105,7 +111,9 @@ class Engine:
         # A gradient that every rank holds whole is counted once.
         share = 1.0 / self.world_size if self.replicates_gradients else 1.0
         squares = [share * sum_of_squares(gradients, self.device) for gradients in parts.values()]
-        *squares, loss = self.sum(torch.stack([*squares, self._loss / (self.accumulation * self.world_size)]))
+        mean_loss = self._loss / (self.accumulation * self.world_size)
+        map_squares = cast(Any, self.module).pop_map_squares().to(self.device)
+        *squares, loss, method, mfm = self.sum(torch.cat([torch.stack([*squares, mean_loss]), map_squares]))
         norms = torch.stack(squares).sqrt()
         limits = [float(self.config.train.clip_parts.get(part, 0.0)) for part in parts]
         factors = nan_if_step_rejected(clip_factors(norms, limits, self.config.train.clip_norm), norms, loss, ceilings)
@@ -117,12 +125,30 @@ class Engine:
         if not applied:  # DeepSpeed uses its buffers again and never writes their padding: no NaN may stay there
             for gradients in parts.values():
                 torch._foreach_zero_(gradients)
-        return StepResult(applied, loss, {**dict(zip(parts, norms, strict=True)), "total": norms.norm()})
+        grad_norms = {**dict(zip(parts, norms, strict=True)), "total": norms.norm()}
+        return StepResult(applied, loss, grad_norms, torch.stack([method, mfm]).sqrt())
 
-    def set_learning_rates(self, factor: float) -> None:
-        """Give every parameter group its own base rate times ``factor``."""
+    def update_squares(self, part: str) -> Tensor:
+        """Sum squares over what this rank holds of a part of the module, so that sums over ranks are of the whole.
+
+        Returns:
+            [3]: of Adam's last direction m / (sqrt(v) + eps), of that times the rate, and of the weights; 0 before the
+            first step and under an optimiser without moments.
+        """
+        squares = torch.zeros(3, device=self.device)
+        share = 1.0 / self.world_size if self.replicates_gradients else 1.0
+        for group, weight, state in self._stepped():
+            if group["part"] == part and "exp_avg_sq" in state:
+                beta1, beta2 = (1.0 - beta ** float(state["step"]) for beta in group["betas"])
+                direction = (state["exp_avg"] / beta1) / ((state["exp_avg_sq"] / beta2).sqrt() + group["eps"])
+                each = [direction, group["lr"] * direction, weight.detach()]
+                squares += share * torch.stack([x.float().square().sum() for x in each]).to(self.device)
+        return squares
+
+    def set_learning_rates(self, factor: float, part_factors: Mapping[str, float]) -> None:
+        """Give every parameter group its own base rate times ``factor`` and, where it is named, times its part's."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * factor * part_factors.get(group["part"], 1.0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Take the element-wise mean over ranks, the same on all."""
@@ -240,8 +266,14 @@ class Engine:
         parts: dict[str, list[Tensor]] = {}
         for group in self.optimizer.param_groups:
             held = [p.grad for p in group["params"] if p.grad is not None]
-            parts.setdefault(part_of(group["name"]), []).extend(held)
+            parts.setdefault(group["part"], []).extend(held)
         return parts
+
+    def _stepped(self) -> Iterator[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]:
+        """Yield the tensors that the optimiser steps on this rank, each with its group and its state."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield group, parameter, self.optimizer.state.get(parameter, {})
 
     @property
     def replicates_gradients(self) -> bool:

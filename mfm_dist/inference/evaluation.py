@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfm_dist.classes import CLASS_NAMES, CLASS_SETS, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.data.pipeline import EvaluationItem
 from mfm_dist.data.reader import Sample
 from mfm_dist.errors import BadSample
@@ -101,6 +101,7 @@ def evaluate(
     ranks: Ranks,
     *,
     step: int,
+    classes: ClassSet,
     precision: str = "fp32",
     class_sets: Sequence[str] = (),
     fit_into: tuple[int, int] | None = None,
@@ -116,13 +117,14 @@ def evaluate(
     Args:
         items: this rank's turns, as many on every rank; one without a sample predicts ``FILLER``.
         precision: what the forwards run in, to be said in the protocol.
-        class_sets: names in ``CLASS_SETS`` to give means over, too.
+        classes: of the labels, and of the student's logits.
+        class_sets: groups of them to give means over, too.
         fit_into, scale: what the images are before they are predicted (``predict_labels``).
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
         before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
             in the same turn.
     """
-    confusion = torch.zeros(len(CLASS_NAMES), len(CLASS_NAMES), dtype=torch.int64)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     scored = 0
     bad: list[BadSample] = []
     with evaluation_mode(student, ranks):
@@ -137,20 +139,24 @@ def evaluate(
             if sample is None:
                 continue
             assert sample.label is not None
-            confusion += confusion_matrix(sample.label, prediction, len(CLASS_NAMES))
+            confusion += confusion_matrix(sample.label, prediction, len(classes))
             scored += 1
             if overlay_folder is not None and item.number < overlays:
                 path = overlay_folder / f"{sample.key}.png"
-                save_overlay(path, sample.image, sample.label, prediction)
+                save_overlay(path, sample.image, sample.label, prediction, classes.palette)
     totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
     confusion = totals[:-1].reshape(confusion.shape)
     scores = Scores(
         step=step,
         miou=mean_iou_percent(confusion),
-        iou=dict(zip(CLASS_NAMES, iou_percent(confusion), strict=True)),
+        iou=dict(zip(classes.names, iou_percent(confusion), strict=True)),
         images=int(totals[-1]),
         bad_samples=[str(sample) for sample in bad],
-        means={name: value for key in class_sets for name, value in means_over(key, confusion).items()},
+        means={
+            name: value
+            for key in class_sets
+            for name, value in means_over(key, classes.indices(classes.groups[key]), confusion).items()
+        },
         protocol=protocol_of(student, fit_into, precision),
     )
     return scores, bad
@@ -176,19 +182,18 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
     return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
 
 
-def means_over(class_set: str, confusion: Tensor) -> dict[str, float]:
+def means_over(group: str, classes: list[int], confusion: Tensor) -> dict[str, float]:
     """Return the mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
 
-    Both means are over the classes of the set. ``miou_<set>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those
-    of other classes are false positives of what is predicted there. ``miou_<set>_others_ignored`` leaves pixels
-    labelled with other classes out. Classes that do not occur are in no mean.
+    ``miou_<group>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those of other classes are false positives of
+    what is predicted there. ``miou_<group>_others_ignored`` leaves pixels labelled with other classes out. Classes
+    that do not occur are in no mean.
     """
-    classes = list(CLASS_SETS[class_set])
     known = torch.zeros_like(confusion)
     known[classes] = confusion[classes]
     return {
-        f"miou_{class_set}": mean_iou_percent(confusion, classes),
-        f"miou_{class_set}_others_ignored": mean_iou_percent(known, classes),
+        f"miou_{group}": mean_iou_percent(confusion, classes),
+        f"miou_{group}_others_ignored": mean_iou_percent(known, classes),
     }
 
 

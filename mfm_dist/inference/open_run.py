@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from mfm_dist.checkpoint.contents import load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
-from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError
@@ -40,14 +39,15 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
     checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
-    model = TrainedSegmentor(_card(path, config, weights, checkpoint.progress.step))
+    model = TrainedSegmentor(_card(path, config, weights, checkpoint))
     load = load_student if weights == "student" else load_teacher
     load(checkpoint, model.segmentor)
     return TrainedRun(config, checkpoint, model.eval())
 
 
-def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], step: int) -> ModelCard:
-    """Gather what there is to say about the segmentor that a run has at a step."""
+def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], checkpoint: Checkpoint) -> ModelCard:
+    """Gather what there is to say about the segmentor in a checkpoint of a run."""
+    step = checkpoint.progress.step
     miou = _read_json(RunFolder(path, writes=False).evaluation(step)).get("miou")
     revision = _read_json(path / "environment.json").get("revision")
     return ModelCard(
@@ -57,8 +57,8 @@ def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"],
         decoder_options=config.model.decoder_options,
         attention=config.hrda.attention if config.two_resolutions else None,
         attention_options=config.hrda.attention_options if config.two_resolutions else {},
-        class_names=CLASS_NAMES,
-        palette=PALETTE,
+        class_names=checkpoint.classes.names,
+        palette=checkpoint.classes.palette,
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
         weights=weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mfm_dist.classes import PALETTE
+from mfm_dist.classes import Colour
 from mfm_dist.data.photographs import opened
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.storage import atomic_file
@@ -22,23 +23,23 @@ GAP = 4
 """White pixels between panels."""
 
 
-def colourise(label: Tensor) -> npt.NDArray[np.uint8]:
-    """Turn train ids [H, W] into uint8 RGB [H, W, 3] in the Cityscapes palette; ignored pixels are black."""
+def colourise(label: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8]:
+    """Turn indices of classes [H, W] into uint8 RGB [H, W, 3] in their colours; ignored pixels are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(PALETTE)] = PALETTE
+    table[: len(palette)] = palette
     return table[label.numpy().astype(np.uint8)]
 
 
-def overlay(image: npt.NDArray[np.uint8], label: Tensor) -> npt.NDArray[np.uint8]:
+def overlay(image: npt.NDArray[np.uint8], label: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8]:
     """Lay class colours over an RGB image [H, W, 3]."""
-    blended = (1 - OPACITY) * image + OPACITY * colourise(label)
+    blended = (1 - OPACITY) * image + OPACITY * colourise(label, palette)
     return blended.round().astype(np.uint8)
 
 
-def save_ids(path: Path, ids: Tensor) -> None:
-    """Write train ids [H, W] as a PNG whose pixel values they are and whose palette shows them in class colours."""
+def save_ids(path: Path, ids: Tensor, palette: Sequence[Colour]) -> None:
+    """Write indices of classes [H, W] as a PNG whose pixel values they are, and that shows them in class colours."""
     picture = Image.fromarray(ids.numpy().astype(np.uint8))
-    picture.putpalette(colourise(torch.arange(256)).flatten().tolist())
+    picture.putpalette(colourise(torch.arange(256), palette).flatten().tolist())
     save_picture(path, picture)
 
 
@@ -49,7 +50,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
-def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence[Colour]) -> None:
     """Write a PNG of three panels side by side: the image, its label, the prediction, the latter two laid over it.
 
     Args:
@@ -57,7 +58,9 @@ def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor) -
     """
     picture = image.permute(1, 2, 0).numpy()
     gap = np.full((picture.shape[0], GAP, 3), 255, dtype=np.uint8)
-    panels = np.concatenate([picture, gap, overlay(picture, label), gap, overlay(picture, prediction)], axis=1)
+    panels = np.concatenate(
+        [picture, gap, overlay(picture, label, palette), gap, overlay(picture, prediction, palette)], axis=1
+    )
     save_picture(path, Image.fromarray(panels))
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import from_tree, shown, to_tree
 from mfm_dist.config.schema import FloatAbove0, IntFrom0, Pixels
 from mfm_dist.config.validate import range_problems
@@ -41,7 +42,7 @@ class ModelCard:
     """Decoder that weighs detail against context (HRDA); None for one resolution."""
     attention_options: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...]
-    """Index = channel of the logits = train id."""
+    """Index = channel of the logits = value of a predicted pixel."""
     palette: tuple[tuple[int, int, int], ...]
     """RGB colour of each class."""
     mean: tuple[float, float, float]
@@ -65,6 +66,11 @@ class ModelCard:
     revision: str | None
     """Git revision of the code that trained it; None if that was not a clone."""
     format: str = FORMAT
+
+    @property
+    def classes(self) -> ClassSet:
+        """What it tells apart."""
+        return ClassSet(names=self.class_names, palette=self.palette)
 
     def to_json(self) -> str:
         """Return the text of config.json."""
@@ -104,7 +110,7 @@ class TrainedSegmentor(nn.Module):
         return normalise(image, self.card.mean, self.card.std)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Return the most probable train id of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
+        """Return the most probable class of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
 
         As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``card.resize``.
         """

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from mfm_dist.classes import ClassSet
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.segmentor import Segmentor
@@ -29,6 +30,8 @@ class StepInputs:
     """The teacher's answer to ``target_image``; None where nothing asks for it."""
     initial_feature: Tensor | None = None
     """The initial encoder's last map of ``source_image``, [B, C, h, w]; None where nothing asks for it."""
+    classes: ClassSet
+    """Of the labels."""
     seed: int
     """Seed of the run."""
     block: int

@@ -10,14 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import DAFormerSection, RunConfig, SelfTrainingSection
 from mfm_dist.methods.base import Classify, ForwardKind, Loss, Method, StepInputs, Term, classify
 from mfm_dist.methods.dacs import DACS
 from mfm_dist.models.segmentor import Segmentor
-
-THING_CLASSES = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
-"""Lights, signs, people and vehicles: the classes that ImageNet knows as objects (DAFormer)."""
 
 
 class DAFormer(Method):
@@ -42,14 +39,15 @@ class DAFormer(Method):
         label = inputs.source_label
         losses, features = self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, label)
         last = features[-1]
-        mask = thing_mask(label, (last.shape[-2], last.shape[-1]), self.settings.feature_distance_share)
+        size = (last.shape[-2], last.shape[-1])
+        mask = thing_mask(label, inputs.classes, size, self.settings.feature_distance_share)
         distance = feature_distance(last, inputs.initial_feature, mask)
         return {**losses, "feature_distance": Loss(distance, self.settings.feature_distance_weight)}
 
 
 @torch.no_grad()
-def thing_mask(label: Tensor, size: tuple[int, int], share: float) -> Tensor:
-    """Mark the positions of a feature map on an object: one of ``THING_CLASSES`` has this share of their pixels.
+def thing_mask(label: Tensor, classes: ClassSet, size: tuple[int, int], share: float) -> Tensor:
+    """Mark the positions of a feature map on an object: one of ``classes.things`` has this share of their pixels.
 
     Args:
         label: integer [B, H, W]; ``IGNORE_INDEX`` counts as one class more, which is no thing.
@@ -63,11 +61,11 @@ def thing_mask(label: Tensor, size: tuple[int, int], share: float) -> Tensor:
     high, wide = height // rows, width // columns
     cells = label[:, : rows * high, : columns * wide].unflatten(2, (columns, wide)).unflatten(1, (rows, high))
     # One class after another: a one-hot of the whole label would take 20 times its memory.
-    values = (*range(len(CLASS_NAMES)), IGNORE_INDEX)
+    values = (*range(len(classes)), IGNORE_INDEX)
     counts = torch.stack([(cells == value).sum(dim=(2, 4)) for value in values], dim=1)  # [B, classes + 1, h, w]
     count, winner = counts.max(dim=1)
     is_thing = torch.zeros(len(values), dtype=torch.bool, device=label.device)
-    is_thing[list(THING_CLASSES)] = True
+    is_thing[classes.indices(classes.things)] = True
     return is_thing[winner] & (count >= share * high * wide)
 
 

@@ -17,6 +17,11 @@ def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -
         label: integer [B, H, W]; ``IGNORE_INDEX`` pixels contribute 0 but count in the mean.
         weight: float [B, H, W] multiplied onto each pixel's loss, or None for 1 everywhere.
     """
-    logits = resize(logits.float(), label.shape[-2:])
-    loss = F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")
+    loss = pixel_cross_entropy(logits, label)
     return loss.mean() if weight is None else (loss * weight).mean()
+
+
+def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the cross-entropy of each pixel, float32 [B, H, W], 0 where ignored; as ``cross_entropy`` otherwise."""
+    logits = resize(logits.float(), label.shape[-2:])
+    return F.cross_entropy(logits, label.long(), ignore_index=IGNORE_INDEX, reduction="none")

@@ -1,12 +1,14 @@
 """Masked Feature Modeling (arXiv 2509.13801): the auxiliary term that attaches to any method.
 
-``mfm_term`` with default settings is the paper's; every other branch is a row of one of its ablation tables.
+``masked_features_loss`` is the term itself, for any loop. ``mfm_term`` hands it what a training step has; with default
+settings that is the paper's term, and every other branch is a row of one of its ablation tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind, StepInputs
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
-from mfm_dist.methods.losses import cross_entropy
+from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -25,9 +27,61 @@ from mfm_dist.rng import Stream, torch_generator
 
 PATCH = 4
 """Side in pixels of the patches that ``mfm.reconstruction: pixels`` regresses, the stride of the finest encoder map."""
+UNSURE = 0.5
+"""Confidence of the teacher up to which a pixel counts for nothing in ``confidence_weight``: on the embedded scenes a
+third of the pseudo-labels below it are right, of all those above .968 98 %."""
 
 Encode = Callable[[Tensor], list[Tensor]]
 """From an image [B, 3, H, W] to encoder maps."""
+Decode = Callable[[list[Tensor]], Tensor]
+"""From maps to logits [B, C, h, w]."""
+Rebuild = Callable[[Tensor, list[Tensor], Tensor], list[Tensor]]
+"""From the last map, the maps to rebuild and a mask to rebuilt maps; a ``Rebuilder`` is one."""
+
+
+def masked_features_loss(
+    rebuilder: Rebuild,
+    features: list[Tensor],
+    decode: Decode,
+    mask: Tensor,
+    label: Tensor,
+    weight: Tensor,
+    *,
+    loss_on: Literal["all", "hidden"] = "all",
+) -> Tensor:
+    """Compute L_mfm: hide part of an image's features, rebuild it, and classify the result (MFM, section 3).
+
+    f_r = R(f); the loss is the cross-entropy of D(f_r) with the label, each pixel weighed, averaged over all pixels.
+    Encoder, decoder and Rebuilder all receive gradients.
+
+    Args:
+        rebuilder: a ``Rebuilder`` made for these maps.
+        features: the encoder's maps that the decoder reads, fine to coarse, i-th [B, channels[i], h_i, w_i], of the
+            clean image; the last one is what the Rebuilder sees.
+        decode: the decoder.
+        mask: bool [B, rows, cols] over the Rebuilder's grid, True = hidden (``draw_mask``), on any device.
+        label: integer [B, H, W], of the teacher for a target image; ``IGNORE_INDEX`` counts for nothing.
+        weight: float [B, H, W], the teacher's pseudo-weight (MFM), or ``confidence_weight``.
+        loss_on: pixels that count: every one (MFM), or the hidden ones. Their loss is divided by their share of the
+            micro-batch, so that lambda weighs a hidden pixel the same at any mask ratio.
+    """
+    logits = decode(rebuilder(features[-1], features, mask))
+    if loss_on == "hidden":
+        hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight)
+        weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
+    return cross_entropy(logits, label, weight)
+
+
+def confidence_weight(confidence: Tensor) -> Tensor:
+    """Weigh pixels by the teacher's confidence [B, H, W]: 0 up to ``UNSURE``, linearly from there to 1 at 1."""
+    return ((confidence - UNSURE) / (1.0 - UNSURE)).clamp_min(0.0)
+
+
+def hide(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:  # noqa: ARG001 - as a Rebuilder
+    """Set the hidden part of maps to 0 and rebuild nothing (MFM, row "mask without rebuilding")."""
+    return [
+        map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1).to(map_.device), 0.0) for map_ in features
+    ]
 
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
@@ -59,21 +113,20 @@ def mfm_term(
     grid: tuple[int, int],
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
+    measured: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Compute L_mfm: hide part of the target's features, rebuild it, and classify the result as the teacher does.
-
-    f_t = E(x_t); f_r = R(f_t); cross-entropy of D(f_r) with the pseudo-label, weighted by the pseudo-weight. The
-    image is clean (neither mixed nor augmented), and encoder, decoder and Rebuilder all receive gradients.
+    """Compute L_mfm of a step: the clean target image, its features in part hidden, classified as the teacher does.
 
     Args:
         rebuilder: None where hidden features stay empty.
         grid: rows and columns of the mask.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
+        measured: takes the loss where hidden and where visible, and the largest attention logit; None for neither.
     """
     view = view_of(student, inputs, settings, kind)
     features = student.encode(view.image)
-    mask = keyed_masks(inputs, grid, settings.mask_ratio, kind)
+    mask = keyed_masks(inputs, grid, settings, kind)
     if settings.reconstruction != "classes":
         assert rebuilder is not None
         loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
@@ -81,20 +134,37 @@ def mfm_term(
 
     if settings.trained_parts == "decoder":
         features = [zero_gradient(feature) for feature in features]
-    rebuilt = rebuild(student, rebuilder, features, mask)
-    if settings.trained_parts == "encoder":
-        with frozen(student.decoder):
-            logits = student.decode(rebuilt)
-        not_reached = student.heads
-    else:
-        logits = student.decode(rebuilt)
-        not_reached = student.heads[1:]
-    weight = view.weight
-    if settings.loss_on == "hidden":
-        # Divided by the hidden share, so that lambda weighs a hidden pixel the same at any mask ratio.
-        hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight.dtype)
-        weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
-    return cross_entropy(logits, view.label, weight) + zero_loss_through(not_reached, features)
+    read = student.decoder_inputs
+
+    def decode(rebuilt: list[Tensor]) -> Tensor:
+        with frozen(student.decoder) if settings.trained_parts == "encoder" else nullcontext():
+            logits = student.decode(completed(features, read, rebuilt))
+        if measured is not None:
+            measured.update(
+                {f"{kind.label}/{name}": loss for name, loss in losses_by_place(logits, view, mask).items()}
+            )
+        return logits
+
+    maps = [features[index] for index in read]
+    with ExitStack() as stack:
+        collects = rebuilder is not None and measured is not None
+        largest = stack.enter_context(rebuilder.collecting_logits()) if collects else []  # type: ignore[union-attr]
+        loss = masked_features_loss(
+            rebuilder or hide, maps, decode, mask, view.label, view.weight, loss_on=settings.loss_on
+        )
+    if measured is not None and largest:
+        measured["rebuilder/max_logit"] = torch.stack(largest).amax()
+    not_reached = student.heads if settings.trained_parts == "encoder" else student.heads[1:]
+    return loss + zero_loss_through(not_reached, features)
+
+
+@torch.no_grad()
+def losses_by_place(logits: Tensor, view: View, mask: Tensor) -> dict[str, Tensor]:
+    """Average the weighed cross-entropy of logits [B, C, h, w] over hidden and over visible pixels; 0 of none."""
+    errors = pixel_cross_entropy(logits.detach(), view.label) * view.weight
+    hidden = enlarge_mask(mask, errors.shape[-2:]).to(errors.device)
+    places = {"loss_hidden": hidden, "loss_visible": ~hidden}
+    return {name: (errors * place).sum() / place.sum().clamp_min(1) for name, place in places.items()}
 
 
 def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
@@ -105,6 +175,8 @@ def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: 
     else:
         assert inputs.pseudo is not None
         image, label, weight = inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight
+        if settings.target_weight == "confidence":
+            weight = confidence_weight(inputs.pseudo.confidence) * inputs.pseudo.valid
     if settings.view != "detail" and kind not in (ForwardKind.MFM_DETAIL, ForwardKind.MFM_SOURCE_DETAIL):
         return View(student.context(image), label, weight)
     assert isinstance(student, HRDASegmentor)
@@ -112,48 +184,71 @@ def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: 
     return View(box.crop(image), box.crop(label), box.crop(weight))
 
 
-def draw_mask(batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Draw which cells of each image are hidden: independently, so the share varies from image to image (paper).
+def draw_mask(
+    batch: int,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    generator: torch.Generator,
+    *,
+    block: int = 1,
+    exact: bool = False,
+) -> Tensor:
+    """Draw which cells of each image are hidden.
 
     Args:
         batch: number of images, B.
         grid: rows and columns of the Rebuilder's grid.
-        mask_ratio: probability with which a cell is hidden, 0.40 in the paper; 0 hides none, 1 hides all.
+        mask_ratio: share of the cells to hide, 0.40 in the paper; 0 hides none, 1 hides all.
         generator: a CPU generator, so that the mask is the same on every device.
+        block: side, in cells, of the squares that are hidden together; 1 in the paper, whose cells are 4 x 4 features.
+        exact: hide the nearest whole number of blocks in every image. Otherwise each block is hidden independently,
+            so that the share varies from image to image (paper).
 
     Returns:
         bool [B, rows, cols] on the CPU; True means hidden.
 
     Raises:
-        ConfigError: ``mask_ratio`` lies outside [0, 1].
+        ConfigError: ``mask_ratio`` lies outside [0, 1], or ``block`` does not divide the grid.
     """
+    rows, cols = grid
     if not 0 <= mask_ratio <= 1:
         raise ConfigError(f"mfm.mask_ratio must lie between 0 and 1, got {mask_ratio}")
-    return torch.rand(batch, *grid, generator=generator) < mask_ratio
+    if block < 1 or rows % block or cols % block:
+        raise ConfigError(f"mfm.mask_block_cells={block} does not divide rebuilder.grid={rows}x{cols}")
+    draws = torch.rand(batch, rows // block, cols // block, generator=generator)
+    if exact:
+        place = draws.flatten(1).argsort(dim=1).argsort(dim=1)  # of each block in a random order
+        hidden = (place < round(mask_ratio * place.shape[1])).view_as(draws)
+    else:
+        hidden = draws < mask_ratio
+    return hidden.repeat_interleave(block, dim=1).repeat_interleave(block, dim=2)
 
 
 def keyed_masks(
-    inputs: StepInputs, grid: tuple[int, int], mask_ratio: float, kind: ForwardKind = ForwardKind.MFM
+    inputs: StepInputs, grid: tuple[int, int], settings: MFMSection, kind: ForwardKind = ForwardKind.MFM
 ) -> Tensor:
-    """Draw bool [B, rows, cols] on the inputs' device, True = hidden; keyed by each sample's position and the pass."""
+    """Draw bool [B, rows, cols] on the CPU, True = hidden; keyed by each sample's position and the pass."""
     masks = [
-        draw_mask(1, grid, mask_ratio, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
+        mask_of(settings, grid, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
         for position in inputs.positions
     ]
-    return torch.cat(masks).to(inputs.target_image.device)
+    return torch.cat(masks)
 
 
-def rebuild(student: Segmentor, rebuilder: Rebuilder | None, features: list[Tensor], mask: Tensor) -> list[Tensor]:
-    """Return the encoder's maps with the masked blocks of those that the decoder reads replaced by rebuilt ones.
+def mask_of(settings: MFMSection, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw the mask of one image as the settings say: bool [1, rows, cols]."""
+    exact = settings.mask == "exact"
+    return draw_mask(1, grid, settings.mask_ratio, generator, block=settings.mask_block_cells, exact=exact)
 
-    Without a Rebuilder they are 0.
-    """
+
+def rebuild(student: Segmentor, rebuilder: Rebuild, features: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """Return the encoder's maps with the masked blocks of those that the decoder reads replaced by rebuilt ones."""
     read = student.decoder_inputs
-    visible = [features[index] for index in read]
-    if rebuilder is None:
-        rebuilt = [map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1), 0.0) for map_ in visible]
-    else:
-        rebuilt = rebuilder(features[-1], visible, mask)
+    return completed(features, read, rebuilder(features[-1], [features[index] for index in read], mask))
+
+
+def completed(features: list[Tensor], read: Sequence[int], rebuilt: list[Tensor]) -> list[Tensor]:
+    """Return all maps, with ``rebuilt`` in the places of those that are ``read``."""
     complete = list(features)
     for index, feature in zip(read, rebuilt, strict=True):
         complete[index] = feature
@@ -189,7 +284,7 @@ def regression_loss(
 def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error of two maps [B, C, h, w] over what is hidden; 0 if nothing is."""
     normalised = F.layer_norm(target.float().movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1)
+    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1).to(target.device)
     # Selected, not multiplied with: visible places hold the encoder's own values, of any size.
     error = torch.where(hidden, rebuilt.float() - normalised, 0.0).square()
     return error.sum() / (hidden.sum() * target.shape[1]).clamp_min(1)

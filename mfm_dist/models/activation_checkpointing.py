@@ -1,8 +1,8 @@
-"""Activation checkpointing of an encoder's blocks: exact, BatchNorm statistics and random draws included."""
+"""Activation checkpointing of the blocks of a network: exact, BatchNorm statistics and random draws included."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -35,6 +35,11 @@ def checkpoint_blocks(backbone: Backbone) -> None:
             "inside an nn.Sequential or nn.ModuleList). Set memory.checkpoint_backbone=false, or choose another "
             "model.backbone, e.g. of the families MiT, ResNet, ConvNeXt, Swin or ViT; memory.lean works with every one"
         )
+    recompute(blocks)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Have each of these modules keep its input alone, and compute the rest again when its backward needs it."""
     for block in blocks:
         # A method bound to the block: unlike a closure, a copy of the block (the teacher) gets one of its own.
         block.forward = MethodType(_forward, block)

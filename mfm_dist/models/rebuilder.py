@@ -3,12 +3,16 @@
 It exists during training only. The last encoder map, brought to a fixed grid of cells, loses the hidden cells; a small
 transformer fills them in from the visible ones; one projector for each map that the decoder reads carries the result
 back to that map, where it replaces the hidden places and only those.
+
+Without options this is the paper's. What lets it grow is four options, each absent when off: ``qk_norm``,
+``depth_scaling``, ``readout`` and ``fill``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,17 @@ NOMINAL_INPUT = 512
 PROJECTOR_EPS = 1e-6
 """Of the projectors' norms: the authors' code (arXiv 2509.13801) has timm's ``LayerNorm2d`` with its default there, and
 1e-5 in the transformer's."""
+
+CORRECTION_SCALE = 0.5
+"""Of the correction under ``fill`` before it is trained, in deviations of the channel. Measured on the stride-8 bed of
+the lab: with 0.5 the hidden loss fell faster than with 0.1. From 0, without the norm that bounds what a step of the
+optimiser can change, the correction was outside of what the channel shows within 50 steps, where no gradient comes."""
+
+BASE_DEPTH = 2
+"""Blocks of the paper's Rebuilder, whose branches count in full under ``depth_scaling``."""
+
+LOGIT_CHUNK = 512
+"""Queries whose attention logits are held at a time when the largest is looked for."""
 
 TEMPERATURE = 10_000
 """Slowest wavelength of the position table, in units of 2 pi cells (paper)."""
@@ -47,46 +62,116 @@ def sine_cosine_positions(rows: int, cols: int, width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all cells of the grid; memory grows linearly with their number."""
+    """Multi-head self-attention over all tokens; memory grows linearly with their number."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.attend = Attend(width, num_heads, qk_norm=qk_norm)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let every cell attend to all: [B, N, width] -> [B, N, width]."""
-        # [B, N, 3 x width] -> [B, N, 3, heads, width / heads] -> [3, B, heads, N, width / heads]
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """Let every token attend to all: [B, N, width] -> [B, N, width]."""
+        return self.proj(self.attend(*self.qkv(x).chunk(3, dim=2)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens to others."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.attend = Attend(width, num_heads, qk_norm=qk_norm)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Let ``x`` [B, N, width] attend to ``context`` [B, M, width]: [B, N, width]."""
+        return self.proj(self.attend(self.q(x), *self.kv(context).chunk(2, dim=2)))
+
+
+class Attend(nn.Module):
+    """Scaled dot products by head; with ``qk_norm`` queries and keys are normalised first (ViT-22B, 2302.05442).
+
+    Attributes:
+        largest_logits: where a list stands here, each forward appends the largest logit of its first image.
+    """
+
+    largest_logits: list[Tensor] | None = None
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_norm = nn.LayerNorm(width // num_heads, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // num_heads, eps=1e-5) if qk_norm else nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from [B, N, width] to keys and values [B, M, width]: [B, N, width]."""
+        # [B, N, width] -> [B, N, heads, width / heads] -> [B, heads, N, width / heads]
+        q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.largest_logits is not None:
+            self.largest_logits.append(largest_logit(q[0].detach(), k[0].detach()))
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return attended.transpose(1, 2).flatten(2)
+
+
+def largest_logit(q: Tensor, k: Tensor) -> Tensor:
+    """Return the largest attention logit of queries [heads, N, d] and keys [heads, M, d], never holding all of them."""
+    scale = q.shape[-1] ** -0.5
+    return torch.stack([(part @ k.mT).amax() * scale for part in q.split(LOGIT_CHUNK, dim=1)]).amax().float()
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then a two-layer perceptron, each added to its input."""
+    """A pre-norm transformer block: attention, then a two-layer perceptron, each times ``scale`` added to its input."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool = False, scale: float = 1.0
+    ) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
+        self.scale = scale
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.attention = Attention(width, num_heads)
+        self.attention = Attention(width, num_heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = _perceptron(width, mlp_ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add attention and perceptron to the input: [B, N, width] -> [B, N, width]."""
-        x = x + self.attention(self.norm1(x))
+        x = x + self.scale * self.attention(self.norm1(x))
+        return x + self.scale * self.mlp(self.norm2(x))
+
+
+class ReadoutBlock(nn.Module):
+    """A pre-norm block in which hidden cells read the visible ones, and not one another (CrossMAE, 2401.14391)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.attention = CrossAttention(width, num_heads, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = _perceptron(width, mlp_ratio)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Add attention to ``context`` [B, M, width], and a perceptron: [B, N, width] -> [B, N, width]."""
+        x = x + self.attention(self.norm1(x), context)
         return x + self.mlp(self.norm2(x))
+
+
+def _perceptron(width: int, mlp_ratio: float) -> nn.Sequential:
+    hidden = int(width * mlp_ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class Projector(nn.Sequential):
     """From the grid to one encoder map: ``doublings`` transposed convolutions, a 1x1 convolution, a channel norm.
 
     The first transposed convolution halves the width, the second halves it again, further ones keep it (paper).
+
+    Args:
+        scale: what the last norm's output is multiplied with before training (1 in the paper).
     """
 
-    def __init__(self, width: int, out_channels: int, doublings: int) -> None:
+    def __init__(self, width: int, out_channels: int, doublings: int, *, scale: float = 1.0) -> None:
         layers: list[nn.Module] = []
         channels = width
         for index in range(doublings):
@@ -95,8 +180,9 @@ class Projector(nn.Sequential):
             narrowed = width // 2 if index == 0 else width // 4
             layers.append(nn.ConvTranspose2d(channels, narrowed, kernel_size=4, stride=2, padding=1))
             channels = narrowed
-        layers += [nn.Conv2d(channels, out_channels, 1), ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)]
-        super().__init__(*layers)
+        norm = ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)
+        nn.init.constant_(norm.weight, scale)
+        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), norm)
 
 
 class Rebuilder(nn.Module):
@@ -111,9 +197,17 @@ class Rebuilder(nn.Module):
         num_heads: attention heads (16 in the paper).
         mlp_ratio: hidden width of a block's perceptron over ``width`` (4 in the paper).
         grid: cells in each direction, or (rows, cols) (16 in the paper).
+        qk_norm: normalise queries and keys, so that no attention logit can grow without bound.
+        depth_scaling: multiply the branches of the blocks by ``BASE_DEPTH / depth``, so that a step changes the output
+            of a deep trunk as much as that of a shallow one (CompleteP, 2505.01618).
+        readout: where above 0, the trunk runs over visible cells alone, and so many further blocks of cross-attention
+            let the hidden ones read them. Every image of a batch must then hide the same number of cells.
+        fill: rebuild a hidden place as what its neighbours say (``fill_from_neighbours``) plus a learned correction, in
+            units of the channel's deviation, that starts small; within what the micro-batch shows of the channel.
 
     Attributes:
         grid: (rows, cols), the shape of an image's mask.
+        width: channels of the transformer.
 
     Raises:
         ConfigError: a number that cannot be used; all of them are listed.
@@ -132,20 +226,34 @@ class Rebuilder(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         grid: int | Sequence[int] = 16,
+        qk_norm: bool = False,
+        depth_scaling: bool = False,
+        readout: int = 0,
+        fill: bool = False,
     ) -> None:
         super().__init__()
         rows, cols = _check(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, grid=grid)
         self.grid = (rows, cols)
+        self.width = width
         self.embed = nn.Linear(embed_channels, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("positions", sine_cosine_positions(rows, cols, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
+        scale = min(1.0, BASE_DEPTH / depth) if depth_scaling else 1.0
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio, qk_norm=qk_norm, scale=scale) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projectors = nn.ModuleList(
-            Projector(width, channel, _doublings(stride, self.grid))
+            Projector(width, channel, _doublings(stride, self.grid), scale=CORRECTION_SCALE if fill else 1.0)
             for channel, stride in zip(channels, strides, strict=True)
         )
+        self.fill = fill
         nn.init.normal_(self.mask_token, std=0.02)
+        if readout:
+            self.always_visible = nn.Parameter(torch.empty(width))
+            """A token that is always there to be read, also where all cells are hidden."""
+            nn.init.normal_(self.always_visible, std=0.02)
+        self.readout = nn.ModuleList(ReadoutBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(readout))
         self.apply(_init_linear)
 
     def forward(self, last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:
@@ -154,38 +262,147 @@ class Rebuilder(nn.Module):
         Args:
             last_feature: last encoder map [B, embed_channels, h, w].
             features: the maps to rebuild, the i-th [B, channels[i], h_i, w_i].
-            mask: bool [B, rows, cols] over the grid; True means hidden.
+            mask: bool [B, rows, cols] over the grid; True means hidden. With ``readout`` best on the CPU, where
+                counting its cells does not wait for the device.
 
         Returns:
             Maps of the shapes and types of ``features``; a visible place holds the very bits of its feature.
         """
+        assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
         cells = self._rebuild(last_feature, mask)
+        mask = mask.to(last_feature.device)
+        put = correct_filled if self.fill else _fuse
         return [
-            _fuse(projector(cells), feature, mask) for projector, feature in zip(self.projectors, features, strict=True)
+            put(projector(cells), feature, mask) for projector, feature in zip(self.projectors, features, strict=True)
         ]
+
+    def wide_matrices(self) -> list[nn.Parameter]:
+        """List the matrices that sum over numbers in proportion to ``width``: all but the embedding's."""
+        wide = (*self.blocks.parameters(), *self.readout.parameters(), *self.projectors.parameters())
+        return [parameter for parameter in wide if parameter.ndim > 1]
+
+    @contextmanager
+    def collecting_logits(self) -> Iterator[list[Tensor]]:
+        """Collect the largest attention logit of every block for the first image of each forward in here."""
+        found: list[Tensor] = []
+        layers = [module for module in self.modules() if isinstance(module, Attend)]
+        for layer in layers:
+            layer.largest_logits = found
+        try:
+            yield found
+        finally:
+            for layer in layers:
+                layer.largest_logits = None
 
     def _rebuild(self, last_feature: Tensor, mask: Tensor) -> Tensor:
         """Rebuild the grid [B, width, rows, cols] of last maps [B, embed_channels, h, w] masked by [B, rows, cols]."""
-        assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
         embedded = self.embed(last_feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, width, h, w]
         tokens = resize(embedded, self.grid).flatten(2).transpose(1, 2)  # [B, rows x cols, width]
-        # Positions come after masking: a hidden cell says where it is, and nothing else.
-        tokens = torch.where(mask.flatten(1)[..., None], self.mask_token, tokens) + self.positions
+        if len(self.readout) > 0:
+            cells = self._read_visible(tokens, mask.flatten(1))
+        else:
+            # Positions come after masking: a hidden cell says where it is, and nothing else.
+            hidden = mask.flatten(1)[..., None].to(tokens.device)
+            tokens = torch.where(hidden, self.mask_token, tokens) + self.positions
+            for block in self.blocks:
+                tokens = block(tokens)
+            cells = self.norm(tokens)
+        return cells.transpose(1, 2).unflatten(2, self.grid)
+
+    def _read_visible(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Run the trunk over visible tokens alone and let hidden ones read them: [B, N, width], ``hidden`` [B, N]."""
+        count = hidden.sum(dim=1)
+        num_hidden = int(count.max())
+        if num_hidden != int(count.min()):
+            raise ConfigError(
+                "a Rebuilder with readout blocks needs as many hidden cells in every image: set mfm.mask=exact, or "
+                "draw_mask(..., exact=True)"
+            )
+        # Visible cells first, each in the order of the grid.
+        order = hidden.to(torch.uint8).argsort(dim=1, stable=True).to(tokens.device)
+        num_visible = hidden.shape[1] - num_hidden
+        visible = (tokens + self.positions).gather(1, order[:, :num_visible, None].expand(-1, -1, tokens.shape[2]))
+        visible = torch.cat([self.always_visible.to(tokens.dtype).expand(len(tokens), 1, -1), visible], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens).transpose(1, 2).unflatten(2, self.grid)
+            visible = block(visible)
+        visible = self.norm(visible)
+        x = self.mask_token + self.positions[order[:, num_visible:]]  # [B, hidden, width]
+        for block in self.readout:
+            x = block(x, visible)
+        both = torch.cat([visible[:, 1:], x.to(visible.dtype)], dim=1)
+        return both.gather(1, order.argsort(dim=1)[..., None].expand_as(both))
 
 
 def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
     """Take rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
     size = feature.shape[-2:]
     hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
+    return _placed(resize(rebuilt, size), feature, hidden)
+
+
+def _placed(rebuilt: Tensor, feature: Tensor, hidden: Tensor) -> Tensor:
+    """Take ``rebuilt`` [B, C, h, w] where ``hidden`` [B, 1, h, w], else ``feature``."""
     # The feature's own type and memory layout: with nothing hidden, the decoder must compute the same bits as without
     # a Rebuilder, and a convolution may round differently in another layout.
     channels_last = feature.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    rebuilt = resize(rebuilt, size).to(feature.dtype)
-    return torch.where(hidden, rebuilt, feature).contiguous(memory_format=layout)
+    return torch.where(hidden, rebuilt.to(feature.dtype), feature).contiguous(memory_format=layout)
+
+
+def correct_filled(correction: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
+    """Put the neighbours' values plus a correction where the mask hides, the feature itself elsewhere.
+
+    x = min(max(F + s * correction, low), high), where F is ``fill_from_neighbours``, and s, low and high are deviation,
+    smallest and largest value of a channel in what the micro-batch shows; so also a map that ends in a ReLU stays what
+    its decoder knows. No gradient flows through F, s, low and high.
+
+    Args:
+        correction: [B, C, h', w'].
+        feature: [B, C, h, w].
+        mask: bool [B, rows, cols], True = hidden.
+    """
+    size = feature.shape[-2:]
+    hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
+    with torch.no_grad():
+        shown = feature.detach().float()
+        filled = fill_from_neighbours(shown, hidden)
+        seen = (~hidden).float()
+        count = seen.sum()
+        mean = (shown * seen).sum(dim=(0, 2, 3), keepdim=True) / count.clamp_min(1.0)
+        deviation = (((shown - mean) * seen).square().sum(dim=(0, 2, 3), keepdim=True) / count.clamp_min(1.0)).sqrt()
+        low = shown.masked_fill(hidden, math.inf).amin(dim=(0, 2, 3), keepdim=True)
+        high = shown.masked_fill(hidden, -math.inf).amax(dim=(0, 2, 3), keepdim=True)
+        # Where nothing at all is visible: no bounds, and a correction in its own units.
+        low, high = low.where(count > 0, -math.inf), high.where(count > 0, math.inf)
+        deviation = deviation.where(count > 0, 1.0)
+    rebuilt = (filled + deviation * resize(correction.float(), size)).clamp(low, high)
+    return _placed(rebuilt, feature, hidden)
+
+
+def fill_from_neighbours(feature: Tensor, hidden: Tensor) -> Tensor:
+    """Fill hidden places of [B, C, h, w] with smooth averages of the visible ones around; ``hidden`` is [B, 1, h, w].
+
+    Averages of visible places are taken at halved sizes down to one, and a place takes from each size the share that
+    is visible there, the rest from the next (pull-push, Gortler et al., 1996). An image without any visible place
+    takes the mean of the others, or 0.
+    """
+    seen = (~hidden).to(feature.dtype)
+    return torch.where(hidden, _pull_push(feature * seen, seen), feature)
+
+
+def _pull_push(total: Tensor, seen: Tensor) -> Tensor:
+    """Average at this size where it is seen, at half the size elsewhere.
+
+    Args:
+        total: sum of visible values over the places that a cell stands for, over their number, [B, C, h, w].
+        seen: share of visible places, [B, 1, h, w].
+    """
+    average = total / seen.clamp_min(1e-6)
+    if max(total.shape[-2:]) == 1:
+        every_image = total.sum(dim=0, keepdim=True) / seen.sum(dim=0, keepdim=True).clamp_min(1e-6)
+        return torch.where(seen > 0, average, every_image)
+    coarse = _pull_push(*(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (total, seen)))
+    return seen * average + (1 - seen) * resize(coarse, total.shape[-2:])
 
 
 def _doublings(stride: int, grid: tuple[int, int]) -> int:

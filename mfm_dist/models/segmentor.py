@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from mfm_dist.models.backbone import Backbone
@@ -13,9 +15,11 @@ class Segmentor(nn.Module):
 
     Attributes:
         window: height and width in pixels of the windows in which a longer image is predicted; None: in one piece.
+        watch: called with the encoder maps of every image that is encoded, where it is set.
     """
 
     window: tuple[int, int] | None = None
+    watch: Callable[[list[Tensor]], None] | None = None
 
     def __init__(self, backbone: Backbone, decoder: nn.Module) -> None:
         super().__init__()
@@ -38,7 +42,10 @@ class Segmentor(nn.Module):
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Turn a normalised image [B, 3, H, W] into encoder maps, fine to coarse, i-th [B, channels[i], h_i, w_i]."""
-        return self.backbone(image)
+        features = self.backbone(image)
+        if self.watch is not None:
+            self.watch(features)
+        return features
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """Turn all encoder maps into logits [B, num_classes, h, w] at the decoder's own resolution."""

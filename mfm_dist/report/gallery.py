@@ -13,12 +13,12 @@ from PIL import Image
 from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint.contents import load_modules
 from mfm_dist.checkpoint.files import find_latest
-from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
-from mfm_dist.methods.mfm import draw_mask, enlarge_mask, rebuild
+from mfm_dist.methods.mfm import enlarge_mask, mask_of, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
@@ -41,6 +41,7 @@ class Networks:
     """Networks of a run on the CPU, as far as there are any."""
 
     config: RunConfig
+    classes: ClassSet
     overlays: Path
     """Folder of the pictures saved by the evaluation of step 0."""
     first: Segmentor | None
@@ -73,7 +74,7 @@ class Subject:
 
     @property
     def truth(self) -> Pixels:
-        """Train ids [H, W]."""
+        """Indices of classes [H, W]."""
         assert self.sample.label is not None
         return self.sample.label.numpy().astype(np.uint8)
 
@@ -129,7 +130,8 @@ def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> G
     if run.config is None:
         return Gallery(notes=["There are no pictures, because the configuration of the run cannot be read."])
     try:
-        reader = ShardReader(run.config.data.root / run.config.data.validation)
+        into = run.classes if run.config.data.classes else None
+        reader = ShardReader(run.config.data.root / run.config.data.validation, classes=into)
     except Exception as error:  # nor is a foreign shard set trusted to be whole
         return Gallery(notes=[f"There are no pictures, because the validation images cannot be read: {error}"])
     networks = load_networks(run, run.config)
@@ -176,12 +178,12 @@ def compare_galleries(runs: Sequence[Run], count: int) -> Gallery:
 
 def load_networks(run: Run, config: RunConfig) -> Networks:
     """Load the networks of a run folder; what cannot be loaded is absent, with the reason."""
-    networks = Networks(config, run.path / "eval" / "step_00000000", first_student(config))
+    networks = Networks(config, run.classes, run.path / "eval" / "step_00000000", first_student(config, run.classes))
     said: list[str] = []
     try:
         # The checkpoint brings all weights.
         bare = replace(config, model=replace(config.model, pretrained=False, weights=None))
-        module = build_train_module(bare).requires_grad_(False)
+        module = build_train_module(bare, run.classes).requires_grad_(False)
         checkpoint = find_latest(run.path / "checkpoints", report=said.append)
         if checkpoint is None:
             reason = f"There is no complete checkpoint, so nothing trained can be shown. {' '.join(said)}".strip()
@@ -192,21 +194,21 @@ def load_networks(run: Run, config: RunConfig) -> Networks:
     return replace(networks, module=module.eval(), step=checkpoint.progress.step, notes=said)
 
 
-def first_student(config: RunConfig) -> Segmentor | None:
+def first_student(config: RunConfig, classes: ClassSet) -> Segmentor | None:
     """Build the student before its first step, or None if it started from weights that are not here any more."""
     if config.model.pretrained:
         return None
     try:
-        return build_train_module(config).student.requires_grad_(False).eval()
+        return build_train_module(config, classes).student.requires_grad_(False).eval()
     except ConfigError:  # no or another file of that name by now; what else may be wrong shows with the checkpoint
         return None
 
 
-def image_and_truth(_: Networks, subject: Subject) -> list[Panel]:
+def image_and_truth(networks: Networks, subject: Subject) -> list[Panel]:
     """Show the image and its label."""
     return [
         Panel("Image", photograph(subject.photo)),
-        Panel("Truth", label_map(subject.truth), "label of the validation set"),
+        Panel("Truth", label_map(subject.truth, networks.classes.palette), "label of the validation set"),
     ]
 
 
@@ -218,11 +220,13 @@ def first_prediction(networks: Networks, subject: Subject) -> list[Panel]:
     # A key is text out of a shard; it may not lead out of the folder.
     if Path(key).name == key and path.is_file():
         with Image.open(path) as picture:
-            label = overlay_prediction(np.asarray(picture.convert("RGB")), subject.photo)
+            label = overlay_prediction(np.asarray(picture.convert("RGB")), subject.photo, networks.classes.palette)
     if label is None and networks.first is not None:
         label, note = _predicted(networks.first, networks.config, subject), "step 0, from the seed"
     if label is not None:
-        return [Panel("First prediction", label_map(label), f"{note}: {_right(label, subject)}")]
+        return [
+            Panel("First prediction", label_map(label, networks.classes.palette), f"{note}: {_right(label, subject)}")
+        ]
     if networks.overlays.is_dir():
         return [Panel("First prediction", "", f"not saved (eval.overlays={networks.config.eval.overlays})")]
     raise AbsentError(
@@ -240,7 +244,11 @@ def prediction_and_mistakes(networks: Networks, subject: Subject) -> list[Panel]
     """Show the same, and where it differs from the truth."""
     label = _predicted(networks.trained.student, networks.config, subject)
     return [
-        Panel("Last prediction", label_map(label), f"step {networks.step:,}: {_right(label, subject)}"),
+        Panel(
+            "Last prediction",
+            label_map(label, networks.classes.palette),
+            f"step {networks.step:,}: {_right(label, subject)}",
+        ),
         Panel(MISTAKES, mistakes(subject.truth, label), "of the last prediction"),
     ]
 
@@ -254,7 +262,7 @@ def pseudo_label(networks: Networks, subject: Subject) -> list[Panel]:
     logits = teacher(normalise(subject.sample.image[None]))
     probability, label = logits.float().softmax(dim=1)[0].max(dim=0)
     unsure = (probability < networks.config.self_training.pseudo_threshold).numpy()
-    drawn = label_map(label.numpy().astype(np.uint8), unsure=unsure)
+    drawn = label_map(label.numpy().astype(np.uint8), networks.classes.palette, unsure=unsure)
     return [Panel(PSEUDO_LABEL, drawn, f"{_percent(1 - unsure.mean())} sure, the rest hatched")]
 
 
@@ -271,7 +279,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
     box = _central_box((image.shape[1], image.shape[2]), config.data.crop)
     crop = image[:, box[0], box[1]]
     generator = torch_generator(config.seed, Stream.MFM_MASK, subject.number)
-    mask = draw_mask(1, rebuilder.grid, config.mfm.mask_ratio, generator)
+    mask = mask_of(config.mfm, rebuilder.grid, generator)
     features = student.encode(student.context(normalise(crop[None])))
     logits = resize(student.decode(rebuild(student, rebuilder, features, mask)), crop.shape[1:])
 
@@ -287,7 +295,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
         Panel(HIDDEN_CELLS, photograph(greyed(subject.photo, hidden, outside)), share + beyond),
         Panel(
             "From rebuilt features",
-            label_map(label, outside=outside),
+            label_map(label, networks.classes.palette, outside=outside),
             f"where hidden: {_right(label, subject, hidden)}",
         ),
     ]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mfm_dist.classes import CLASS_NAMES, PALETTE
 from mfm_dist.config.loader import to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
@@ -86,7 +85,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
         gallery = make_gallery(runs[0], images) if single else compare_galleries(runs, images)
     context: dict[str, Any] = {
         "heads": [_headline(run, letter) for run, letter in zip(runs, letters, strict=True)],
-        "classes": list(zip(CLASS_NAMES, map(hexadecimal, PALETTE), strict=True)),
+        "classes": _classes(runs),
         "gallery": gallery,
         "right_and_wrong": (hexadecimal(RIGHT_COLOUR), hexadecimal(WRONG_COLOUR)),
         "events": [(run, group_events(run.events)) for run in runs],
@@ -112,6 +111,15 @@ def render(runs: Sequence[Run], *, images: int) -> str:
     page = _templates().get_template("run.html" if single else "comparison.html").render(context)
     # JSON and file names can hold halves of characters, which no file can.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _classes(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return every class of the runs, each once, with its colour in the first run that has it."""
+    colours: dict[str, str] = {}
+    for run in runs:
+        for name, colour in zip(run.classes.names, run.classes.palette, strict=True):
+            colours.setdefault(name, hexadecimal(colour))
+    return list(colours.items())
 
 
 def _templates() -> Environment:
@@ -175,7 +183,7 @@ def _gains(run: Run) -> list[tuple[str, float]]:
     first, last = run.first, run.last
     if first is None or last is None:
         return []
-    changes = [(name, last.iou[name] - first.iou[name]) for name in CLASS_NAMES]
+    changes = [(name, last.iou[name] - first.iou[name]) for name in run.classes.names]
     return sorted((one for one in changes if math.isfinite(one[1])), key=lambda one: -one[1])
 
 

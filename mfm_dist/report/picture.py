@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
-from mfm_dist.inference.overlays import GAP, OPACITY
+from mfm_dist.classes import IGNORE_INDEX, Colour
+from mfm_dist.inference.overlays import GAP, OPACITY, colourise
 
 MAX_WIDTH = 640
 """Pixels a picture is shrunk to."""
@@ -26,15 +28,8 @@ GREY = 128
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-# Palette of a label map: class colours, the same paled, and four more.
-_NOT_LABELLED = 2 * len(CLASS_NAMES)
-_OUTSIDE, _RIGHT, _WRONG = range(_NOT_LABELLED + 1, _NOT_LABELLED + 4)
+OUTSIDE_COLOUR = (208, 208, 208)
 RIGHT_COLOUR, WRONG_COLOUR = (222, 226, 230), (213, 94, 0)
-_COLOURS = [
-    *PALETTE,
-    *(tuple(round(255 - PALE * (255 - part)) for part in colour) for colour in PALETTE),
-    (0, 0, 0), (208, 208, 208), RIGHT_COLOUR, WRONG_COLOUR,
-]  # fmt: skip
 
 
 def photograph(image: Pixels) -> str:
@@ -44,30 +39,33 @@ def photograph(image: Pixels) -> str:
     return _address(picture.resize(size, Image.Resampling.LANCZOS), "jpeg", quality=86)
 
 
-def label_map(label: Pixels, *, unsure: Mask | None = None, outside: Mask | None = None) -> str:
-    """Turn train ids [H, W] into a PNG in the class colours, pixel for pixel.
+def label_map(
+    label: Pixels, palette: Sequence[Colour], *, unsure: Mask | None = None, outside: Mask | None = None
+) -> str:
+    """Turn indices of classes [H, W] into a PNG in their colours, pixel for pixel.
 
     Args:
         label: ``IGNORE_INDEX`` where there is none: black.
         unsure: pixels to hatch.
         outside: pixels that the picture says nothing about: light grey.
     """
-    index = np.where(label == IGNORE_INDEX, _NOT_LABELLED, label)
+    large = _enlarged(label)
+    drawn = colourise(torch.from_numpy(large), palette)
     if outside is not None:
-        index[outside] = _OUTSIDE
-    index = _enlarged(index)
+        drawn[_enlarged(outside) > 0] = OUTSIDE_COLOUR
     if unsure is not None:
-        rows, columns = np.indices(index.shape)
+        rows, columns = np.indices(large.shape)
         stripes = (rows + columns) % HATCH_PERIOD < HATCH_WIDTH
-        hatched = (_enlarged(unsure) > 0) & ~stripes & (index < len(CLASS_NAMES))
-        index[hatched] += len(CLASS_NAMES)
-    return _palette_png(index)
+        hatched = (_enlarged(unsure) > 0) & ~stripes & (large != IGNORE_INDEX)
+        drawn[hatched] = (255 - PALE * (255.0 - drawn[hatched])).round()
+    return _address(Image.fromarray(drawn), "png", optimize=True)
 
 
 def mistakes(label: Pixels, prediction: Pixels) -> str:
     """Draw where a prediction [H, W] differs from the label: a PNG of right, wrong and not labelled."""
-    index = np.where(label == prediction, _RIGHT, _WRONG)
-    return _palette_png(_enlarged(np.where(label == IGNORE_INDEX, _NOT_LABELLED, index)))
+    kind = np.where(label == IGNORE_INDEX, 2, label != prediction)
+    colours = np.array([RIGHT_COLOUR, WRONG_COLOUR, (0, 0, 0)], dtype=np.uint8)
+    return _address(Image.fromarray(colours[_enlarged(kind)]), "png", optimize=True)
 
 
 def greyed(image: Pixels, hidden: Mask, outside: Mask) -> Pixels:
@@ -77,7 +75,7 @@ def greyed(image: Pixels, hidden: Mask, outside: Mask) -> Pixels:
     return np.where(outside[..., None], pale, covered)
 
 
-def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
+def overlay_prediction(panels: Pixels, image: Pixels, palette: Sequence[Colour]) -> Pixels | None:
     """Return the prediction [H, W] that ``save_overlay`` laid over ``image``, or None if it is of another image.
 
     Args:
@@ -88,7 +86,7 @@ def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
         return None
     blended = panels[:, 2 * (width + GAP) :].astype(np.float32)
     colour = (blended - (1 - OPACITY) * image) / OPACITY
-    distance = [((colour - np.array(one, dtype=np.float32)) ** 2).sum(axis=-1) for one in PALETTE]
+    distance = [((colour - np.array(one, dtype=np.float32)) ** 2).sum(axis=-1) for one in palette]
     nearest: Pixels = np.argmin(np.stack(distance), axis=0).astype(np.uint8)
     return nearest
 
@@ -96,12 +94,6 @@ def overlay_prediction(panels: Pixels, image: Pixels) -> Pixels | None:
 def hexadecimal(colour: tuple[int, int, int]) -> str:
     """Write a colour as the page does."""
     return "#" + "".join(f"{part:02x}" for part in colour)
-
-
-def _palette_png(index: Pixels) -> str:
-    picture = Image.fromarray(index)
-    picture.putpalette([part for colour in _COLOURS for part in colour])
-    return _address(picture, "png", optimize=True)
 
 
 def _size(width: int, height: int, *, enlarge: bool) -> tuple[int, int]:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mfm_dist.classes import CLASS_NAMES
+from mfm_dist.classes import ClassSet
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
+from mfm_dist.run.folder import CLASSES
 from mfm_dist.storage import JsonLines, read_json
 
 Floats = npt.NDArray[np.float64]
@@ -33,6 +35,10 @@ class Evaluation(NamedTuple):
     """Percent by class name; NaN for a class that does not occur."""
     images: int | None
 
+    def score(self, name: str) -> float:
+        """Return the IoU of a class; NaN for one that is none of the run's."""
+        return self.iou.get(name, math.nan)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -41,6 +47,7 @@ class Run:
     path: Path
     name: str
     config: RunConfig | None
+    classes: ClassSet
     metrics: list[dict[str, Any]]
     """Lines of metrics.jsonl with a step, by step."""
     evaluations: list[Evaluation]
@@ -123,6 +130,7 @@ def _read(folder: Path, name: str) -> Run:
         config = load_config(folder / "config.yaml")
     except ConfigError as error:
         problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
+    classes = _class_set(folder / CLASSES, problems)
     lines = _objects(folder / "metrics.jsonl", problems)
     metrics = {line["step"]: line for line in lines if _is_step(line.get("step"))}
     small_files = [path for path in (*folder.glob("*.json*"), *folder.glob("eval/*.json")) if path.is_file()]
@@ -130,8 +138,9 @@ def _read(folder: Path, name: str) -> Run:
         path=folder,
         name=name,
         config=config,
+        classes=classes,
         metrics=[metrics[step] for step in sorted(metrics)],
-        evaluations=_evaluations(folder / "eval", problems),
+        evaluations=_evaluations(folder / "eval", classes, problems),
         events=_objects(folder / "events.jsonl", problems),
         environment=next(iter(_objects(folder / "environment.json", problems)), {}),
         outcome=next(iter(_objects(folder / "outcome.json", problems)), {}),
@@ -140,6 +149,17 @@ def _read(folder: Path, name: str) -> Run:
         ),
         problems=problems,
     )
+
+
+def _class_set(path: Path, problems: list[str]) -> ClassSet:
+    """Read the classes of a run; those of runs from before they were a matter of the data are ``DEFAULT``."""
+    try:
+        return ClassSet.from_tree(read_json(path), path.name)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is not there: the classes are taken for those of {DEFAULT}.")
+    except (OSError, CorruptFileError, ConfigError) as error:
+        problems.append(f"{path.name} cannot be read, so the classes are taken for those of {DEFAULT}: {error}")
+    return load_class_set(DEFAULT)
 
 
 def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -162,7 +182,7 @@ _ABSENT = {
 }
 
 
-def _evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
+def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[Evaluation]:
     found = []
     for path in sorted(folder.glob("step_*.json")):
         try:
@@ -173,7 +193,7 @@ def _evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
         except (OSError, ValueError, KeyError, CorruptFileError) as error:
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
-        by_class = {name: _number(iou.get(name)) for name in CLASS_NAMES}
+        by_class = {name: _number(iou.get(name)) for name in classes.names}
         found.append(Evaluation(step, _number(miou), by_class, images if isinstance(images, int) else None))
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")

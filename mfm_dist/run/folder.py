@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, StorageError
@@ -26,6 +27,8 @@ REFUSED = "refused.json"
 """The same of a start that ended before the folder was its own, beside another's lease."""
 LEASE = "lease.json"
 """Who has the folder (``cluster.lease``)."""
+CLASSES = "classes.json"
+"""The class set of a run, for who reads its scores and pictures."""
 
 
 class RunFolder:
@@ -53,7 +56,7 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
 
-    def begin(self, config: RunConfig, world: dict[str, Any], step: int) -> None:
+    def begin(self, config: RunConfig, classes: ClassSet, world: dict[str, Any], step: int) -> None:
         """Write what the run is made of, and forget what an earlier start wrote beyond ``step``, or at all if it is 0.
 
         Raises:
@@ -72,6 +75,7 @@ class RunFolder:
         try:
             self.forget_after(step)
             write_atomically(self.path / "config.yaml", dump_config(config))
+            write_atomically(self.path / CLASSES, json.dumps(classes.to_tree(), indent=1) + "\n")
             write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error

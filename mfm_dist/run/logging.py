@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +33,19 @@ class StepLog:
 
     def begin(self, step: int) -> None:
         """Forget what was collected, and count from ``step`` and now on."""
-        self._losses = RunningMean()
+        self._losses, self._measured = RunningMean(), RunningMean()
+        self._map_norms: Tensor | None = None
         self._waited = 0.0
         self._step, self._since = step, time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Count the losses of one micro-batch."""
-        self._losses.add(losses)
+        """Count the losses of one micro-batch, and what was measured of it: names with a ``/``."""
+        self._losses.add({name: value for name, value in losses.items() if "/" not in name})
+        self._measured.add({name: value for name, value in losses.items() if "/" in name})
+
+    def measured_step(self, mfm_weight: float, map_norms: Tensor) -> None:
+        """Note of the last step the weight of MFM and the gradients at the encoder's last map."""
+        self._mfm_weight, self._map_norms = mfm_weight, map_norms
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -56,14 +63,20 @@ class StepLog:
 
     def record(self, step: int) -> dict[str, Any]:
         """Take means over the steps since the last record and over ranks, in one all-reduce. Collective."""
-        names, losses = self._losses.pop()
+        losses, measured = self._losses.pop(), self._measured.pop()
         seconds = time.perf_counter() - self._since
-        waited = torch.tensor([self._waited / seconds], device=losses.device)
-        *means, data_wait_fraction = self.engine.mean(torch.cat([losses, waited])).tolist()
+        vector = torch.stack([*losses.values(), *measured.values()])
+        waited = torch.tensor([self._waited / seconds], device=vector.device)
+        squares = self.engine.update_squares("rebuilder")
+        *means, data_wait_fraction = self.engine.mean(torch.cat([vector, squares.to(vector), waited])).tolist()
+        means, squares_of_updates = means[:-3], [mean * self.engine.world_size for mean in means[-3:]]
         record: dict[str, Any] = {"step": step}
         record |= {
-            name if name == "pseudo_weight" else f"loss/{name}": value for name, value in zip(names, means, strict=True)
+            name if "/" in name or name == "pseudo_weight" else f"loss/{name}": value
+            for name, value in zip([*losses, *measured], means, strict=True)
         }
+        if self._map_norms is not None:
+            record |= self._of_the_rebuilder(squares_of_updates)
         record |= {f"grad_norm/{part}": float(norm) for part, norm in self.grad_norms.items()}
         record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
         record["images_per_second"] = self.images_per_step * (step - self._step) / seconds
@@ -71,6 +84,22 @@ class StepLog:
         record["memory_gib"] = peak_memory_gib(self.engine.device)
         self.begin(step)
         return record
+
+    def _of_the_rebuilder(self, squares: Sequence[float]) -> dict[str, float]:
+        """Describe the last measured step: MFM's gradient and weight, and how far the Rebuilder went.
+
+        Args:
+            squares: as ``Engine.update_squares`` gives them, of all ranks.
+        """
+        assert self._map_norms is not None
+        method, mfm = self._map_norms.tolist()
+        found = {"mfm/grad_ratio": mfm / method if method else 0.0, "mfm/lambda_eff": self._mfm_weight}
+        direction, update, weights = squares
+        numel = sum(group["numel"] for group in self.engine.optimizer.param_groups if group["part"] == "rebuilder")
+        if direction:
+            found["rebuilder/update_rms"] = math.sqrt(direction / numel)
+            found["rebuilder/update_over_weight"] = math.sqrt(update / weights)
+        return found
 
 
 class RunningMean:
@@ -82,17 +111,18 @@ class RunningMean:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one observation of every name."""
+        if not values:
+            return
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
 
-    def pop(self) -> tuple[list[str], Tensor]:
-        """Return names and the vector of their means, and start anew."""
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / max(self._count, 1)
+    def pop(self) -> dict[str, Tensor]:
+        """Return the means by name, and start anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
-        return names, means
+        return means
 
 
 def peak_memory_gib(device: torch.device) -> float:

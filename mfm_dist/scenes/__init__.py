@@ -12,7 +12,8 @@ the difference by itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class Gap:
     photometric: bool = True
     texture: bool = True
     layout: bool = True
+
+    @classmethod
+    def of(cls, causes: Collection[str]) -> Gap:
+        """Make the gap that has these causes and no other."""
+        return cls(**{cause.name: cause.name in causes for cause in fields(cls)})
 
 
 def render_scene(

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
 
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import ClassSet, LabelMapping
+from mfm_dist.config.class_files import DEFAULT, ClassFile, load_class_file, load_class_set
 from mfm_dist.errors import ConfigError
 from mfm_dist.shards import cards
-
-CITYSCAPES_TRAIN_IDS: Mapping[int, int] = {
-    **dict.fromkeys(range(34), IGNORE_INDEX),
-    **dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19), strict=True)),
-}
-"""Ids of Cityscapes to train ids; those of no evaluated class are ignored (Cityscapes scripts, labels.py)."""
-
-TRAIN_IDS: Mapping[int, int] = {
-    **{train_id: train_id for train_id in range(len(CLASS_NAMES))},
-    IGNORE_INDEX: IGNORE_INDEX,
-}
-"""For labels that hold train ids already."""
-
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff")
 LABEL_KINDS = (
     "8-bit grey", "16-bit grey", "1-bit palette", "2-bit palette", "4-bit palette", "8-bit palette", "16-bit RGB",
 )  # fmt: skip
 """Any PNG that holds one id a pixel (in the red channel of 16-bit RGB). Grey of fewer bits is scaled by its readers."""
+COLOUR_KINDS = ("8-bit RGB", "8-bit RGBA", "1-bit palette", "2-bit palette", "4-bit palette", "8-bit palette")
+"""Any PNG that holds one colour a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +57,39 @@ class Card:
     leaves_out_unequal_pairs: bool = False
     """Whether the data set is known to hold labels of another size than their image; such pairs are left out."""
     label_kinds: tuple[str, ...] = ("8-bit grey",)
-    """What its label files may be, as ``png_kind`` calls it. In an RGB label the id is the red channel."""
-    train_ids: Mapping[int, int]
-    """Every id that its labels may hold to a train id or ``IGNORE_INDEX``."""
-    class_names: tuple[str, ...] = CLASS_NAMES
-    """Index = train id."""
+    """What its label files may be, as ``png_kind`` calls it. Where labels hold ids, that of RGB is the red channel."""
+    labels: LabelMapping | None
+    """What its label files hold; None without labels."""
+    classes: ClassSet | None = field(default_factory=lambda: load_class_set(DEFAULT))
+    """What they become; None without labels."""
+
+    @property
+    def has_colours(self) -> bool:
+        """Whether its labels hold colours and not ids."""
+        return self.labels is not None and self.labels.colours
 
     def only(self, names: list[str]) -> Card:
         """Return the same card with some of its splits."""
         return replace(self, splits=tuple(split for split in self.splits if split.name in names))
+
+    def in_classes(self, classes: ClassSet) -> Card:
+        """Return the same card with labels that become other classes, by name. Raises ConfigError where none does."""
+        assert self.classes is not None
+        assert self.labels is not None
+        relabelling = classes.relabelling(self.classes)
+        if relabelling is None:
+            return replace(self, classes=classes)
+        if not relabelling.matches:
+            raise ConfigError(f"--classes: none of them is a class of {self.title}, or merges one, {self.classes}")
+        indices = {value: relabelling.label(index) for value, index in self.labels.classes.items()}
+        return replace(self, classes=classes, labels=replace(self.labels, classes=indices))
+
+
+def labels_of(name: str) -> LabelMapping:
+    """Return what labels hold that a shipped class file describes."""
+    labels = load_class_file(name).labels
+    assert labels is not None
+    return labels
 
 
 def card_names() -> list[str]:
@@ -100,7 +112,7 @@ def folder_card(
     labels: str | None,
     image_end: str,
     label_end: str,
-    train_ids: Mapping[int, int],
+    classes: ClassFile | None,
 ) -> Card:
     """Make a card for the images below one folder, and their labels below another.
 
@@ -113,8 +125,14 @@ def folder_card(
         labels: folder of the labels, likewise; None for images without labels.
         image_end: last letters of an image's name, such as ``_leftImg8bit.png``; "" is any image format.
         label_end: last letters of a label's name; "" is ``.png``.
-        train_ids: what the ids in the labels mean.
+        classes: what the labels hold and become; None for images without labels.
+
+    Raises:
+        ConfigError: the class file does not say what labels hold.
     """
+    mapping = None if classes is None else classes.labels
+    if classes is not None and mapping is None:
+        raise ConfigError("--classes: that file does not say what labels hold; add ids: {3: soil, ...} or colours: ...")
     ends = re.escape(image_end) if image_end else rf"\.(?i:{'|'.join(IMAGE_SUFFIXES)})"
     label = None
     not_labels = ""
@@ -129,8 +147,9 @@ def folder_card(
         splits=(Split(name=split, image=image, label=label, samples=0),),
         size=(0, 0),
         sizes_vary=True,
-        label_kinds=LABEL_KINDS,
-        train_ids=train_ids,
+        label_kinds=COLOUR_KINDS if mapping is not None and mapping.colours else LABEL_KINDS,
+        labels=mapping,
+        classes=None if classes is None else classes.classes,
     )
 
 
@@ -138,35 +157,3 @@ def _below(folder: str) -> str:
     """Start a pattern for files below a folder."""
     path = Path(folder).as_posix()
     return "^" if path == "." else f"^{re.escape(path)}/"
-
-
-def read_mapping(tree: Mapping[Any, Any], where: str) -> dict[int, int]:
-    """Read id -> train id from what a mapping file holds: ``{7: road, 8: 1, 9: ignore}``.
-
-    Train ids may be numbers or class names; 255 and ``ignore`` mean that a pixel counts for nothing.
-
-    Raises:
-        ConfigError: naming every entry that is none.
-    """
-    names = {name: train_id for train_id, name in enumerate(CLASS_NAMES)} | {"ignore": IGNORE_INDEX}
-    found: dict[int, int] = {}
-    wrong = []
-    for key, value in tree.items():
-        train_id = names.get(value) if isinstance(value, str) else value
-        if not _is_id(key) or isinstance(train_id, bool) or not isinstance(train_id, int) or train_id not in TRAIN_IDS:
-            wrong.append(f"{where}: {json.dumps({str(key): value})} maps no id (0 to 65535) to a train id")
-        else:
-            found[int(key)] = train_id
-    if wrong:
-        allowed = f"0 to {len(CLASS_NAMES) - 1}, their names ({', '.join(CLASS_NAMES)}), or 255 and ignore"
-        raise ConfigError([f"{line}; those are {allowed}" for line in wrong])
-    if not found:
-        raise ConfigError(f"{where} maps nothing; write a line such as '7: road' for every id in the labels")
-    return found
-
-
-def _is_id(value: Any) -> bool:
-    """Tell whether a key of the file is a whole number of 16 bits; JSON writes keys as text."""
-    if isinstance(value, str):
-        return value.isdigit() and int(value) < 1 << 16
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 16

@@ -1,4 +1,4 @@
-"""Downloaded data sets as shards: a folder for each split, labels in train ids, pictures as they are or resized."""
+"""Downloaded data sets as shards: a folder for each split, labels as indices of classes, pictures resized or not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mfm_dist.data.manifest import Recipe
+from mfm_dist.data.manifest import Recipe, class_arguments
 from mfm_dist.errors import BadSample, CorruptFileError
 from mfm_dist.shards.card import Card
 from mfm_dist.shards.download import Pair, SourceFile, SourceTree, find_pairs
 from mfm_dist.shards.packing import PackableSet, Report, pack
-from mfm_dist.shards.pictures import encode_png, lookup_table, read_ids, read_picture, resize_pair, to_train_ids
+from mfm_dist.shards.pictures import encode_png, lookup_table, read_label, read_picture, resize_pair, to_indices
 
 if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample
@@ -61,7 +61,8 @@ class ConvertedSplit(PackableSet):
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return lookup_table(self.card.train_ids)
+        assert self.card.labels is not None
+        return lookup_table(self.card.labels)
 
     def sample(self, number: int) -> RawSample | BadSample:
         """Read, check and convert one pair; the reason of a ``BadSample`` names the file."""
@@ -72,11 +73,13 @@ class ConvertedSplit(PackableSet):
             label = None
             if pair.label is not None:
                 with _naming(pair.label):
-                    ids = read_ids(self.tree.read(pair.label), self.card.label_kinds)
-                    if ids.shape != image.shape[:2]:
-                        sizes = f"{_text(ids.shape)} pixels and its image {_text(image.shape)} (height x width)"
+                    values = read_label(
+                        self.tree.read(pair.label), self.card.label_kinds, colours=self.card.has_colours
+                    )
+                    if values.shape != image.shape[:2]:
+                        sizes = f"{_text(values.shape)} pixels and its image {_text(image.shape)} (height x width)"
                         return bad(reason=f"{pair.label} has {sizes}", expected=self.card.leaves_out_unequal_pairs)
-                    label = to_train_ids(ids, self._table)
+                    label = to_indices(values, self._table, colours=self.card.has_colours)
         except CorruptFileError as error:
             return bad(reason=str(error))
         return self._stored(pair, image, label, image_file)
@@ -170,7 +173,7 @@ def convert(card: Card, conversion: Conversion, *, report: Report, workers: int 
                 folder=conversion.output / split,
                 recipe=_recipe(card, split, pairs, box, conversion),
                 command=conversion.command,
-                class_names=card.class_names,
+                classes=card.classes,
                 samples=len(pairs),
                 shard_size=conversion.shard_size,
                 bad_limit=conversion.bad_limit,
@@ -193,6 +196,10 @@ def _recipe(card: Card, split: str, pairs: list[Pair], box: tuple[int, int] | No
         "size": "as downloaded" if box is None else "x".join(map(str, sorted(box))),
         "format": conversion.image_format,
         "shard_size": conversion.shard_size,
-        "train_ids": {str(key): value for key, value in sorted(card.train_ids.items())},
     }
+    if card.labels is not None and card.classes is not None:
+        values = sorted(card.labels.classes.items())
+        arguments["train_ids"] = {f"#{key:06x}" if card.has_colours else str(key): index for key, index in values}
+        arguments |= {"ignore": "others"} if card.labels.others_ignored else {}
+        arguments |= class_arguments(card.classes)
     return Recipe(generator=card.name, version=CONVERTER_VERSION, arguments=arguments)

@@ -8,11 +8,12 @@ scales it), and the orientation that cameras write into a JPEG instead of turnin
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from mfm_dist.classes import IGNORE_INDEX, LabelMapping
 from mfm_dist.data.photographs import opened
 from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
@@ -41,8 +42,8 @@ def read_picture(content: bytes) -> tuple[np.ndarray, str | None]:
         return np.array(ImageOps.exif_transpose(picture).convert("RGB")), stored
 
 
-def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
-    """Read the ids that a label PNG holds: uint8 or uint16 [H, W].
+def read_label(content: bytes, kinds: Sequence[str], *, colours: bool) -> np.ndarray:
+    """Read the ids that a label PNG holds, uint8 or uint16 [H, W], or its colours, 0xRRGGBB, int32 [H, W].
 
     Args:
         kinds: what it may be, as ``png_kind`` says it.
@@ -52,10 +53,15 @@ def read_ids(content: bytes, kinds: Sequence[str]) -> np.ndarray:
     """
     kind = png_kind(content)
     if kind is None or kind not in kinds:
-        raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: was it converted?")
-    if kind.startswith("16-bit RGB"):
+        why = "was it converted?" + (" Colours are told by colours: in --classes" if kind == "8-bit RGB" else "")
+        raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: {why}")
+    if kind.startswith("16-bit RGB") and not colours:
         return _red_of_16_bits(content)
     with opened(content) as picture:
+        if colours:
+            red, green, blue = np.moveaxis(np.array(picture.convert("RGB")).astype(np.int32), -1, 0)
+            codes: np.ndarray = red << 16 | green << 8 | blue
+            return codes
         ids = np.array(picture)
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
@@ -75,25 +81,30 @@ def _red_of_16_bits(content: bytes) -> np.ndarray:
     return halves[0] << 8 | halves[1]
 
 
-def lookup_table(train_ids: Mapping[int, int]) -> np.ndarray:
-    """Make a table of train ids by id, -1 for those unknown: int16 [65536]."""
-    table = np.full(1 << 16, _UNKNOWN, dtype=np.int16)
-    table[list(train_ids)] = list(train_ids.values())
+def lookup_table(labels: LabelMapping) -> np.ndarray:
+    """Make a table of the index of a class by id or colour, -1 where unknown: int16 [65536], of colours [2^24]."""
+    unlisted = IGNORE_INDEX if labels.others_ignored else _UNKNOWN
+    table = np.full(1 << (24 if labels.colours else 16), unlisted, dtype=np.int16)
+    table[list(labels.classes)] = list(labels.classes.values())
     return table
 
 
-def to_train_ids(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Look ids up: uint8 [H, W].
+def to_indices(values: np.ndarray, table: np.ndarray, *, colours: bool) -> np.ndarray:
+    """Look ids or colours up: uint8 [H, W].
 
     Raises:
-        CorruptFileError: ids that the table does not have; all are named.
+        CorruptFileError: values that the table does not have; the first are named.
     """
-    train_ids: np.ndarray = table[ids]
-    if train_ids.min() == _UNKNOWN:
-        unknown = np.unique(ids[train_ids == _UNKNOWN]).tolist()
-        more = " …" if len(unknown) > 10 else ""
-        raise CorruptFileError(f"holds the ids {', '.join(map(str, unknown[:10]))}{more}, which have no meaning here")
-    return train_ids.astype(np.uint8)
+    indices: np.ndarray = table[values]
+    if indices.min() == _UNKNOWN:
+        unknown = np.unique(values[indices == _UNKNOWN]).tolist()
+        named = [f"#{value:06x}" if colours else str(value) for value in unknown[:10]]
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        kind = "colours" if colours else "ids"
+        raise CorruptFileError(
+            f"holds the {kind} {', '.join(named)}{more}, which stand neither for a class nor to be ignored"
+        )
+    return indices.astype(np.uint8)
 
 
 def resize_pair(

@@ -55,7 +55,7 @@ class RawSample:
     image: np.ndarray
     """uint8 [H, W, 3], RGB."""
     label: np.ndarray | None
-    """uint8 [H, W], train ids or ``IGNORE_INDEX``; None for a sample without a label."""
+    """uint8 [H, W], indices of classes or ``IGNORE_INDEX``; None for a sample without a label."""
     meta: dict[str, Any]
     """Anything JSON can hold; stored beside the image."""
     image_file: tuple[str, bytes] | None = None
@@ -172,7 +172,7 @@ class ShardSetWriter:
         starts = numbers[:: plan.shard_size]
         self._planned = [PlannedShard(i, numbers[at : at + plan.shard_size]) for i, at in enumerate(starts)]
         names = plan.class_names
-        self._manifest = Manifest(name=folder.name, class_names=names, recipe=plan.recipe, command=plan.command)
+        self._manifest = Manifest(name=folder.name, classes=plan.classes, recipe=plan.recipe, command=plan.command)
         self._records: dict[str, ShardRecord] = {}
         started = started_manifest(folder)
         for record in started.shards if started else ():

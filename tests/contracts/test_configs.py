@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,17 @@ import pytest
 import torch
 import yaml
 
-from mfm_dist.build import build_train_module
-from mfm_dist.config.loader import load_config
+from mfm_dist.build import build_train_module, render_scenes
+from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, launch_problems
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
 
 RUNS = sorted(
-    path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name not in ("accelerate", "deepspeed")
+    path
+    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    if path.parent.name not in ("accelerate", "deepspeed", "plans", "rebuilder")
 )
 LAUNCHES = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
 
@@ -29,14 +33,49 @@ def test_run_builds_with_mfm(path: Path) -> None:
     if config.model.weights is None or not (REPOSITORY / config.model.weights).is_file():  # what a user has to fetch
         config.model.pretrained, config.model.weights = False, None
     with torch.device("meta"):
-        module = build_train_module(config)
+        module = build_train_module(config, CLASSES)
     assert sum(p.numel() for p in module.student.parameters()) > 0
     assert module.rebuilder is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("paper", (14.545, 10.246)), ("base", (60.6, 50.4)), ("large", (359, 341)), ("huge", (1034, 991))],
+)
+def test_a_preset_of_the_rebuilder_has_the_size_that_is_said(name: str, millions: tuple[float, float]) -> None:
+    """Behind MiT-B5 with a decoder of four maps, and behind ResNet-101 with DeepLabV2, which reads one."""
+    preset = REPOSITORY / "configs" / "rebuilder" / f"{name}.yaml"
+    for path, expected in zip(("gta2cs/daformer.yaml", "gta2cs/dacs.yaml"), millions, strict=True):
+        config = load_config([REPOSITORY / "configs" / path, preset], ["model.pretrained=false", "model.weights=null"])
+        with torch.device("meta"):
+            rebuilder = build_train_module(config, CLASSES).rebuilder
+        assert rebuilder is not None
+        assert sum(p.numel() for p in rebuilder.parameters()) / 1e6 == pytest.approx(expected, rel=2e-3)
+    assert config.mfm.enabled
+    assert config.rebuilder.variant == ("paper" if name == "paper" else "stable")
 
 
 def test_run_folders_differ() -> None:
     folders = [load_config(path).run.folder for path in RUNS]
     assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "lab").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_bed_of_the_lab_can_be_compared(path: Path) -> None:
+    config = load_config(path)
+    assert config.train.steps == 10 * config.eval.every, "the figure is of 80, 90 and 100 % of the steps"
+    assert (config.scenes.size, config.scenes.val, config.train.clip_norm) == ((96, 192), 200, 0.0)
+    assert config.checkpoint.every == config.train.steps
+
+
+def test_the_aligned_bed_is_stride_8_without_the_layout_gap(tmp_path: Path) -> None:
+    beds = [load_config(REPOSITORY / "configs" / "lab" / f"{name}.yaml") for name in ("stride8", "aligned")]
+    told = [line.split(":")[0] for line in changed_keys(to_tree(beds[0]), beds[1])]
+    assert told == ["data.root", "scenes.gap"]
+    beds[1].data.root, beds[1].scenes.train, beds[1].scenes.val = tmp_path, 1, 1
+    render_scenes(beds[1])
+    recipe = json.loads((tmp_path / "camera_val" / "dataset.json").read_text())["recipe"]
+    assert recipe["arguments"]["gap"] == {"photometric": True, "texture": True, "layout": False}
 
 
 PAPER = [path for path in RUNS if "2" in path.parent.name]
@@ -135,6 +174,7 @@ PUBLISHED = {
     "optim.decoder_lr_factor": 10.0,
     "optim.weight_decay": 0.01,
     "optim.betas": (0.9, 0.999),
+    "optim.rebuilder_betas": None,
     "optim.eps": 1e-8,
     "optim.warmup_steps": 1500,
     "optim.warmup_ratio": 1e-6,

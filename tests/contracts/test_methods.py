@@ -20,6 +20,7 @@ from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods import build_method
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 from tests.helpers.methods import ABLATIONS, EXTRA, METHODS
 from tests.helpers.runs import tiny_overrides
 
@@ -54,7 +55,7 @@ def assert_every_parameter_has_a_gradient(module: TrainModule) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_method_trains_three_steps(name: str, mfm: bool, scenes: Path, batches: dict[str, list[UDABatch]]) -> None:
     config = configured(scenes, *METHODS[name], mfm=mfm)
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     optimizer = build_optimizer(module, config.optim)
     before = [p.detach().clone() for p in module.student.parameters()]
     for batch in batches[module.method.supervised_on]:
@@ -76,7 +77,7 @@ def test_terms_one_by_one_are_the_whole_and_the_last_reaches_every_parameter(
     name: str, mfm: bool, scenes: Path, batches: dict[str, list[UDABatch]]
 ) -> None:
     """memory.lean runs them so. The same module also says the same of the same batch twice."""
-    module = build_train_module(configured(scenes, *METHODS[name], mfm=mfm))
+    module = build_train_module(configured(scenes, *METHODS[name], mfm=mfm), CLASSES)
     batch = batches[module.method.supervised_on][0]
     whole = module(batch, 0.5)
     again = module(batch, 0.5)
@@ -106,7 +107,7 @@ def test_ablation_of_mfm_reaches_every_parameter(
     name: str, overrides: list[str], scenes: Path, batches: dict[str, list[UDABatch]]
 ) -> None:
     config = configured(scenes, f"method.name={name}", *overrides, mfm=True)
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     statistics = [b.clone() for b in batch_norm_buffers(module.student)]
     output = module(batches["source"][0], 1.0, module.term_names[-1])
     assert torch.isfinite(output.total)
@@ -127,7 +128,7 @@ def largest_gradient(part: torch.nn.Module) -> float:
 
 def test_the_detail_view_of_mfm_is_another_loss(scenes: Path, batches: dict[str, list[UDABatch]]) -> None:
     losses = [
-        build_train_module(configured(scenes, "method.name=hrda", f"mfm.view={view}", mfm=True))(
+        build_train_module(configured(scenes, "method.name=hrda", f"mfm.view={view}", mfm=True), CLASSES)(
             batches["source"][0], 1.0, "mfm"
         ).total.item()
         for view in ("context", "detail")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
@@ -33,6 +34,12 @@ SGD = ["optim.name=sgd", "optim.lr=0.025", "optim.decoder_lr_factor=1", "optim.r
 ADAMW = ["optim.name=adamw", "optim.eps=1e-4", "optim.lr=1e-3", "optim.rebuilder_lr=0.5", "train.clip_norm=0.001",
          "self_training.pseudo_threshold=0", WIDE]  # fmt: skip
 """Clipped hard, so that gradients stay below epsilon: above it AdamW raises small ones to the size of large ones."""
+STABLE = [*ADAMW, "rebuilder.variant=stable", "mfm.target_weight=pseudo_weight", "mfm.loss_weight=4",
+          "rebuilder.depth=3", "optim.rebuilder_lr=0.05", "train.steps=6"]  # fmt: skip
+"""The variant that grows, with its optimiser and a gradient budget that binds; no pixel of a random teacher is surer
+than one half, so its weight is the paper's."""
+INSTRUMENTS = ("mfm/loss_hidden", "mfm/loss_visible", "mfm/grad_ratio", "mfm/lambda_eff", "rebuilder/max_logit",
+               "rebuilder/update_rms", "rebuilder/update_over_weight")  # fmt: skip
 LARGER = [*SGD, "train.global_batch=8"]
 """Four micro-batches a step, so that gradients add up within a process too."""
 PAPERS = ["model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.1}", "model.decoder_options={width: 256}",
@@ -93,7 +100,8 @@ def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial
     for part, difference in found.items():
         assert difference <= 1e-4, f"{part}: {difference} of its largest movement"
     for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
-        for key in ("loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"):
+        keys = ["loss/total", "loss/source", "loss/mixed", "loss/mfm", "grad_norm/total"]
+        for key in [*keys, *(key for key in INSTRUMENTS if key in theirs)]:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
     assert run["scores"] == reference["scores"], "of the initial weights, and so of the same bits"
     return found
@@ -101,7 +109,7 @@ def assert_same_training(run: dict[str, Any], reference: dict[str, Any], initial
 
 def initial_state(scenes: Path, *overrides: str) -> State:
     """What a run starts from."""
-    module = build_train_module(load_config(None, [*tiny_overrides(scenes, Path("unused")), *overrides]))
+    module = build_train_module(load_config(None, [*tiny_overrides(scenes, Path("unused")), *overrides]), CLASSES)
     assert module.teacher is not None
     assert module.rebuilder is not None
     parts = {"student": module.student, "teacher": module.teacher.segmentor, "rebuilder": module.rebuilder}
@@ -119,6 +127,24 @@ def test_two_processes_train_as_one(
 ) -> None:
     run = trained(scenes, tmp_path, *SGD, launch=launch)
     assert_same_training(run, alone, initial)
+
+
+@pytest.fixture(scope="module")
+def stable_alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return trained(scenes, tmp_path_factory.mktemp("stable"), *STABLE, launch=None)
+
+
+@pytest.mark.parametrize("launch", ["cpu_ddp", "cpu_zero0", "cpu_zero1", "cpu_zero2", "cpu_zero3"])
+def test_the_stable_variant_trains_as_one_at_every_stage(
+    launch: str, scenes: Path, tmp_path: Path, stable_alone: dict[str, Any]
+) -> None:
+    """Its optimiser's groups, its budget and what is measured of it."""
+    weights = [line["mfm/lambda_eff"] for line in stable_alone["metrics"]]
+    assert weights[0] == 4.0
+    assert weights[-1] < 3.0, "the budget has to bind, or nothing is said about it"
+    assert all(key in stable_alone["metrics"][-1] for key in INSTRUMENTS)
+    run = trained(scenes, tmp_path, *STABLE, launch=launch)
+    assert_same_training(run, stable_alone, initial_state(scenes, *STABLE))
 
 
 @pytest.fixture(scope="module")

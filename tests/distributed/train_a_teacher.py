@@ -36,18 +36,23 @@ class Tiny(nn.Module):
     def teacher_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         yield from zip(self.student.parameters(), self.teacher.parameters(), strict=True)
 
+    def pop_map_squares(self) -> torch.Tensor:
+        return torch.zeros(2)
+
     def forward(self, batch: Any, *_: Any) -> Any:
         with torch.no_grad():
             target = self.teacher(batch)
         loss = (self.student(batch).float() - target.float() - 1.0).square().mean()
-        return SimpleNamespace(total=loss, losses={"only": loss.detach()}, inputs=None)
+        return SimpleNamespace(total=loss, losses={"only": loss.detach()}, measured={}, inputs=None)
 
 
 def main(overrides: list[str]) -> None:
     """Train as the overrides say, over the processes of the launch."""
     engine = start_engine(load_config(None, ["train.micro_batch=1", "train.global_batch=2", *overrides]))
     module = Tiny()
-    groups = [{"name": "encoder", "params": list(module.student.parameters()), "lr": 3e-4, "base_lr": 3e-4}]
+    groups = [
+        {"name": "encoder", "part": "encoder", "params": list(module.student.parameters()), "lr": 3e-4, "base_lr": 3e-4}
+    ]
     engine.prepare(module, torch.optim.AdamW(groups))
     pairs = list(module.teacher_pairs())
     students, teachers = zip(*pairs, strict=True)

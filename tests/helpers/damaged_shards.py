@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.class_statistics import PixelCounts, write_statistics
 from mfm_dist.data.index import scan_tar
 from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
@@ -23,6 +22,7 @@ from mfm_dist.data.streaming import ShardStream, stream_samples
 from mfm_dist.errors import BadSample
 from mfm_dist.shards.writer import count_shard, encode_jpeg, encode_label_png
 from mfm_dist.storage import sha256_of
+from tests.helpers.classes import CLASSES
 
 SAMPLES = 50
 HEIGHT, WIDTH = 32, 48
@@ -60,7 +60,7 @@ def sound(number: int) -> Members:
     generator = np.random.default_rng(number % 8)
     blocks = (HEIGHT // 8, WIDTH // 8)
     image = generator.integers(256, size=(*blocks, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
-    label = generator.integers(len(CLASS_NAMES), size=blocks).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    label = generator.integers(len(CLASSES), size=blocks).astype(np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     return {"jpg": encode_jpeg(image), "label.png": encode_label_png(label), "json": b"{}"}
 
 
@@ -84,7 +84,7 @@ def adopt(tar: Path, *, counted: bool = False) -> tuple[BadSample, ...]:
         counted: with class statistics, as our writer leaves it; the reader then trusts the ids. Else as if by hand.
     """
     rows, bad = scan_tar(tar)
-    counts = count_shard(tar, rows, CLASS_NAMES) if counted else PixelCounts(CLASS_NAMES)
+    counts = count_shard(tar, rows, CLASSES.names) if counted else PixelCounts(CLASSES.names)
     with open(index_path(tar), "wb") as file:
         np.save(file, rows, allow_pickle=False)
     record = ShardRecord(
@@ -98,7 +98,7 @@ def adopt(tar: Path, *, counted: bool = False) -> tuple[BadSample, ...]:
         classes_sha256=write_statistics(tar, counts.classes),
     )
     recipe = Recipe(generator="damaged", version=1, arguments={})
-    manifest = Manifest(name="damaged", class_names=CLASS_NAMES, recipe=recipe, command="none", shards=(record,))
+    manifest = Manifest(name="damaged", classes=CLASSES, recipe=recipe, command="none", shards=(record,))
     (tar.parent / MANIFEST_FILE).write_text(manifest.to_json())
     return bad
 
@@ -147,7 +147,7 @@ def faults(damaged: Damaged, found: Outcome, whole: dict[str, tuple[bytes, bytes
 
 def streamed(damaged: Damaged) -> Outcome:
     """One pass over a damaged shard as it comes out of a pipe, without an index."""
-    origin = ShardStream(f"pipe:cat {damaged.tar}", samples=SAMPLES, num_classes=len(CLASS_NAMES))
+    origin = ShardStream(f"pipe:cat {damaged.tar}", samples=SAMPLES, num_classes=len(CLASSES))
     delivered: dict[str, tuple[bytes, bytes]] = {}
     named: dict[str, str] = {}
     for found in stream_samples(origin.url):
@@ -330,7 +330,7 @@ MEMBER_DAMAGE: dict[str, Callable[[Members, np.random.Generator], Members]] = {
     "missing_label": lambda m, _: {k: v for k, v in m.items() if k != "label.png"},
     "missing_image": lambda m, _: {k: v for k, v in m.items() if k != "jpg"},
     "wrong_size": lambda m, draw: m | {"label.png": _label(1, HEIGHT + int(draw.integers(1, 9)), WIDTH)},
-    "id_out_of_range": lambda m, draw: m | {"label.png": _label(int(draw.integers(len(CLASS_NAMES), 255)))},
+    "id_out_of_range": lambda m, draw: m | {"label.png": _label(int(draw.integers(len(CLASSES), 255)))},
     "empty_image": lambda m, _: m | {"jpg": b""},
     "empty_label": lambda m, _: m | {"label.png": b""},
     "not_an_image": lambda m, draw: m | {"jpg": draw.bytes(int(draw.integers(1, 3000)))},

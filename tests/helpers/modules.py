@@ -48,6 +48,7 @@ def inputs_of(module: TrainModule, batch: UDABatch) -> StepInputs:
         source_label=batch.source_label,
         target_image=image,
         pseudo=module.pseudo_target(image, batch.target_valid),
+        classes=module.classes,
         seed=0,
         block=batch.block,
         positions=batch.positions,

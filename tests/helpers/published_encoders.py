@@ -1,4 +1,4 @@
-"""MiT-B0 and ResNet-50 v1c by their published definitions, on weights under their published names."""
+"""MiT-B0, ResNet-50 v1c and EfficientNet-Lite0 by their definitions, on weights under their published names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from torch import Tensor
 
 DIMS, DEPTHS, HEADS, REDUCTIONS = (32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), (8, 4, 2, 1)  # MiT-B0
 STRIDES = {"layer1": 1, "layer2": 2, "layer3": 1, "layer4": 1}  # of a dilated ResNet
+LITE0 = (
+    # channels, kernel, stride and number of a stage's blocks; all but the first stage expand six times inside
+    (16, 3, 1, 1), (24, 3, 2, 2), (40, 5, 2, 2), (80, 3, 2, 3), (112, 5, 1, 3), (192, 5, 2, 4), (320, 3, 1, 1),
+)  # fmt: skip
 DILATIONS = {"layer1": (1,) * 3, "layer2": (1,) * 4, "layer3": (1, *(2,) * 5), "layer4": (2, 4, 4)}  # ResNet-50
 
 
@@ -72,9 +76,9 @@ class Weights:
     def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *self.pair(name), eps)
 
-    def batch_norm(self, x: Tensor, name: str) -> Tensor:
+    def batch_norm(self, x: Tensor, name: str, eps: float = 1e-5) -> Tensor:
         mean, variance = self.state[f"{name}.running_mean"], self.state[f"{name}.running_var"]
-        return F.batch_norm(x, mean, variance, *self.pair(name), training=False, eps=1e-5)
+        return F.batch_norm(x, mean, variance, *self.pair(name), training=False, eps=eps)
 
 
 def as_map(tokens: Tensor, height: int) -> Tensor:
@@ -159,6 +163,51 @@ def resnet_maps(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
                 x = w.batch_norm(w.conv(x, f"{block}.downsample.0", stride=stride), f"{block}.downsample.1")
             x = F.relu(x + y)
         maps.append(x)
+    return maps
+
+
+def lite0_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"_conv_stem.weight": (32, 3, 3, 3)} | norm_shapes("_bn0", 32)
+    before, number = 32, 0
+    for channels, kernel, _, blocks in LITE0:
+        for _ in range(blocks):
+            block, inside = f"_blocks.{number}", before * (6 if number else 1)
+            if number:
+                shapes |= {f"{block}._expand_conv.weight": (inside, before, 1, 1)}
+                shapes |= norm_shapes(f"{block}._bn0", inside)
+            shapes |= {f"{block}._depthwise_conv.weight": (inside, 1, kernel, kernel)}
+            shapes |= norm_shapes(f"{block}._bn1", inside)
+            shapes |= {f"{block}._project_conv.weight": (channels, inside, 1, 1)}
+            shapes |= norm_shapes(f"{block}._bn2", channels)
+            before, number = channels, number + 1
+    shapes |= {"_conv_head.weight": (1280, 320, 1, 1)} | norm_shapes("_bn1", 1280)
+    return shapes | linear("_fc", 10, 1280)
+
+
+def lite0_maps(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """EfficientNet-Lite0's maps at strides 2 to 32, padded as TensorFlow does: the odd pixel comes last."""
+    w = Weights(state)
+
+    def conv(x: Tensor, name: str, norm: str, stride: int = 1, groups: int = 1) -> Tensor:
+        kernel = w.pair(name)[0].shape[-1]
+        sides = [max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in (x.shape[3], x.shape[2])]
+        x = F.pad(x, [end for side in sides for end in (side // 2, side - side // 2)])
+        return w.batch_norm(w.conv(x, name, stride=stride, groups=groups), norm, eps=1e-3)
+
+    x = F.relu6(conv(x, "_conv_stem", "_bn0", stride=2))
+    maps, number = [], 0
+    for stage, (_, _, stride, blocks) in enumerate(LITE0):
+        for index in range(blocks):
+            block, y = f"_blocks.{number}", x
+            if number:
+                y = F.relu6(conv(y, f"{block}._expand_conv", f"{block}._bn0"))
+            step = stride if index == 0 else 1
+            y = F.relu6(conv(y, f"{block}._depthwise_conv", f"{block}._bn1", stride=step, groups=y.shape[1]))
+            y = conv(y, f"{block}._project_conv", f"{block}._bn2")
+            x = x + y if index else y
+            number += 1
+        if stage in (0, 1, 2, 4, 6):  # the last at their strides
+            maps.append(x)
     return maps
 
 

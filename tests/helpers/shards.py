@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.data.manifest import DatasetPlan, Recipe
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.shards.writer import RawSample, ShardSetWriter, write_shard
+from tests.helpers.classes import CLASSES
 
 ShardFolder = Callable[..., Path]
 """``shard_folder(name, count=..., shard_size=..., **keywords of raw_sample)``."""
 
 
-def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool = True) -> RawSample:
+def raw_sample(
+    index: int, *, height: int = 32, width: int = 48, labelled: bool = True, num_classes: int = len(CLASSES)
+) -> RawSample:
     """Draw blocks of 8 pixels: noise in the image, classes and some ignored blocks in the label."""
     generator = np.random.default_rng(index)
     blocks = (height // 8, width // 8)
-    values = generator.choice([*range(len(CLASS_NAMES)), IGNORE_INDEX], size=blocks).astype(np.uint8)
+    values = generator.choice([*range(num_classes), IGNORE_INDEX], size=blocks).astype(np.uint8)
     image = generator.integers(256, size=(*blocks, 3), dtype=np.uint8)
     return RawSample(
         key=f"sample_{index:04d}",
@@ -34,14 +37,23 @@ def raw_sample(index: int, *, height: int = 32, width: int = 48, labelled: bool 
     )
 
 
-def write_set(folder: Path, *, count: int = 10, shard_size: int = 4, **sample: object) -> Path:
+def write_set(
+    folder: Path, *, count: int = 10, shard_size: int = 4, classes: ClassSet = CLASSES, **sample: object
+) -> Path:
     """Write a finished folder of ``count`` samples."""
     recipe = Recipe(generator="test", version=1, arguments={"samples": count})
-    plan = DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=count, shard_size=shard_size)
+    plan = DatasetPlan(
+        folder=folder,
+        recipe=recipe,
+        command="make test shards",
+        classes=classes,
+        samples=count,
+        shard_size=shard_size,
+    )
     writer = ShardSetWriter(plan)
     for shard in writer.pending:
         samples = [raw_sample(index, **sample) for index in shard.samples]
-        writer.add(write_shard(folder, shard.number, samples, CLASS_NAMES))
+        writer.add(write_shard(folder, shard.number, samples, classes.names))
     writer.finish()
     return folder
 

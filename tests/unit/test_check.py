@@ -31,7 +31,10 @@ def test_networks_that_would_fail_later_are_refused(overrides: list[str], reason
     assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("overrides", [[], ["method.name=hrda", "data.crop=128x128"], ["mfm.reconstruction=pixels"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["method.name=hrda", "data.crop=128x128"], ["mfm.reconstruction=pixels"], ["rebuilder.variant=stable"]],
+)
 def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(load_config(None, [*SMALL, *overrides]))
     assert capsys.readouterr().out.startswith("ok: ")

@@ -35,6 +35,7 @@ from mfm_dist.methods.mfm import rebuild
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 
 CPU = torch.device("cpu")
 
@@ -48,12 +49,12 @@ def exported(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def plain_segmentor(run: Path) -> Segmentor:
     """The network before anything is trained, built from the run's configuration alone."""
-    return build_student(load_config(run / "config.yaml"))
+    return build_student(load_config(run / "config.yaml"), CLASSES)
 
 
 def trained_module(run: Path) -> TrainModule:
     """All that was trained, Rebuilder included, from the run's last checkpoint."""
-    module = build_train_module(load_config(run / "config.yaml"))
+    module = build_train_module(load_config(run / "config.yaml"), CLASSES)
     checkpoint = find_latest(run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
     load_modules(checkpoint, module)
@@ -286,7 +287,7 @@ def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_windo
 ) -> None:
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32", "model.backbone=test_resnet"]
     options += ["model.backbone_options={out_indices: [1, 2, 3, 4]}", "model.decoder_options={width: 16}"]
-    student = build_student(load_config(None, options)).eval()
+    student = build_student(load_config(None, options), CLASSES).eval()
     card = replace(read_card(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
     hrda = TrainedSegmentor(card)
     hrda.segmentor.load_state_dict(student.state_dict())

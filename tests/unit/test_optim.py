@@ -9,7 +9,14 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import MFMSection, OptimSection
 from mfm_dist.optim import build_optimizer, parameter_groups
-from mfm_dist.schedules import learning_rate_factor, mfm_weight
+from mfm_dist.schedules import (
+    averaged_norms,
+    learning_rate_factor,
+    mfm_weight,
+    rebuilder_warmup,
+    within_budget,
+)
+from tests.helpers.classes import CLASSES
 
 
 @pytest.mark.parametrize(
@@ -33,9 +40,60 @@ def test_lambda_is_constant_by_default_and_ramps_on_request() -> None:
     assert [mfm_weight(step, MFMSection(ramp_from=5, ramp_to=5)) for step in (4, 5)] == [0.0, 1.0]
 
 
+def test_the_rebuilder_warms_up_from_the_step_at_which_its_loss_counts() -> None:
+    config = load_config(None, ["train.steps=100", "optim.rebuilder_warmup=0.04", "mfm.ramp_from=10", "mfm.ramp_to=20"])
+    assert [rebuilder_warmup(step, config) for step in (0, 9, 10, 11, 13, 14, 99)] == [
+        0.0,
+        0.0,
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    assert rebuilder_warmup(0, load_config(None)) == 1.0
+
+
+def test_the_budget_lowers_lambda_to_a_share_of_the_methods_gradient() -> None:
+    assert within_budget(2.0, [], 0.5) == 2.0  # nothing seen yet
+    assert within_budget(2.0, [4.0, 0.5], 0.5) == 2.0  # 2 x .5 is within half of 4
+    assert within_budget(2.0, [4.0, 8.0], 0.5) == 0.25  # .25 x 8 is half of 4
+    assert within_budget(2.0, [4.0, 8.0], 0.0) == 2.0  # off
+    assert within_budget(0.0, [4.0, 8.0], 0.5) == 0.0
+    assert within_budget(2.0, [4.0, 0.0], 0.5) == 2.0
+
+
+def test_norms_are_averaged_as_those_of_a_weight_of_one() -> None:
+    first = averaged_norms([], [4.0, 2.0], 0.5)
+    assert first == [4.0, 4.0]
+    assert averaged_norms(first, [14.0, 2.0], 1.0) == pytest.approx([5.0, 3.8])
+    assert averaged_norms(first, [14.0, 0.0], 0.0) == first  # a term that is off says nothing
+
+
+def test_a_scaled_rate_is_of_wide_matrices_alone() -> None:
+    network = ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true", "rebuilder.heads=2"]
+    module = build_train_module(
+        load_config(None, [*network, "rebuilder.variant=stable", "rebuilder.width=64"]), CLASSES
+    )
+    assert module.rebuilder is not None
+    plain = {group["name"]: group for group in parameter_groups(module, OptimSection())}
+    assert set(plain) == {"encoder", "decoder", "rebuilder", "rebuilder_norm"}
+    groups = {g["name"]: g for g in parameter_groups(module, OptimSection(rebuilder_base_width=16))}
+    assert groups["rebuilder_wide"]["base_lr"] == pytest.approx(2e-4 / 4)
+    assert groups["rebuilder_wide"]["eps"] == pytest.approx(1e-8 / 4)
+    assert groups["rebuilder"]["base_lr"] == groups["rebuilder_norm"]["base_lr"] == 2e-4
+    wide = {id(p) for p in module.rebuilder.wide_matrices()}
+    assert {id(p) for p in groups["rebuilder_wide"]["params"]} == wide
+    both = [*groups["rebuilder"]["params"], *groups["rebuilder_wide"]["params"]]
+    assert {id(p) for p in both} == {id(p) for p in plain["rebuilder"]["params"]}
+    narrow = {g["name"]: g for g in parameter_groups(module, OptimSection(rebuilder_base_width=512))}
+    assert narrow["rebuilder_wide"]["base_lr"] == 2e-4, "no Rebuilder learns faster than it is told"
+    assert {group["part"] for group in groups.values()} == {"encoder", "decoder", "rebuilder"}
+
+
 def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay() -> None:
     config = load_config(None, ["model.backbone=mit_b0", "mfm.enabled=true", "rebuilder.width=32", "rebuilder.heads=2"])
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     groups = {group["name"]: group for group in parameter_groups(module, OptimSection())}
     rates = {name: group["base_lr"] for name, group in groups.items()}
     assert rates["encoder"] == rates["encoder_norm"] == 6e-5
@@ -56,7 +114,7 @@ def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay(
 def test_a_pyramid_learns_as_the_decoder_does() -> None:
     options = "{embed_dim: 16, depth: 4, num_heads: 2, dynamic_img_size: true, pyramid: true}"
     network = ["model.backbone=vit_tiny_patch16_224", f"model.backbone_options={options}"]
-    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]))
+    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]), CLASSES)
     backbone = module.student.backbone
     assert backbone.pyramid is not None
     grouped = [(p, g["base_lr"]) for g in parameter_groups(module, OptimSection(lr=1.0)) for p in g["params"]]
@@ -68,8 +126,14 @@ def test_a_pyramid_learns_as_the_decoder_does() -> None:
 
 
 def test_optimisers() -> None:
-    module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]))
+    module = build_train_module(load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2"]), CLASSES)
     adamw = build_optimizer(module, OptimSection())
     assert adamw.defaults["betas"] == (0.9, 0.999)
     assert adamw.defaults["eps"] == 1e-8
+    with_mfm = load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true"])
+    groups = build_optimizer(
+        build_train_module(with_mfm, CLASSES), OptimSection(rebuilder_betas=(0.9, 0.95))
+    ).param_groups
+    averaged = {group["name"].partition("_")[0]: group["betas"] for group in groups}
+    assert averaged == {"encoder": (0.9, 0.999), "decoder": (0.9, 0.999), "rebuilder": (0.9, 0.95)}
     assert build_optimizer(module, OptimSection(name="sgd")).defaults["momentum"] == 0.9

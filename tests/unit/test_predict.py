@@ -13,12 +13,12 @@ from torch import Tensor
 
 import mfm_dist
 from mfm_dist import export, predict
-from mfm_dist.classes import PALETTE
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.inference.overlays import overlay, read_image
 from mfm_dist.inference.segmentor import TrainedSegmentor
 from mfm_dist.predict import picture_names
+from tests.helpers.classes import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_every_good_image_is_done_and_the_bad_one_named(
             assert torch.equal(torch.from_numpy(np.array(stored)).long(), expected)
             palette = stored.getpalette()
             assert palette is not None
-            assert palette[: 3 * len(PALETTE)] == [value for colour in PALETTE for value in colour]
+            assert palette[: 3 * len(CLASSES.palette)] == [value for colour in CLASSES.palette for value in colour]
         shown = Image.open(output / picture.replace("ids", "overlays", 1))
-        assert np.array_equal(np.array(shown), overlay(image.permute(1, 2, 0).numpy(), expected))
+        assert np.array_equal(np.array(shown), overlay(image.permute(1, 2, 0).numpy(), expected, CLASSES.palette))
     assert before == {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
     assert predict.main([*arguments, "--no-overlays"]) == 3  # again into its own output
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student, build_train_module
+from mfm_dist.config.schema import MFMSection
 from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods.mfm import keyed_masks, rebuild
 from mfm_dist.models.layers import batch_norm_untracked
 from mfm_dist.models.preprocessing import normalise
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with, inputs_of
 
 
 def test_total_is_the_weighted_sum_of_the_terms() -> None:
-    module = build_train_module(config_with())
+    module = build_train_module(config_with(), CLASSES)
     output = module(block(), 0.25)
     losses = output.losses
     assert set(losses) == {"source", "mixed", "mfm", "pseudo_weight"}
@@ -31,12 +33,12 @@ def test_pseudo_target_has_the_runs_threshold_and_margins() -> None:
     padding = torch.rand(2, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.1
     batch = replace(batch, target_valid=~padding)
     margins = [f"self_training.pseudo_weight_ignore_top={top}", f"self_training.pseudo_weight_ignore_bottom={bottom}"]
-    teacher = build_train_module(config_with()).teacher
+    teacher = build_train_module(config_with(), CLASSES).teacher
     assert teacher is not None
     with torch.no_grad():
         confidence, label = teacher(normalise(batch.target_image)).double().softmax(1).max(1)
     threshold = float(confidence.quantile(0.4))
-    module = build_train_module(config_with(*margins, f"self_training.pseudo_threshold={threshold!r}"))
+    module = build_train_module(config_with(*margins, f"self_training.pseudo_threshold={threshold!r}"), CLASSES)
     pseudo = module.step_inputs(batch).pseudo
     assert pseudo is not None
     share = sum(value >= threshold for value in confidence.flatten().tolist()) / confidence.numel()
@@ -51,7 +53,7 @@ def test_pseudo_target_has_the_runs_threshold_and_margins() -> None:
 
 def test_every_trainable_parameter_gets_a_gradient_even_at_lambda_zero() -> None:
     for weight in (0.0, 1.0):
-        module = build_train_module(config_with())
+        module = build_train_module(config_with(), CLASSES)
         module(block(), weight).total.backward()
         missing = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
         assert missing == []
@@ -60,7 +62,7 @@ def test_every_trainable_parameter_gets_a_gradient_even_at_lambda_zero() -> None
 
 def test_the_mfm_term_trains_encoder_decoder_and_rebuilder() -> None:
     # The pseudo-weight of a random teacher is 0 at the published threshold, and so would be every gradient.
-    module = build_train_module(config_with("method.name=source_only", "self_training.pseudo_threshold=0.01"))
+    module = build_train_module(config_with("method.name=source_only", "self_training.pseudo_threshold=0.01"), CLASSES)
     with_term = module(block(), 1.0).total
     without = module(block(), 0.0).total
     (with_term - without).backward()
@@ -70,11 +72,12 @@ def test_the_mfm_term_trains_encoder_decoder_and_rebuilder() -> None:
 
 
 def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
-    module = build_train_module(config_with("mfm.mask_ratio=0"))
+    module = build_train_module(config_with("mfm.mask_ratio=0"), CLASSES)
     inputs = inputs_of(module, block())
     assert module.rebuilder is not None
     features = module.student.encode(inputs.target_image)
-    rebuilt = rebuild(module.student, module.rebuilder, features, keyed_masks(inputs, module.rebuilder.grid, 0.0))
+    mask = keyed_masks(inputs, module.rebuilder.grid, MFMSection(mask_ratio=0.0))
+    rebuilt = rebuild(module.student, module.rebuilder, features, mask)
     for before, after in zip(features, rebuilt, strict=True):
         assert torch.equal(before, after)
     module.student.eval()
@@ -83,7 +86,7 @@ def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
 
 def test_the_same_block_gives_the_same_bits_whatever_ran_before() -> None:
     """Dropout, drop-path, mixing, jitter and masks are keyed; BatchNorm's running statistics do not enter a loss."""
-    module = build_train_module(config_with())
+    module = build_train_module(config_with(), CLASSES)
     first = module(block(5), 1.0)
     module(block(6), 1.0)
     torch.rand(1000)
@@ -94,23 +97,23 @@ def test_the_same_block_gives_the_same_bits_whatever_ran_before() -> None:
 
 
 def test_masks_are_keyed_by_position() -> None:
-    module = build_train_module(config_with())
-    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4)
-    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), 0.4))
+    module = build_train_module(config_with(), CLASSES)
+    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection())
+    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection()))
     assert not torch.equal(masks[0], masks[1])
-    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), 0.4) for n in range(40)])
+    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), MFMSection()) for n in range(40)])
     assert many.float().mean().item() == pytest.approx(0.4, abs=0.01)
 
 
 def test_hidden_loss_counts_hidden_pixels_alone_and_weighs_them_alike_at_any_ratio() -> None:
-    module = build_train_module(config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1"))
+    module = build_train_module(config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1"), CLASSES)
     hidden = build_train_module(
-        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1", "mfm.loss_on=hidden")
+        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=1", "mfm.loss_on=hidden"), CLASSES
     )
     # With everything hidden, "hidden" and "all" are the same loss.
     assert module(block(), 1.0).losses["mfm"].item() == pytest.approx(hidden(block(), 1.0).losses["mfm"].item())
     nothing = build_train_module(
-        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=0", "mfm.loss_on=hidden")
+        config_with("self_training.pseudo_threshold=0", "mfm.mask_ratio=0", "mfm.loss_on=hidden"), CLASSES
     )
     assert nothing(block(), 1.0).losses["mfm"].item() == 0.0
 
@@ -118,7 +121,7 @@ def test_hidden_loss_counts_hidden_pixels_alone_and_weighs_them_alike_at_any_rat
 @pytest.mark.parametrize(("weight", "update_bn"), [(0.0, "true"), (1.0, "false"), (1.0, "true")])
 def test_the_mfm_pass_touches_batch_norm_statistics_only_when_asked(weight: float, update_bn: str) -> None:
     def statistics(*overrides: str, lam: float = weight) -> list[Tensor]:
-        module = build_train_module(config_with("method.name=source_only", *overrides))
+        module = build_train_module(config_with("method.name=source_only", *overrides), CLASSES)
         module(block(), lam)
         return batch_norm_buffers(module.student)
 
@@ -140,7 +143,7 @@ def test_untracked_batch_norm_still_normalises_with_the_batch() -> None:
 
 
 def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
-    module = build_train_module(config_with())
+    module = build_train_module(config_with(), CLASSES)
     teacher = module.teacher
     assert teacher is not None
     before = [b.clone() for b in batch_norm_buffers(teacher.segmentor)]
@@ -156,9 +159,9 @@ def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
 
 def test_mfm_changes_neither_the_students_start_nor_its_inference() -> None:
     """The Rebuilder costs nothing at inference: parameters and logits are those of the plain segmentor."""
-    plain = build_train_module(config_with("mfm.enabled=false")).student
-    with_mfm = build_train_module(config_with()).student
-    alone = build_student(config_with())
+    plain = build_train_module(config_with("mfm.enabled=false"), CLASSES).student
+    with_mfm = build_train_module(config_with(), CLASSES).student
+    alone = build_student(config_with(), CLASSES)
     image = normalise(block().target_image)
     assert [n for n, _ in plain.named_parameters()] == [n for n, _ in with_mfm.named_parameters()]
     assert sum(p.numel() for p in with_mfm.parameters()) == sum(p.numel() for p in alone.parameters())
@@ -173,9 +176,9 @@ def test_inference_costs_the_flops_of_the_plain_segmentor() -> None:
             student.eval()(torch.zeros(1, 3, 64, 64))
         return counter.get_total_flops()
 
-    assert flops(build_train_module(config_with()).student) == flops(build_student(config_with())) > 0
+    assert flops(build_train_module(config_with(), CLASSES).student) == flops(build_student(config_with(), CLASSES)) > 0
 
 
 def test_source_only_needs_no_teacher_unless_mfm_asks_for_one() -> None:
-    assert build_train_module(config_with("method.name=source_only", "mfm.enabled=false")).teacher is None
-    assert build_train_module(config_with("method.name=source_only")).teacher is not None
+    assert build_train_module(config_with("method.name=source_only", "mfm.enabled=false"), CLASSES).teacher is None
+    assert build_train_module(config_with("method.name=source_only"), CLASSES).teacher is not None

@@ -6,7 +6,7 @@ withheld. Training labels are packed and, the data set being a target, never rea
 
 import re
 
-from mfm_dist.shards.card import TRAIN_IDS, Card, Split
+from mfm_dist.shards.card import Card, Split, labels_of
 
 
 def _split(name: str, parts: dict[str, int]) -> Split:
@@ -32,5 +32,5 @@ CARD = Card(
         _split("val", {"fog": 100, "night": 106, "rain": 100, "snow": 100}),
     ),
     size=(1080, 1920),
-    train_ids=TRAIN_IDS,
+    labels=labels_of("cityscapes19"),
 )

@@ -6,7 +6,7 @@ the polygons anew. Test labels are withheld, so the test split is not packed.
 
 import re
 
-from mfm_dist.shards.card import CITYSCAPES_TRAIN_IDS, Card, Split
+from mfm_dist.shards.card import Card, Split, labels_of
 
 
 def _split(name: str, parts: dict[str, int]) -> Split:
@@ -38,5 +38,5 @@ CARD = Card(
         _split("val", {"frankfurt": 267, "lindau": 59, "munster": 174}),
     ),
     size=(1024, 2048),
-    train_ids=CITYSCAPES_TRAIN_IDS,
+    labels=labels_of("cityscapes19_ids"),
 )  # fmt: skip

@@ -6,7 +6,7 @@ packed: the target of the published runs is the night alone. Test labels are wit
 
 import re
 
-from mfm_dist.shards.card import TRAIN_IDS, Card, Split
+from mfm_dist.shards.card import Card, Split, labels_of
 
 CARD = Card(
     name="dark_zurich",
@@ -30,5 +30,5 @@ CARD = Card(
         ),
     ),
     size=(1080, 1920),
-    train_ids=TRAIN_IDS,
+    labels=labels_of("cityscapes19"),
 )

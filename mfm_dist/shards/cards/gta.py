@@ -6,8 +6,8 @@ not all. A few labels have another size than their image. Copies with 24,941 pai
 
 import re
 
-from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.shards.card import CITYSCAPES_TRAIN_IDS, Card, Split
+from mfm_dist.classes import IGNORE_INDEX, LabelMapping
+from mfm_dist.shards.card import Card, Split, labels_of
 
 CARD = Card(
     name="gta",
@@ -29,5 +29,6 @@ CARD = Card(
     sizes_vary=True,
     leaves_out_unequal_pairs=True,
     label_kinds=("8-bit palette", "8-bit grey"),
-    train_ids={**CITYSCAPES_TRAIN_IDS, 34: IGNORE_INDEX},  # 34 stands for licence plates, which Cityscapes numbers -1
+    # 34 stands for licence plates, which Cityscapes numbers -1.
+    labels=LabelMapping(classes={**labels_of("cityscapes19_ids").classes, 34: IGNORE_INDEX}),
 )

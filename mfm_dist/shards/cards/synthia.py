@@ -6,7 +6,7 @@ which turns every class into 0 without a word. Terrain, truck and train do not o
 
 import re
 
-from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX, LabelMapping
 from mfm_dist.shards.card import Card, Split
 
 CARD = Card(
@@ -24,9 +24,9 @@ CARD = Card(
     ),
     size=(760, 1280),
     label_kinds=("16-bit RGB", "16-bit RGBA"),
-    train_ids={
+    labels=LabelMapping(classes={
         3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15,
         20: 16, 12: 17, 11: 18,
         **dict.fromkeys((0, 13, 14, 22), IGNORE_INDEX),  # void, parking, road work, lane marking
-    },
+    }),
 )  # fmt: skip

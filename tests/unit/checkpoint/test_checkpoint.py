@@ -26,6 +26,7 @@ from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block
 
 
@@ -33,7 +34,7 @@ from tests.helpers.modules import block
 def trained(tiny_config: RunConfig) -> tuple[TrainModule, Engine]:
     """A module after one step on made-up gradients, in this process."""
     engine = start_engine(tiny_config)
-    module = build_train_module(tiny_config)
+    module = build_train_module(tiny_config, CLASSES)
     engine.prepare(module, build_optimizer(module, tiny_config.optim))
     step_on_random_gradients(module, engine)
     return module, engine
@@ -71,6 +72,7 @@ def write_small(folder: Path, step: int, *, skipped: int = 0, keep: int = 1) -> 
         progress=Progress(step=step, applied=step - skipped, block=step, skipped=skipped),
         config={},
         data={},
+        classes=CLASSES,
         world_size=1,
         keep=keep,
     )
@@ -117,7 +119,7 @@ def test_round_trip_restores_every_tensor(
     assert found is not None
     assert found.progress == progress
     torch.manual_seed(1)
-    other = build_train_module(tiny_config)
+    other = build_train_module(tiny_config, CLASSES)
     load_modules(found, other, statistics_of=0)
     other_engine = Engine(engine.accelerator, tiny_config)
     other_engine.prepare(other, build_optimizer(other, tiny_config.optim))
@@ -192,7 +194,7 @@ def test_another_network_is_refused(
     assert found is not None
     tiny_config.rebuilder.width = 64
     with pytest.raises(ConfigError, match="of another network"):
-        load_modules(found, build_train_module(tiny_config))
+        load_modules(found, build_train_module(tiny_config, CLASSES))
 
 
 def change(tensors: dict[str, Tensor], name: str, into: Tensor | None, *, key: str = "") -> None:

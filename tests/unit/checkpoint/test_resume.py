@@ -11,9 +11,11 @@ import pytest
 from mfm_dist.checkpoint.files import Checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS, resume_problems
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
+from tests.helpers.classes import CLASSES
 
 OTHER = {
     "seed": 1,
@@ -35,6 +37,10 @@ OTHER = {
     "rebuilder.heads": 8,
     "rebuilder.mlp_ratio": 2.0,
     "rebuilder.grid": (8, 8),
+    "rebuilder.qk_norm": True,
+    "rebuilder.depth_scaling": True,
+    "rebuilder.readout": 2,
+    "rebuilder.fill": True,
 }
 """Another value of each setting that must stay."""
 FREE = {
@@ -62,7 +68,9 @@ def set_key(config: RunConfig, key: str, value: Any) -> None:
 
 
 def trained(config: RunConfig, **data: str) -> Checkpoint:
-    return Checkpoint(Path("run/checkpoints/step_00000200"), Progress(step=200), to_tree(config), data, world_size=1)
+    return Checkpoint(
+        Path("run/checkpoints/step_00000200"), Progress(step=200), to_tree(config), data, CLASSES, world_size=1
+    )
 
 
 @pytest.fixture
@@ -82,7 +90,7 @@ def test_the_rule_names_settings_that_exist_and_the_table_here_has_all() -> None
 def test_what_must_stay_is_refused_with_both_values_and_the_way_out(key: str, config: RunConfig) -> None:
     checkpoint = trained(config)
     set_key(config, key, OTHER[key])
-    (problem,) = resume_problems(checkpoint, config, {})
+    (problem,) = resume_problems(checkpoint, config, {}, CLASSES)
     before: Any = checkpoint.config
     for name in key.split("."):
         before = before[name]
@@ -97,28 +105,28 @@ def test_what_must_stay_is_refused_with_both_values_and_the_way_out(key: str, co
 def test_everything_else_may_change_and_is_listed(key: str, config: RunConfig) -> None:
     checkpoint = trained(config)
     set_key(config, key, FREE[key])
-    assert resume_problems(checkpoint, config, {}) == []
+    assert resume_problems(checkpoint, config, {}, CLASSES) == []
     assert [line.split(":")[0] for line in changed_keys(checkpoint.config, config)] == [key][key == "run.folder" :]
 
 
 def test_the_same_settings_are_no_problem_after_a_trip_through_json(config: RunConfig) -> None:
     config.model.backbone_options = {"out_indices": [1, 2], "drop_path_rate": 0.1}
     stored = json.loads(json.dumps(to_tree(config)))
-    checkpoint = Checkpoint(Path("step_00000200"), Progress(step=200), stored, data={}, world_size=1)
-    assert resume_problems(checkpoint, config, {}) == []
+    checkpoint = Checkpoint(Path("step_00000200"), Progress(step=200), stored, {}, CLASSES, world_size=1)
+    assert resume_problems(checkpoint, config, {}, CLASSES) == []
 
 
 def test_a_rebuilder_that_is_not_used_may_be_anything(config: RunConfig) -> None:
     config.mfm.enabled = False
     checkpoint = trained(config)
     config.rebuilder.width = 64
-    assert resume_problems(checkpoint, config, {}) == []
+    assert resume_problems(checkpoint, config, {}, CLASSES) == []
 
 
 def test_all_problems_are_told_at_once(config: RunConfig) -> None:
     checkpoint = trained(config, target="aaa")
     config.seed, config.optim.name, config.train.steps = 5, "sgd", 199
-    problems = resume_problems(checkpoint, config, {"target": "bbb"})
+    problems = resume_problems(checkpoint, config, {"target": "bbb"}, CLASSES)
     assert [problem.split("=")[0] for problem in problems if "=" in problem] == ["seed", "optim.name", "train.steps"]
     assert "the target shards are not those that run/checkpoints/step_00000200 was trained on" in problems[2]
     assert len(problems) == 4
@@ -126,11 +134,20 @@ def test_all_problems_are_told_at_once(config: RunConfig) -> None:
 
 def test_data_is_known_by_content_not_by_name(config: RunConfig) -> None:
     checkpoint = trained(config, labelled="aaa", target="bbb")
-    assert resume_problems(checkpoint, config, {"labelled": "aaa", "target": "bbb"}) == []
-    (problem,) = resume_problems(checkpoint, config, {"labelled": "ccc", "target": "bbb"})
+    assert resume_problems(checkpoint, config, {"labelled": "aaa", "target": "bbb"}, CLASSES) == []
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "ccc", "target": "bbb"}, CLASSES)
     assert problem.startswith("the labelled shards are not those")
     assert "put the former shards back, or choose another run.folder" in problem
-    assert resume_problems(trained(config), config, {"labelled": "ccc"}) == []  # written before data was recorded
+    assert resume_problems(trained(config), config, {"labelled": "c"}, CLASSES) == []  # before data was recorded
+
+
+def test_a_run_keeps_its_classes_and_what_it_made_of_its_labels(config: RunConfig) -> None:
+    checkpoint = trained(config, labelled="aaa", relabelling="of one file")
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "aaa", "relabelling": "of another"}, CLASSES)
+    assert "data.classes makes other classes" in problem
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "aaa"}, load_class_set("synthia13"))
+    assert "    19: road" in problem
+    assert "    13: road" in problem
 
 
 def test_a_fingerprint_follows_the_shards_and_their_order_and_nothing_else() -> None:
@@ -140,7 +157,7 @@ def test_a_fingerprint_follows_the_shards_and_their_order_and_nothing_else() -> 
             for s in sums
         ]
         recipe = Recipe(generator="folder", version=1, arguments={"name": name})
-        return Manifest(name=name, class_names=(), recipe=recipe, command=name, shards=tuple(shards))
+        return Manifest(name=name, classes=None, recipe=recipe, command=name, shards=tuple(shards))
 
     prints = [m.fingerprint for m in (manifest("a", "x", "y"), manifest("b", "x", "y"))]
     assert prints[0] == prints[1]

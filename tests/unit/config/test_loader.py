@@ -120,6 +120,27 @@ def test_what_a_later_source_sets_right_is_no_problem(tmp_path: Path) -> None:
     assert "got 'many'" in problems_of(path=files[::-1])[0]
 
 
+def test_a_variant_is_defaults_that_files_and_overrides_change(tmp_path: Path) -> None:
+    plain = load_config(None)
+    assert (plain.rebuilder.readout, plain.mfm.loss_on, plain.optim.rebuilder_betas) == (0, "all", None)
+    [file] = write(tmp_path, "rebuilder: {variant: stable, qk_norm: off}")
+    stable = load_config(file, ["mfm.gradient_budget=0"])
+    assert (stable.rebuilder.readout, stable.mfm.loss_on, stable.optim.rebuilder_betas) == (2, "hidden", (0.9, 0.95))
+    assert (stable.rebuilder.qk_norm, stable.mfm.gradient_budget) == (False, 0.0)
+    assert load_config(file, ["rebuilder.variant=paper"]) == load_config(None, ["rebuilder.qk_norm=false"])
+    assert load_config(write(tmp_path, dump_config(stable))) == stable
+
+
+def test_what_a_variant_needs_is_refused_when_it_is_taken_away() -> None:
+    assert problems_of("rebuilder.variant=stable", "mfm.mask=bernoulli") == [
+        "rebuilder.readout=2 reads the same number of visible cells of every image: choose mfm.mask=exact"
+        " (command line)"
+    ]
+    assert problems_of("mfm.mask_block_cells=3") == [
+        "mfm.mask_block_cells=3 does not divide rebuilder.grid=16x16: choose a divisor of both (command line)"
+    ]
+
+
 def test_the_command_takes_several_files_anywhere_and_none() -> None:
     arguments = parse_arguments(["--config", "a.yaml", "seed=1", "--config", "b.yaml", "--check", "seed=2"])
     assert (arguments.config, arguments.overrides) == ([Path("a.yaml"), Path("b.yaml")], ["seed=1", "seed=2"])
@@ -130,6 +151,7 @@ ON_TOP = """
 data: {lanes: 0, rare_class_sampling: {enabled: yes}}
 model: {weights: null, pretrained: on}
 mfm: {reconstruction: classes, use_rebuilder: off, trained_parts: decoder}
+rebuilder: {fill: on}
 """
 """Keys that do not go together with others of every_key.yaml, and what lets them go."""
 

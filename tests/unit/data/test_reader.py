@@ -21,7 +21,7 @@ from mfm_dist.data.decoding import decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
-from mfm_dist.shards.pictures import read_ids
+from mfm_dist.shards.pictures import read_label
 from mfm_dist.shards.writer import encode_jpeg, encode_label_png, write_index
 from mfm_dist.storage import sha256_of
 from tests.helpers import crafted_pngs
@@ -231,7 +231,7 @@ def test_wrong_pixel_data_under_right_checksums_make_a_bad_sample(depth: int, co
                     pytest.fail(f"{name}: {decode(payload)}")
             if depth == 16 and colour != 0:
                 with pytest.raises(CorruptFileError):
-                    read_ids(content, ["16-bit RGB", "16-bit RGBA"])
+                    read_label(content, ["16-bit RGB", "16-bit RGBA"], colours=False)
 
 
 def test_unusual_labels_are_decoded_right() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import DatasetPlan, Manifest, is_complete, statistics_path
 from mfm_dist.data.order import RareClassOrder, class_probabilities
@@ -20,6 +20,7 @@ from mfm_dist.data.transforms import CROP_TRIES, RARE_CLASS_TRIES, RareClassTarg
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.shards.writer import ShardSetWriter
+from tests.helpers.classes import CLASSES
 from tests.helpers.shards import ShardFolder, flip_bit, raw_sample
 
 NAMES = ("road", "car", "train", "rider")
@@ -78,7 +79,7 @@ def test_the_statistics_count_what_the_labels_hold(shard_folder: ShardFolder) ->
     assert counts.dtype == np.uint32
     for number in range(10):
         label = raw_sample(number).label
-        assert counts[number].tolist() == [(label == train_id).sum() for train_id in range(len(CLASS_NAMES))]
+        assert counts[number].tolist() == [(label == train_id).sum() for train_id in range(len(CLASSES.names))]
 
 
 def test_statistics_that_are_missing_or_damaged_are_named_with_the_command(shard_folder: ShardFolder) -> None:
@@ -108,7 +109,9 @@ def test_shards_made_before_statistics_get_them_from_their_labels(shard_folder: 
     assert not is_complete(folder, manifest.recipe)
     with pytest.raises(DataError, match="made before they were counted"):
         ShardReader(folder).class_statistics()
-    writer = ShardSetWriter(DatasetPlan(folder=folder, recipe=manifest.recipe, command="", samples=10, shard_size=4))
+    recipe = manifest.recipe
+    plan = DatasetPlan(folder=folder, recipe=recipe, command="", classes=CLASSES, samples=10, shard_size=4)
+    writer = ShardSetWriter(plan)
     assert writer.pending == []
     assert np.array_equal(read_statistics(folder, writer.finish()), expected)
     assert is_complete(folder, manifest.recipe)

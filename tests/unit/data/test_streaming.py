@@ -10,7 +10,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.config.schema import DataSection, RareClassSection, RunConfig
 from mfm_dist.config.validate import problems
 from mfm_dist.data import streaming as tar_stream
@@ -20,11 +19,12 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples, stream_samples
 from mfm_dist.errors import BadSample, DataError
 from mfm_dist.rng import Stream
+from tests.helpers.classes import CLASSES
 from tests.helpers.shards import ShardFolder, damage, flip_bit
 
 
 def stream_of(folder: Path, pattern: str = "{000000..000002}") -> ShardStream:
-    return ShardStream(f"pipe:cat {folder}/{pattern}.tar", samples=10, num_classes=len(CLASS_NAMES))
+    return ShardStream(f"pipe:cat {folder}/{pattern}.tar", samples=10, num_classes=len(CLASSES.names))
 
 
 def taken(stream: ShardStream, consumer: int, consumers: int, count: int, start: int = 0) -> list[str]:

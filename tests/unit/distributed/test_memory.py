@@ -15,6 +15,7 @@ from mfm_dist.distributed.start import deepspeed_config, start_engine
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.optim import build_optimizer
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import SMALL, block
 
 LEAN, CHECKPOINT = "memory.lean=true", "memory.checkpoint_backbone=true"
@@ -38,7 +39,7 @@ class Step:
 
 def two_micro_batches(network: list[str], *overrides: str, weight: float = 0.5) -> Step:
     config = load_config(None, [*network, EVERY_PIXEL, "train.global_batch=4", *overrides])
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     engine = start_engine(config)
     engine.prepare(module, build_optimizer(module, config.optim))
     held = Held()
@@ -111,7 +112,7 @@ def test_a_pass_that_must_not_count_in_batch_norm_does_not_count(weight: float, 
 
 def test_the_teacher_is_asked_once_for_all_terms() -> None:
     config = load_config(None, [*SMALL, LEAN])
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     engine = start_engine(config)
     engine.prepare(module, build_optimizer(module, config.optim))
     questions: list[nn.Module] = []
@@ -123,7 +124,7 @@ def test_the_teacher_is_asked_once_for_all_terms() -> None:
 
 
 def test_a_term_alone_draws_what_it_draws_among_the_others() -> None:
-    module = build_train_module(load_config(None, [*MIT, EVERY_PIXEL]))
+    module = build_train_module(load_config(None, [*MIT, EVERY_PIXEL]), CLASSES)
     together = module(block(), 1.0).losses
     alone = {name: module(block(), 1.0, name).losses[name] for name in reversed(module.term_names)}
     assert module.term_names == ("source", "mixed", "mfm")
@@ -139,4 +140,4 @@ def test_deepspeed_takes_the_backwards_of_a_lean_step_for_one_micro_batch() -> N
 
 def test_an_encoder_without_blocks_is_a_mistake_in_the_configuration() -> None:
     with pytest.raises(ConfigError, match=r"memory\.checkpoint_backbone"):
-        build_train_module(load_config(None, [*SMALL, CHECKPOINT, "model.backbone=vgg11"]))
+        build_train_module(load_config(None, [*SMALL, CHECKPOINT, "model.backbone=vgg11"]), CLASSES)

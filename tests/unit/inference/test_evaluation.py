@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.geometry import resize_box
@@ -32,6 +32,7 @@ from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import tiny_overrides
 
 
@@ -68,9 +69,9 @@ class Collected(OneProcess):
 
 
 def test_scores_are_those_of_one_confusion_matrix_over_all_images(tiny_config: RunConfig, scenes: Path) -> None:
-    student = build_student(tiny_config)
+    student = build_student(tiny_config, CLASSES)
     reader = ShardReader(scenes / "camera_val")
-    scores, bad = evaluate(student, EvaluationSet(reader, rank=0, world_size=1), Collected(), step=3)
+    scores, bad = evaluate(student, EvaluationSet(reader, rank=0, world_size=1), Collected(), step=3, classes=CLASSES)
     student.eval()
     confusion = torch.zeros(19, 19, dtype=torch.int64)
     for number in range(len(reader)):
@@ -86,17 +87,17 @@ def test_scores_are_those_of_one_confusion_matrix_over_all_images(tiny_config: R
 def test_ranks_sum_to_the_same_confusion_with_equal_numbers_of_forwards(
     world_size: int, tiny_config: RunConfig, scenes: Path
 ) -> None:
-    student = build_student(tiny_config)
+    student = build_student(tiny_config, CLASSES)
     reader = ShardReader(scenes / "camera_val")
     forwards: list[int] = []
     student.register_forward_hook(lambda *_: forwards.append(1))
     alone = Collected()
-    evaluate(student, EvaluationSet(reader, rank=0, world_size=1), alone, step=0)
+    evaluate(student, EvaluationSet(reader, rank=0, world_size=1), alone, step=0, classes=CLASSES)
     total, counts = torch.zeros_like(alone.summed[0]), []
     for rank in range(world_size):
         forwards.clear()
         ranks = Collected()
-        evaluate(student, EvaluationSet(reader, rank=rank, world_size=world_size), ranks, step=0)
+        evaluate(student, EvaluationSet(reader, rank=rank, world_size=world_size), ranks, step=0, classes=CLASSES)
         total += ranks.summed[0]
         counts.append(len(forwards))
     assert torch.equal(total, alone.summed[0])
@@ -118,9 +119,15 @@ def test_batch_norm_is_averaged_in_a_copy() -> None:
 
 
 def test_training_mode_and_statistics_survive(tiny_config: RunConfig, scenes: Path) -> None:
-    student = build_student(tiny_config).train()
+    student = build_student(tiny_config, CLASSES).train()
     before = [b.clone() for b in batch_norm_buffers(student)]
-    evaluate(student, EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1), Collected(), step=0)
+    evaluate(
+        student,
+        EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1),
+        Collected(),
+        step=0,
+        classes=CLASSES,
+    )
     assert student.training
     assert all(torch.equal(a, b) for a, b in zip(before, batch_norm_buffers(student), strict=True))
 
@@ -130,7 +137,7 @@ def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_conf
         def mean(self, values: Tensor) -> Tensor:
             return values / 2
 
-    student = build_student(tiny_config).train()
+    student = build_student(tiny_config, CLASSES).train()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     turns: list[int] = []
 
@@ -141,7 +148,7 @@ def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_conf
 
     items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1)
     with pytest.raises(Stopped):
-        evaluate(student, items, Halving(), step=0, before_turn=stop_at_two)
+        evaluate(student, items, Halving(), step=0, classes=CLASSES, before_turn=stop_at_two)
     assert turns == [0, 1, 2]
     assert student.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -153,7 +160,7 @@ ABSENT = ("terrain", "truck", "train")
 
 def slow_means(label: Tensor, prediction: Tensor, names: list[str], *, ignore_others: bool) -> float:
     """Class by class from the pixels: hits over the union."""
-    keep = {CLASS_NAMES.index(name) for name in names}
+    keep = {CLASSES.names.index(name) for name in names}
     counted = [
         (int(true), int(guess))
         for true, guess in zip(label.flatten(), prediction.flatten(), strict=True)
@@ -178,31 +185,36 @@ def some_pixels() -> tuple[Tensor, Tensor]:
     return label, prediction
 
 
-@pytest.mark.parametrize(("class_set", "left_out"), [("synthia16", ()), ("synthia13", ("wall", "fence", "pole"))])
-def test_means_for_synthia_in_both_conventions(class_set: str, left_out: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("group", "left_out"), [("synthia16", ()), ("synthia13", ("wall", "fence", "pole"))])
+def test_means_for_synthia_in_both_conventions(group: str, left_out: tuple[str, ...]) -> None:
     label, prediction = some_pixels()
-    names = [name for name in CLASS_NAMES if name not in (*ABSENT, *left_out)]
-    assert len(names) == int(class_set.removeprefix("synthia"))
-    means = means_over(class_set, confusion_matrix(label, prediction, 19))
+    names = [name for name in CLASSES.names if name not in (*ABSENT, *left_out)]
+    assert len(names) == int(group.removeprefix("synthia"))
+    means = means_over(group, CLASSES.indices(CLASSES.groups[group]), confusion_matrix(label, prediction, 19))
     assert means == {
-        f"miou_{class_set}": pytest.approx(slow_means(label, prediction, names, ignore_others=False)),
-        f"miou_{class_set}_others_ignored": pytest.approx(slow_means(label, prediction, names, ignore_others=True)),
+        f"miou_{group}": pytest.approx(slow_means(label, prediction, names, ignore_others=False)),
+        f"miou_{group}_others_ignored": pytest.approx(slow_means(label, prediction, names, ignore_others=True)),
     }
-    assert means[f"miou_{class_set}"] < means[f"miou_{class_set}_others_ignored"]
+    assert means[f"miou_{group}"] < means[f"miou_{group}_others_ignored"]
 
 
 def test_the_mean_over_16_is_19_sixteenths_of_that_over_19_where_nothing_absent_is_predicted() -> None:
     """UDA_FACTS 8: the three classes score 0 in the mean over 19."""
     label, prediction = some_pixels()
     for name in ABSENT:
-        prediction[prediction == CLASS_NAMES.index(name)] = 0
+        prediction[prediction == CLASSES.names.index(name)] = 0
     confusion = confusion_matrix(label, prediction, 19)
-    assert means_over("synthia16", confusion)["miou_synthia16"] == pytest.approx(mean_iou_percent(confusion) * 19 / 16)
+    shared = CLASSES.indices(CLASSES.groups["synthia16"])
+    assert means_over("synthia16", shared, confusion)["miou_synthia16"] == pytest.approx(
+        mean_iou_percent(confusion) * 19 / 16
+    )
 
 
 def test_the_sets_asked_for_are_in_the_results(tiny_config: RunConfig, scenes: Path) -> None:
     items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1)
-    scores, _ = evaluate(build_student(tiny_config), items, Collected(), step=0, class_sets=("synthia16",))
+    scores, _ = evaluate(
+        build_student(tiny_config, CLASSES), items, Collected(), step=0, classes=CLASSES, class_sets=("synthia16",)
+    )
     assert set(scores.means) == {"miou_synthia16", "miou_synthia16_others_ignored"}
     assert json.loads(scores.to_json())["means"] == pytest.approx(scores.means)
     assert scores.numbers()["eval/miou_synthia16"] == scores.means["miou_synthia16"]
@@ -211,16 +223,16 @@ def test_the_sets_asked_for_are_in_the_results(tiny_config: RunConfig, scenes: P
 
 def hrda_student(scenes: Path) -> Segmentor:
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=32"]
-    return build_student(load_config(None, [*tiny_overrides(scenes, Path("unused")), *options]))
+    return build_student(load_config(None, [*tiny_overrides(scenes, Path("unused")), *options]), CLASSES)
 
 
 def test_a_resized_image_is_scored_at_the_size_of_its_label(tiny_config: RunConfig, scenes: Path) -> None:
     """UDA_FACTS 8: the image fitted into the box, logits to the label's size, arg-max there."""
-    student = build_student(tiny_config)
+    student = build_student(tiny_config, CLASSES)
     reader = ShardReader(scenes / "camera_val")
     items = [EvaluationSet(reader, rank=0, world_size=1) for _ in range(2)]
-    stored = evaluate(student, items[0], Collected(), step=0)[0]
-    scores = evaluate(student, items[1], Collected(), step=0, fit_into=(100, 96))[0]
+    stored = evaluate(student, items[0], Collected(), step=0, classes=CLASSES)[0]
+    scores = evaluate(student, items[1], Collected(), step=0, classes=CLASSES, fit_into=(100, 96))[0]
     student.eval()
     confusion = torch.zeros(19, 19, dtype=torch.int64)
     for number in range(len(reader)):
@@ -263,7 +275,10 @@ def test_ranks_with_images_of_several_sizes_make_as_many_forwards(scenes: Path) 
     forwards: list[int] = []
     student.register_forward_hook(lambda *_: forwards.append(1))
     items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=2)
-    alone, among = (evaluate(student, items, ranks, step=0)[0] for ranks in (Collected(), WithALargeImageElsewhere()))
+    alone, among = (
+        evaluate(student, items, ranks, step=0, classes=CLASSES)[0]
+        for ranks in (Collected(), WithALargeImageElsewhere())
+    )
     own = 3 * 7  # 64 x 128 in windows of 32, half overlapping
     assert len(forwards) == 3 * own + 3 * 24
     assert alone.to_json() == among.to_json()
@@ -281,7 +296,7 @@ def test_ranks_agree_on_the_windows_of_the_resized_image(scenes: Path) -> None:
     student = hrda_student(scenes)
     student.register_forward_hook(lambda *_: forwards.append(1))
     items = EvaluationSet(ShardReader(scenes / "camera_val"), rank=1, world_size=2)
-    evaluate(student, items, Asked(), step=0, fit_into=(32, 64))
+    evaluate(student, items, Asked(), step=0, classes=CLASSES, fit_into=(32, 64))
     # Two images, which are 32 x 64 when they are seen in windows of 32, and a turn without one: 64 x 64.
     assert asked == [3, 3, 9]
     assert len(forwards) == sum(asked)

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from mfm_dist.build import build_train_module
 from mfm_dist.methods.base import ForwardKind, classify
 from mfm_dist.models.preprocessing import normalise
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with, inputs_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_enlarged_once_and_in_fp32(dtype: torch.dtype) -> None:
     """For the loss as for the teacher: in bfloat16 an enlarged logit would be rounded to 8 bits once more."""
-    module = build_train_module(config_with("mfm.enabled=false"))
+    module = build_train_module(config_with("mfm.enabled=false"), CLASSES)
     inputs = inputs_of(module, block())
     student = module.student.to(dtype).eval()  # no batch statistics: forwards can be repeated
     image, label = normalise(block().source_image).to(dtype), block().source_label

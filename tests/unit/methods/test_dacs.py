@@ -19,6 +19,7 @@ from mfm_dist.methods.dacs import mixed_batch
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
 
 SEED, SIDE, SHARE = 3, 16, 0.375
@@ -33,6 +34,7 @@ def inputs_of(number: int = 5) -> StepInputs:
     label[torch.rand(shape, generator=generator) < 0.2] = IGNORE_INDEX
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
     return StepInputs(
+        classes=CLASSES,
         source_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),
         source_label=label,
         target_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),
@@ -104,7 +106,7 @@ def test_augmentation_changes_the_mixed_image_alone_by_the_draw_of_its_block() -
 
 
 def test_the_mixed_loss_is_that_of_the_mixed_batch() -> None:
-    module = build_train_module(config_with("mfm.enabled=false"))
+    module = build_train_module(config_with("mfm.enabled=false"), CLASSES)
     module.student.eval()  # no dropout and no batch statistics: forwards can be repeated
     inputs = module.step_inputs(block())
     assert inputs.pseudo is not None

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
-from mfm_dist.methods.daformer import THING_CLASSES, feature_distance, thing_mask
+from mfm_dist.classes import IGNORE_INDEX
+from mfm_dist.methods.daformer import feature_distance, thing_mask
 from mfm_dist.models.preprocessing import normalise
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
 
 
@@ -26,7 +27,7 @@ def slow_mask(label: Tensor, rows: int, columns: int, share: float) -> Tensor:
             for c in range(columns):
                 cell = label[b, r * high : (r + 1) * high, c * wide : (c + 1) * wide]
                 winner, count = Counter(cell.flatten().tolist()).most_common(1)[0]
-                mask[b, r, c] = winner in THING_CLASSES and count / cell.numel() >= share
+                mask[b, r, c] = winner in CLASSES.indices(CLASSES.things) and count / cell.numel() >= share
     return mask
 
 
@@ -38,7 +39,7 @@ def test_the_mask_is_where_one_thing_class_covers_its_share(share: float) -> Non
     noise = torch.rand(label.shape, generator=generator) < 0.2
     label[noise] = 13
     label = label.roll(3, dims=2).to(torch.uint8)
-    mask = thing_mask(label, (6, 6), share)
+    mask = thing_mask(label, CLASSES, (6, 6), share)
     assert torch.equal(mask, slow_mask(label, 6, 6, share))
     assert 0 < int(mask.sum()) < mask.numel()
 
@@ -46,13 +47,13 @@ def test_the_mask_is_where_one_thing_class_covers_its_share(share: float) -> Non
 def test_three_quarters_are_enough_and_ignored_pixels_count_as_a_class() -> None:
     label = torch.full((1, 4, 4), 13, dtype=torch.uint8)
     label[0, 0] = IGNORE_INDEX
-    assert thing_mask(label, (1, 1), 0.75).all()
+    assert thing_mask(label, CLASSES, (1, 1), 0.75).all()
     label[0, 1, 0] = IGNORE_INDEX
-    assert not thing_mask(label, (1, 1), 0.75).any()
+    assert not thing_mask(label, CLASSES, (1, 1), 0.75).any()
 
 
 def test_things_are_the_classes_that_imagenet_knows() -> None:
-    assert [CLASS_NAMES[index] for index in THING_CLASSES] == [
+    assert list(CLASSES.things) == [
         "traffic light", "traffic sign", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
     ]  # fmt: skip
 
@@ -92,7 +93,7 @@ def labelled(batch: UDABatch, value: int) -> UDABatch:
 
 
 def test_the_term_is_the_distance_to_the_initial_encoder_on_source_images() -> None:
-    module = build_train_module(config_with("method.name=daformer", "mfm.enabled=false"))
+    module = build_train_module(config_with("method.name=daformer", "mfm.enabled=false"), CLASSES)
     with torch.no_grad():
         for parameter in module.student.parameters():
             parameter.mul_(1.1)
@@ -108,7 +109,7 @@ def test_the_term_is_the_distance_to_the_initial_encoder_on_source_images() -> N
 
 def test_the_total_holds_the_distance_with_its_weight() -> None:
     module = build_train_module(
-        config_with("method.name=daformer", "mfm.enabled=false", "daformer.feature_distance_weight=0.5")
+        config_with("method.name=daformer", "mfm.enabled=false", "daformer.feature_distance_weight=0.5"), CLASSES
     )
     output = module(labelled(block(), 13), 0.0)
     expected = output.losses["source"] + 0.5 * output.losses["feature_distance"] + output.losses["mixed"]
@@ -116,7 +117,7 @@ def test_the_total_holds_the_distance_with_its_weight() -> None:
 
 
 def test_the_initial_encoder_stays_as_it_was_in_evaluation_mode() -> None:
-    module = build_train_module(config_with("method.name=daformer", "mfm.enabled=false"))
+    module = build_train_module(config_with("method.name=daformer", "mfm.enabled=false"), CLASSES)
     initial = module.initial_encoder
     assert initial is not None
     fingerprint = initial.fingerprint()
@@ -129,7 +130,7 @@ def test_the_initial_encoder_stays_as_it_was_in_evaluation_mode() -> None:
 
 def test_its_fingerprint_follows_from_the_configuration_alone() -> None:
     def fingerprint(*overrides: str) -> str:
-        initial = build_train_module(config_with("method.name=daformer", *overrides)).initial_encoder
+        initial = build_train_module(config_with("method.name=daformer", *overrides), CLASSES).initial_encoder
         assert initial is not None
         return initial.fingerprint()
 
@@ -139,7 +140,7 @@ def test_its_fingerprint_follows_from_the_configuration_alone() -> None:
 def test_without_the_distance_it_is_dacs() -> None:
     def losses(name: str) -> tuple[dict[str, Tensor], list[nn.Parameter]]:
         module = build_train_module(
-            config_with(f"method.name={name}", "mfm.enabled=false", "daformer.feature_distance_weight=0")
+            config_with(f"method.name={name}", "mfm.enabled=false", "daformer.feature_distance_weight=0"), CLASSES
         )
         output = module(block(), 0.0)
         output.total.backward()

@@ -13,12 +13,13 @@ from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.rng import keyed_generator
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with, inputs_of
 
 
 def hrda(*overrides: str) -> TrainModule:
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false", "data.crop=64"]
-    return build_train_module(config_with(*options, *overrides))
+    return build_train_module(config_with(*options, *overrides), CLASSES)
 
 
 def test_offsets_are_the_multiples_of_eight_up_to_504() -> None:

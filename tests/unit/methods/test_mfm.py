@@ -11,22 +11,34 @@ from torch import Tensor, nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
+from mfm_dist.config.schema import MFMSection
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
-from mfm_dist.methods.mfm import draw_mask, enlarge_mask, hidden_error, keyed_masks, rebuild
+from mfm_dist.methods.mfm import (
+    confidence_weight,
+    draw_mask,
+    enlarge_mask,
+    hidden_error,
+    hide,
+    keyed_masks,
+    masked_features_loss,
+    rebuild,
+)
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
+from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.train_module import TrainModule
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
 
 EVERY_PIXEL = "self_training.pseudo_threshold=0"
 
 
 def module_with(*overrides: str) -> TrainModule:
-    return build_train_module(config_with(EVERY_PIXEL, *overrides))
+    return build_train_module(config_with(EVERY_PIXEL, *overrides), CLASSES)
 
 
 def value_of(module: TrainModule, term: str = "mfm") -> float:
@@ -69,28 +81,86 @@ def test_mask_ratio_out_of_range_is_refused(ratio: float) -> None:
         draw_mask(1, (2, 2), ratio, torch.Generator())
 
 
+def test_blocks_are_hidden_together_and_independently_of_one_another() -> None:
+    mask = draw_mask(2000, (8, 16), 0.4, torch.Generator().manual_seed(0), block=4)
+    blocks = mask[:, ::4, ::4]
+    assert torch.equal(mask, blocks.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert blocks.float().mean((0,)).sub(0.4).abs().max() < 0.06
+    with pytest.raises(ConfigError, match=r"mfm\.mask_block_cells=3 does not divide rebuilder\.grid=8x16"):
+        draw_mask(1, (8, 16), 0.4, torch.Generator(), block=3)
+
+
+def test_an_exact_mask_hides_the_same_share_of_every_image_and_every_block_as_often() -> None:
+    mask = draw_mask(2000, (8, 16), 0.4, torch.Generator().manual_seed(0), block=4, exact=True)
+    blocks = mask[:, ::4, ::4]
+    assert torch.equal(mask, blocks.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert (blocks.sum((1, 2)) == 3).all()  # of 8: 3.2 blocks
+    assert blocks.float().mean(0).sub(3 / 8).abs().max() < 0.06
+
+
+def test_a_confidence_of_one_half_weighs_nothing_and_certainty_one() -> None:
+    confidence = torch.tensor([0.1, 0.5, 0.75, 1.0])
+    assert confidence_weight(confidence).tolist() == [0.0, 0.0, 0.5, 1.0]
+
+
+def test_the_term_weighs_target_pixels_by_confidence_where_they_count() -> None:
+    module = module_with("mfm.target_weight=confidence", "mfm.loss_on=hidden", "method.name=source_only")
+    value = value_of(module)
+    inputs = module.step_inputs(block())
+    assert inputs.pseudo is not None
+    features = module.student.encode(inputs.target_image)
+    mask = keyed_masks(inputs, (4, 4), MFMSection())
+    logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
+    label, confidence = inputs.pseudo.label, inputs.pseudo.confidence
+    errors = F.cross_entropy(F.interpolate(logits, label.shape[1:], mode="bilinear"), label, reduction="none")
+    hidden = enlarge_mask(mask, label.shape[1:])
+    expected = (errors * 2 * (confidence - 0.5).clamp(min=0) * inputs.pseudo.valid)[hidden].mean()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_training_step_and_a_loop_of_ones_own_have_one_loss_and_one_gradient() -> None:
+    theirs, ours = module_with("method.name=source_only"), module_with("method.name=source_only")
+    theirs(block(), 1.0, "mfm").total.backward()
+    inputs = ours.step_inputs(block())
+    assert inputs.pseudo is not None
+    assert ours.rebuilder is not None
+    torch.manual_seed(keyed_seed(ours.config.seed, Stream.FORWARD, block().block, 1))  # of dropout
+    masked_features_loss(
+        ours.rebuilder,
+        ours.student.encode(inputs.target_image),
+        ours.student.decode,
+        keyed_masks(inputs, (4, 4), MFMSection()),
+        inputs.pseudo.label,
+        inputs.pseudo.weight,
+    ).backward()
+    own = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, own[name].grad), name
+
+
 def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder() -> None:
     module = module_with("mfm.use_rebuilder=false", "method.name=source_only")
     assert module.rebuilder is None
     value = value_of(module)
     inputs = module.step_inputs(block())
-    mask = keyed_masks(inputs, (4, 4), 0.4)
+    mask = keyed_masks(inputs, (4, 4), MFMSection())
     features = module.student.encode(inputs.target_image)
-    for before, after in zip(features, rebuild(module.student, None, features, mask), strict=True):
+    for before, after in zip(features, rebuild(module.student, hide, features, mask), strict=True):
         hidden = enlarge_mask(mask, before.shape[-2:])[:, None]
         assert torch.equal(after, before * ~hidden)
     assert inputs.pseudo is not None
-    logits = module.student.decode(rebuild(module.student, None, features, mask))
+    logits = module.student.decode(rebuild(module.student, hide, features, mask))
     assert value == pytest.approx(cross_entropy(logits, inputs.pseudo.label).item())
 
 
 def test_the_source_is_classified_by_its_labels_without_a_pseudo_weight() -> None:
-    module = build_train_module(config_with("mfm.domain=source", "method.name=source_only"))
+    module = build_train_module(config_with("mfm.domain=source", "method.name=source_only"), CLASSES)
     value = value_of(module, "mfm_source")
     inputs = module.step_inputs(block())
     features = module.student.encode(inputs.source_image)
-    mask = keyed_masks(inputs, (4, 4), 0.4, ForwardKind.MFM_SOURCE)
-    assert not torch.equal(mask, keyed_masks(inputs, (4, 4), 0.4))
+    mask = keyed_masks(inputs, (4, 4), MFMSection(), ForwardKind.MFM_SOURCE)
+    assert not torch.equal(mask, keyed_masks(inputs, (4, 4), MFMSection()))
     logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
     assert value == pytest.approx(cross_entropy(logits, inputs.source_label).item())
 
@@ -132,7 +202,7 @@ def test_what_is_regressed_is_what_was_hidden(reconstruction: str) -> None:
     inputs = module.step_inputs(block())
     assert module.teacher is not None
     assert module.rebuilder is not None
-    mask = keyed_masks(inputs, (4, 4), 0.4)
+    mask = keyed_masks(inputs, (4, 4), MFMSection())
     features = module.student.encode(image)
     targets = {
         "student_features": features,
@@ -214,7 +284,7 @@ def test_a_fixed_module_passes_gradients_on() -> None:
 
 
 def test_touching_gives_zero_gradients_and_leaves_statistics_alone() -> None:
-    module = build_train_module(config_with())
+    module = build_train_module(config_with(), CLASSES)
     features = [feature.detach() for feature in module.student.encode(normalise(block().target_image))]
     before = [b.clone() for b in module.student.decoder.buffers()]
     total = zero_loss_through([module.student.decoder], features)
@@ -252,7 +322,7 @@ def test_both_views_are_the_context_and_a_window_with_draws_of_its_own() -> None
         ForwardKind.MFM_SOURCE_DETAIL: (inputs.source_image, inputs.source_label.long()),
         ForwardKind.MFM_DETAIL: (inputs.target_image, inputs.pseudo.label),
     }
-    masks = {kind: keyed_masks(inputs, (4, 4), 0.4, kind) for kind in ForwardKind if kind >= ForwardKind.MFM}
+    masks = {kind: keyed_masks(inputs, (4, 4), MFMSection(), kind) for kind in ForwardKind if kind >= ForwardKind.MFM}
     assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == 4
     for kind, (image, label) in images.items():
         box = draw_detail_box(student, inputs, kind)

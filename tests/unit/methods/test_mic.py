@@ -14,6 +14,7 @@ from mfm_dist.methods.base import StepInputs
 from mfm_dist.methods.mic import chosen_images, masked_batch, visible_blocks
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
+from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
 
 
@@ -61,6 +62,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
     confidence = torch.rand(shape, generator=generator)
     return StepInputs(
+        classes=CLASSES,
         source_image=torch.randn(count, 3, 32, 32, generator=generator),
         source_label=torch.randint(0, 19, shape, generator=generator, dtype=torch.uint8),
         target_image=torch.randn(count, 3, 32, 32, generator=generator),
@@ -128,7 +130,7 @@ def test_a_threshold_of_its_own_gives_a_weight_of_its_own() -> None:
 def test_the_weight_scales_every_loss_of_the_masked_pass() -> None:
     options = ["method.name=mic", "mic.base_method=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false"]
     module = build_train_module(
-        config_with(*options, "data.crop=64", "mic.mask_block_pixels=16", "mic.loss_weight=0.5")
+        config_with(*options, "data.crop=64", "mic.mask_block_pixels=16", "mic.loss_weight=0.5"), CLASSES
     )
     output = module(block(), 0.0, "masked")
     losses = output.losses
@@ -139,7 +141,7 @@ def test_the_weight_scales_every_loss_of_the_masked_pass() -> None:
 def test_masked_images_without_a_teacher() -> None:
     """Supervised use: masked labelled images, and nothing else."""
     config = config_with("method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc", "mfm.enabled=false")
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     assert module.teacher is None
     assert set(module(block(), 0.0).losses) == {"source", "masked"}
 

@@ -251,11 +251,11 @@ def test_positions_are_fixed_and_not_saved() -> None:
 def _slow_attention(attention: Attention, x: Tensor) -> Tensor:
     """One head, one query at a time."""
     batch, cells, width = x.shape
-    size = width // attention.num_heads
+    size = width // attention.attend.num_heads
     q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).chunk(3, dim=2)
     out = torch.empty_like(x)
     for b in range(batch):
-        for head in range(attention.num_heads):
+        for head in range(attention.attend.num_heads):
             part = slice(head * size, (head + 1) * size)
             for i in range(cells):
                 scores = torch.stack([q[b, i, part] @ k[b, j, part] / math.sqrt(size) for j in range(cells)])

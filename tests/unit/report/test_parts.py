@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX, PALETTE
+from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.overlays import save_overlay
@@ -22,14 +22,17 @@ from mfm_dist.report.charts import BUCKETS, Chart, Line, draw, envelope, short_n
 from mfm_dist.report.page import differing_settings, group_events, repeated, settings
 from mfm_dist.report.picture import label_map, overlay_prediction
 from mfm_dist.report.run import Run, read_runs
+from mfm_dist.run.folder import CLASSES as CLASSES_FILE
+from tests.helpers.classes import CLASSES
 
 
 def make_run(folder: Path, *overrides: str, miou: tuple[float, ...] = ()) -> Run:
     """A run folder of a configuration and evaluations alone, read back."""
     (folder / "eval").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(load_config(None, [f"run.folder={folder}", *overrides])))
+    (folder / CLASSES_FILE).write_text(json.dumps(CLASSES.to_tree()))
     for step, value in enumerate(miou):
-        scores = {"step": step, "miou": value, "iou": dict.fromkeys(CLASS_NAMES, value), "images": 5}
+        scores = {"step": step, "miou": value, "iou": dict.fromkeys(CLASSES.names, value), "images": 5}
         (folder / "eval" / f"step_{step:08d}.json").write_text(json.dumps(scores))
     return read_runs([folder])[0]
 
@@ -172,14 +175,14 @@ def test_a_prediction_is_read_back_from_its_overlay(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 20, 30), generator=generator, dtype=torch.uint8)
     prediction = torch.randint(19, (20, 30), generator=generator)
-    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction)
+    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction, CLASSES.palette)
     panels = np.asarray(Image.open(tmp_path / "x.png"))
     photo = image.permute(1, 2, 0).numpy()
-    found = overlay_prediction(panels, photo)
+    found = overlay_prediction(panels, photo, CLASSES.palette)
     assert found is not None
     np.testing.assert_array_equal(found, prediction.numpy())
-    assert overlay_prediction(panels, 255 - photo) is None
-    assert overlay_prediction(panels[:, 1:], photo) is None
+    assert overlay_prediction(panels, 255 - photo, CLASSES.palette) is None
+    assert overlay_prediction(panels[:, 1:], photo, CLASSES.palette) is None
 
 
 def test_a_label_map_shows_classes_hatching_and_what_is_outside() -> None:
@@ -187,12 +190,11 @@ def test_a_label_map_shows_classes_hatching_and_what_is_outside() -> None:
     label[0] = IGNORE_INDEX
     unsure, outside = np.zeros(label.shape, dtype=bool), np.zeros(label.shape, dtype=bool)
     unsure[20:30], outside[30:] = True, True
-    address = label_map(label, unsure=unsure, outside=outside)
+    address = label_map(label, CLASSES.palette, unsure=unsure, outside=outside)
     picture = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
-    assert picture.mode == "P"
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(picture)
     assert not pixels[0].any()
-    np.testing.assert_array_equal(pixels[1:20], np.array(PALETTE, dtype=np.uint8)[label[1:20]])
-    same = (pixels[20:30] == np.array(PALETTE, dtype=np.uint8)[label[20:30]]).all(axis=-1)
+    np.testing.assert_array_equal(pixels[1:20], np.array(CLASSES.palette, dtype=np.uint8)[label[1:20]])
+    same = (pixels[20:30] == np.array(CLASSES.palette, dtype=np.uint8)[label[20:30]]).all(axis=-1)
     assert 0.3 < same.mean() < 0.45  # stripes of the class colour
     assert (pixels[30:] == 208).all()

@@ -9,12 +9,12 @@ import pytest
 
 import mfm_dist.scenes as scenes
 import mfm_dist.scenes.objects as objects
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import keyed_generator
 from mfm_dist.scenes import DOMAINS, OBJECT_KINDS, SPLITS, ObjectPicture, render_object, render_scene
 from mfm_dist.scenes.dice import Dice
 from mfm_dist.scenes.pen import Pen
+from tests.helpers.classes import CLASSES
 
 KINDS = len(OBJECT_KINDS)
 
@@ -68,7 +68,7 @@ def test_kinds_take_turns(pictures: list[ObjectPicture]) -> None:
 
 def test_the_street_classes_are_among_the_kinds() -> None:
     other_names = {"pole": "lamp post", "sidewalk": "pavement", "vegetation": "tree", "terrain": "grass"}
-    assert {other_names.get(name, name) for name in CLASS_NAMES} <= set(OBJECT_KINDS)
+    assert {other_names.get(name, name) for name in CLASSES.names} <= set(OBJECT_KINDS)
 
 
 @pytest.mark.parametrize("kind", range(KINDS), ids=OBJECT_KINDS)

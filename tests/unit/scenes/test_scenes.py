@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import mfm_dist.scenes as scenes
-from mfm_dist.classes import CLASS_NAMES, IGNORE_INDEX
+from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import keyed_generator
 from mfm_dist.scenes import DOMAINS, SPLITS, Gap, Scene, render_scene
@@ -20,11 +20,12 @@ from mfm_dist.scenes.looks import Looks
 from mfm_dist.scenes.pen import Pen
 from mfm_dist.scenes.vehicles import CAR, car
 from mfm_dist.scenes.view import SUPERSAMPLING, Canvas
+from tests.helpers.classes import CLASSES
 from tools.contact_sheet import main as draw_contact_sheet
 
 FULL_GAP = Gap()
 NO_GAP = Gap(photometric=False, texture=False, layout=False)
-ROAD, SKY = CLASS_NAMES.index("road"), CLASS_NAMES.index("sky")
+ROAD, SKY = CLASSES.names.index("road"), CLASSES.names.index("sky")
 
 
 def render(domain: str, index: int, split: str = "train", gap: Gap = FULL_GAP, size: int = 128) -> Scene:
@@ -37,7 +38,7 @@ def validation() -> dict[str, list[Scene]]:
 
 
 def test_shapes_types_and_labels(validation: dict[str, list[Scene]]) -> None:
-    allowed = {*range(len(CLASS_NAMES)), IGNORE_INDEX}
+    allowed = {*range(len(CLASSES.names)), IGNORE_INDEX}
     for scene in validation["game"] + validation["camera"]:
         assert scene.image.shape == (128, 256, 3)
         assert scene.label.shape == (128, 256)
@@ -71,10 +72,10 @@ def test_every_argument_gives_another_scene() -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_class_in_a_validation_split(domain: str, validation: dict[str, list[Scene]]) -> None:
-    scenes_with = np.zeros(len(CLASS_NAMES), dtype=int)
+    scenes_with = np.zeros(len(CLASSES.names), dtype=int)
     for scene in validation[domain]:
-        scenes_with += np.bincount(scene.label.ravel(), minlength=256)[: len(CLASS_NAMES)] >= 5
-    rare = {name: int(count) for name, count in zip(CLASS_NAMES, scenes_with, strict=True) if count < 5}
+        scenes_with += np.bincount(scene.label.ravel(), minlength=256)[: len(CLASSES.names)] >= 5
+    rare = {name: int(count) for name, count in zip(CLASSES.names, scenes_with, strict=True) if count < 5}
     assert not rare
 
 

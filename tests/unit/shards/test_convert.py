@@ -14,7 +14,6 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.class_statistics import read_statistics
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
@@ -23,6 +22,7 @@ from mfm_dist.shards.card import Card, read_card
 from mfm_dist.shards.convert import Conversion, convert, sample_key
 from mfm_dist.shards.download import SourceFile, SourceTree
 from tests.helpers import downloads
+from tests.helpers.classes import CLASSES
 
 # The tables of the facts, typed again: Cityscapes ids (also of GTA5) and SYNTHIA ids to train ids.
 CITYSCAPES = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
@@ -231,7 +231,7 @@ def damage(source: Path) -> dict[str, str]:
         "00001": "images/00001.png cannot be decoded",
         "00002": "images/00002.png cannot be decoded",
         "00003": "labels/00003.png cannot be decoded",
-        "00004": "labels/00004.png holds the ids 40, 41, which have no meaning here",
+        "00004": "labels/00004.png holds the ids 40, 41, which stand neither for a class",
         "00005": "labels/00005.png is 8-bit RGB; expected is 8-bit palette or 8-bit grey",
         "00006": "labels/00006.png is no PNG",
         "00007": "images/00007.png c",
@@ -344,7 +344,8 @@ def test_keys_fit_a_shard_and_stay_apart() -> None:
 def test_every_card_is_sound(name: str) -> None:
     card = read_card(name)
     assert card.name == name
-    assert set(card.train_ids.values()) <= {*range(len(CLASS_NAMES)), 255}
+    assert card.labels is not None
+    assert set(card.labels.classes.values()) <= {*range(len(CLASSES)), 255}
     assert "https://" in card.download or "http://" in card.download
     for split in card.splits:
         assert not split.parts or sum(split.parts.values()) == split.samples

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
+from mfm_dist.classes import LabelMapping
 from mfm_dist.data.geometry import fitted
 from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.shards.pictures import lookup_table, read_ids, read_picture, resize_pair, to_train_ids
+from mfm_dist.shards.pictures import lookup_table, read_label, read_picture, resize_pair, to_indices
 from tests.helpers import downloads
 
 
@@ -31,7 +32,7 @@ def test_palettes_of_any_depth_give_their_index(colours: int, kind: str, tmp_pat
     path = tmp_path / "label.png"
     downloads.save_palette(path, downloads.blocks(0, [*range(colours)]), colours)
     assert png_kind(path.read_bytes()) == f"{kind} palette"
-    assert read_ids(path.read_bytes(), [f"{kind} palette"]).tolist() == downloads.slow_ids(path)
+    assert read_label(path.read_bytes(), [f"{kind} palette"], colours=False).tolist() == downloads.slow_ids(path)
 
 
 def test_the_traps_are_real() -> None:
@@ -47,7 +48,7 @@ def test_the_traps_are_real() -> None:
 
 def test_ids_beyond_8_bits() -> None:
     ids = np.array([[0, 255, 256, 40000]], dtype=np.uint16)
-    found = read_ids(encoded(Image.fromarray(ids), "PNG"), ["16-bit grey"])
+    found = read_label(encoded(Image.fromarray(ids), "PNG"), ["16-bit grey"], colours=False)
     assert found.dtype == np.uint16
     assert found.tolist() == ids.tolist()
 
@@ -55,9 +56,9 @@ def test_ids_beyond_8_bits() -> None:
 def test_a_label_of_another_kind_is_refused_with_what_it_is() -> None:
     colours = encoded(Image.fromarray(downloads.picture(0)), "PNG")
     with pytest.raises(CorruptFileError, match="is 8-bit RGB; expected is 16-bit RGB: was it converted"):
-        read_ids(colours, ["16-bit RGB"])
+        read_label(colours, ["16-bit RGB"], colours=False)
     with pytest.raises(CorruptFileError, match="is no PNG; expected"):
-        read_ids(encoded(Image.fromarray(downloads.picture(0)), "JPEG"), ["8-bit grey"])
+        read_label(encoded(Image.fromarray(downloads.picture(0)), "JPEG"), ["8-bit grey"], colours=False)
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ def test_pictures_shrink_as_torch_does_it() -> None:
 
 
 def test_unknown_ids_are_named() -> None:
-    table = lookup_table({0: 255, 7: 3, 60000: 1})
-    assert to_train_ids(np.array([[0, 7, 60000]], dtype=np.uint16), table).tolist() == [[255, 3, 1]]
+    table = lookup_table(LabelMapping(classes={0: 255, 7: 3, 60000: 1}))
+    assert to_indices(np.array([[0, 7, 60000]], dtype=np.uint16), table, colours=False).tolist() == [[255, 3, 1]]
     with pytest.raises(CorruptFileError, match="the ids 1, 8, which"):
-        to_train_ids(np.array([[8, 7, 1]], dtype=np.uint8), table)
+        to_indices(np.array([[8, 7, 1]], dtype=np.uint8), table, colours=False)
 
 
 def test_a_png_without_pixels_is_unusable() -> None:

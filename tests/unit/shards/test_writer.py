@@ -15,11 +15,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mfm_dist.classes import CLASS_NAMES
 from mfm_dist.data.manifest import DatasetPlan, Manifest, Recipe, conflict, is_complete
 from mfm_dist.errors import DataError, StorageError
 from mfm_dist.shards.writer import ShardSetWriter, encode_jpeg, encode_label_png, remove_shards, write_shard
 from mfm_dist.storage import atomic_file
+from tests.helpers.classes import CLASSES
 from tests.helpers.shards import ShardFolder, raw_sample
 
 RECIPE = Recipe(generator="test", version=1, arguments={"samples": 10})
@@ -30,9 +30,9 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def begin(folder: Path, recipe: Recipe = RECIPE) -> ShardSetWriter:
-    return ShardSetWriter(
-        DatasetPlan(folder=folder, recipe=recipe, command="make test shards", samples=10, shard_size=4)
-    )
+    command = "make test shards"
+    plan = DatasetPlan(folder=folder, recipe=recipe, command=command, classes=CLASSES, samples=10, shard_size=4)
+    return ShardSetWriter(plan)
 
 
 def test_plain_webdataset_reads_the_same_samples_and_bytes(shard_folder: ShardFolder) -> None:
@@ -85,7 +85,7 @@ def test_the_manifest_counts_what_the_labels_hold(shard_folder: ShardFolder) -> 
     assert manifest.samples == 10
     assert manifest.image_sizes == {"32x48": 10}
     assert [record.samples for record in manifest.shards] == [4, 4, 2]
-    for train_id, name in enumerate(CLASS_NAMES):
+    for train_id, name in enumerate(CLASSES.names):
         assert manifest.pixel_counts[name] == (labels == train_id).sum()
     assert manifest.pixel_counts["ignore"] == (labels == 255).sum()
 
@@ -95,13 +95,13 @@ def test_an_interrupted_set_goes_on_and_ends_the_same(shard_folder: ShardFolder,
     shutil.rmtree(tmp_path / "set")
     writer = begin(tmp_path / "set")
     shard = writer.pending[1]
-    writer.add(write_shard(writer.folder, shard.number, [raw_sample(i) for i in shard.samples], CLASS_NAMES))
+    writer.add(write_shard(writer.folder, shard.number, [raw_sample(i) for i in shard.samples], CLASSES.names))
     before = (writer.folder / "000001.tar").stat().st_mtime_ns
     again = begin(tmp_path / "set")
     assert [shard.number for shard in again.pending] == [0, 2]
     assert not is_complete(again.folder, RECIPE)
     for shard in again.pending:
-        again.add(write_shard(again.folder, shard.number, [raw_sample(i) for i in shard.samples], CLASS_NAMES))
+        again.add(write_shard(again.folder, shard.number, [raw_sample(i) for i in shard.samples], CLASSES.names))
     again.finish()
     assert bytes_of(tmp_path / "set") == whole
     assert (again.folder / "000001.tar").stat().st_mtime_ns == before
@@ -163,7 +163,7 @@ def test_an_impossible_sample_is_refused_by_name_and_leaves_nothing(
 ) -> None:
     fields = {**vars(raw_sample(0)), **change}
     with pytest.raises(DataError, match=reason) as caught:
-        write_shard(tmp_path, 0, [raw_sample(1), type(raw_sample(0))(**fields)], CLASS_NAMES)
+        write_shard(tmp_path, 0, [raw_sample(1), type(raw_sample(0))(**fields)], CLASSES.names)
     assert "000000.tar" in str(caught.value)
     assert str(fields["key"]) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -186,7 +186,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half(tmp_path: Path, monkeypatch: p
     before = set(writer.folder.iterdir())
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=r"no space left for .*000000\.tar") as caught:
-        write_shard(writer.folder, 0, [raw_sample(0)], CLASS_NAMES)
+        write_shard(writer.folder, 0, [raw_sample(0)], CLASSES.names)
     assert "MiB are free" in str(caught.value)
     assert set(writer.folder.iterdir()) == before
 
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half(tmp_path: Path, monkeypatch: p
 def test_a_write_that_fails_half_way_leaves_nothing_half(tmp_path: Path) -> None:
     (tmp_path / ".000000.tar.unfinished").symlink_to("/dev/full")
     with pytest.raises(StorageError):
-        write_shard(tmp_path, 0, map(raw_sample, range(40)), CLASS_NAMES)
+        write_shard(tmp_path, 0, map(raw_sample, range(40)), CLASSES.names)
     assert list(tmp_path.iterdir()) == []
 
 

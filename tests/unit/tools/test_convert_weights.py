@@ -13,6 +13,8 @@ from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.hrda import build_segmentor
 from tests.helpers.published_encoders import (
     hugging_face,
+    lite0_maps,
+    lite0_shapes,
     mit_maps,
     mit_shapes,
     random_weights,
@@ -78,6 +80,33 @@ def test_resnet_v1c_computes_the_published_maps(tmp_path: Path, resnet: dict[str
     assert main(["encoder", str(tmp_path / "resnet50_v1c.pth"), str(output)]) == 0
     image = torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert_maps(Backbone("resnet50c", weights=output, options=DEEPLAB), image, resnet_maps(resnet, image))
+
+
+def test_efficientnet_lite0_computes_the_published_maps(tmp_path: Path) -> None:
+    state = random_weights(lite0_shapes())
+    torch.save(state, tmp_path / "lite0.pth")
+    output = tmp_path / "lite0.safetensors"
+    assert main(["encoder", str(tmp_path / "lite0.pth"), str(output)]) == 0
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    backbone = Backbone("tf_efficientnet_lite0", weights=output, options={"out_indices": [1, 2, 3, 4]})
+    assert_maps(backbone, image, lite0_maps(state, image)[1:])
+
+
+def test_an_installed_package_is_a_source_where_it_carries_weights(
+    tmp_path: Path, mit: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, files in {"one_model": ["one_model/mit_b0.pth"], "no_model": []}.items():
+        information = tmp_path / "site" / f"{name}-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (information / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    (tmp_path / "site" / "one_model").mkdir()
+    torch.save(mit, tmp_path / "site" / "one_model" / "mit_b0.pth")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert main(["encoder", "one-model", str(tmp_path / "out.safetensors")]) == 0
+    assert len(load_file(tmp_path / "out.safetensors")) == len(mit) - 2
+    assert main(["encoder", "no-model", str(tmp_path / "other.safetensors")]) == 2
+    assert "no file no-model, nor an installed package of that name with a weights file" in capsys.readouterr().err
 
 
 def test_the_report_names_what_is_left_out_and_how_to_train(

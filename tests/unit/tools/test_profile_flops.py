@@ -15,6 +15,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
+from tests.helpers.classes import CLASSES
 from tools.flops import TermCost, count_forward, count_step, torch_mac, with_zeros
 from tools.profile_flops import forward_lines, main
 
@@ -105,7 +106,7 @@ def test_the_rule_for_the_backward_against_a_real_one() -> None:
     config = load_config(None, RESNET)
     ruled = sum(cost.flop for cost in count_step(config).values())
 
-    module = build_train_module(config)
+    module = build_train_module(config, CLASSES)
     images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     batch = UDABatch(
         source_image=images, source_label=images[:, 0], target_image=images, target_valid=images[:, 0] == 0, block=0

@@ -55,7 +55,7 @@ def test_the_bare_twin_does_the_same_to_every_number(
 ) -> None:
     """Torch adds up a norm in another order than the engine, which knows it by part: hence the last bits."""
     tiny_config.train.clip_norm = clip_norm
-    readers = open_readers(tiny_config, "source")
+    readers = open_readers(tiny_config)
     ours, twin = build_setting(tiny_config, readers), build_setting(tiny_config, readers)
     before = {name: value.clone() for name, value in ours.module.state_dict().items()}
     blocks = Blocks(tiny_config, readers)
@@ -71,7 +71,7 @@ def test_the_bare_twin_does_the_same_to_every_number(
 
 
 def test_all_ways_of_a_round_have_the_same_draws_and_new_pictures(tiny_config: RunConfig) -> None:
-    blocks = Blocks(tiny_config, open_readers(tiny_config, "source"))
+    blocks = Blocks(tiny_config, open_readers(tiny_config))
     first, second = blocks.take(3), blocks.take(3)
     assert [batch.block for batch in first] == [batch.block for batch in second] == [6, 7]
     assert not torch.equal(first[0].target_image, second[0].target_image)

@@ -14,6 +14,7 @@ import torch
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.validate import problems
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
 from tools.paper_rows import (
     ABLATIONS,
@@ -182,7 +183,7 @@ def test_every_row_builds(row: Row) -> None:
     config = load_config(row.config, Run(row, "with", 0).overrides())
     config.model.weights = None  # what a user has to fetch
     with torch.device("meta"):
-        module = build_train_module(config)
+        module = build_train_module(config, CLASSES)
     assert (module.rebuilder is None) == ("mfm.use_rebuilder=false" in row.overrides)
     assert module.teacher is not None
 
