@@ -6,6 +6,7 @@ Bad data has three names. ``DataError``: the run stops. ``BadSample``: one sampl
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -16,6 +17,7 @@ EXIT_ERROR = 1  # no mistake of a user that we know of: what Python ends with af
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_STORAGE = 4
+EXIT_BROKEN_PIPE = 141  # as a shell has it of a program that SIGPIPE ended
 EXIT_UNSTABLE = 5  # training left the rails again and again; running it again would not help
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
@@ -105,15 +107,23 @@ class RankMismatchError(UserError):
 
 
 def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code."""
+    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code.
+
+    A reader of its output that has seen enough, such as ``head``, ends it in silence.
+    """
 
     @wraps(main)
     def told(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            return EXIT_BROKEN_PIPE
 
     return told
 
