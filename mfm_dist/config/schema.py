@@ -271,9 +271,9 @@ class MFMSection:
     trained_parts: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
-    view: Literal["context", "detail", "both"] = "context"
-    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both, each with the weight lambda.
-    Elsewhere it is the crop."""
+    view: Literal["context", "detail", "fused"] = "context"
+    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both rebuilt, then fused and with
+    HRDA's loss. The paper does not say; its authors' code hints at the last. Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)
