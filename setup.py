@@ -25,7 +25,7 @@ setup(
         "safetensors>=0.5",
         "pyyaml>=6.0",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=11",
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "matplotlib>=3.9",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from mfm_dist.checkpoint.contents import load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.run.folder import RunFolder
+from mfm_dist.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
 def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], checkpoint: Checkpoint) -> ModelCard:
     """Gather what there is to say about the segmentor in a checkpoint of a run."""
     step = checkpoint.progress.step
-    scores = _read_json(RunFolder(path, writes=False).evaluation(step))
+    miou = _read_json(RunFolder(path, writes=False).evaluation(step)).get("miou")
+    revision = _read_json(path / "environment.json").get("revision")
     return ModelCard(
         backbone=config.model.backbone,
         backbone_options=config.model.backbone_options,
@@ -66,14 +67,20 @@ def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"],
         crop=config.data.crop,
         resize=config.eval.resize,
         step=step,
-        miou=scores.get("miou") if weights == "student" else None,  # evaluation scores the student
-        revision=_read_json(path / "environment.json").get("revision"),
+        miou=miou if weights == "student" and isinstance(miou, float) else None,  # evaluation scores the student
+        revision=revision if isinstance(revision, str) else None,
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation."""
-    if not path.is_file():
+    """Read a small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation.
+
+    One that cannot be read is named on stderr: it says where the weights come from, and they are of use without.
+    """
+    if not path.exists():
         return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    try:
+        return read_json(path)
+    except (OSError, CorruptFileError) as error:
+        print(f"{path.parent}: {error}; what it says is left out", file=sys.stderr)
+        return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -19,9 +18,9 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
 from mfm_dist.run.folder import CLASSES
-from mfm_dist.storage import JsonLines
+from mfm_dist.storage import JsonLines, read_json
 
 Floats = npt.NDArray[np.float64]
 
@@ -129,7 +128,7 @@ def _read(folder: Path, name: str) -> Run:
     config = None
     try:
         config = load_config(folder / "config.yaml")
-    except (ConfigError, OSError, ValueError, RecursionError) as error:
+    except ConfigError as error:
         problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
     classes = _class_set(folder / CLASSES, problems)
     lines = _objects(folder / "metrics.jsonl", problems)
@@ -155,10 +154,10 @@ def _read(folder: Path, name: str) -> Run:
 def _class_set(path: Path, problems: list[str]) -> ClassSet:
     """Read the classes of a run; those of runs from before they were a matter of the data are ``DEFAULT``."""
     try:
-        return ClassSet.from_tree(json.loads(path.read_text(encoding="utf-8")), path.name)
+        return ClassSet.from_tree(read_json(path), path.name)
     except FileNotFoundError:
         problems.append(f"{path.name} is not there: the classes are taken for those of {DEFAULT}.")
-    except (OSError, ValueError, RecursionError, ConfigError) as error:
+    except (OSError, CorruptFileError, ConfigError) as error:
         problems.append(f"{path.name} cannot be read, so the classes are taken for those of {DEFAULT}: {error}")
     return load_class_set(DEFAULT)
 
@@ -169,9 +168,9 @@ def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         problems += _ABSENT.get(path.name, [])
         return []
     try:
-        found = JsonLines(path) if path.suffix == ".jsonl" else [json.loads(path.read_text(encoding="utf-8"))]
-        return [one for one in found if isinstance(one, dict)]
-    except (OSError, ValueError, RecursionError) as error:
+        found = JsonLines(path) if path.suffix == ".jsonl" else [read_json(path)]
+        return list(found)
+    except (OSError, StorageError, CorruptFileError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return []
 
@@ -187,11 +186,11 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
     found = []
     for path in sorted(folder.glob("step_*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             step, miou, iou, images = (content[key] for key in ("step", "miou", "iou", "images"))
             if not _is_step(step) or not isinstance(iou, dict):
                 raise ValueError("step or iou is of the wrong kind")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, CorruptFileError) as error:
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
         by_class = {name: _number(iou.get(name)) for name in classes.names}
