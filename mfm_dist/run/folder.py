@@ -25,6 +25,8 @@ OUTCOME = "outcome.json"
 one into 1."""
 CLASSES = "classes.json"
 """The class set of a run, for who reads its scores and pictures."""
+PROBE = "probe.json"
+"""What tools/probe_rebuilder.py measured of a run, at the ``step`` that it names."""
 
 
 class RunFolder:
