@@ -218,6 +218,12 @@ def test_the_interval_is_that_of_pairs_drawn_again_and_again() -> None:
 
 def test_calibration_bin_by_bin(batches: list[UDABatch]) -> None:
     looks = looks_of(module_with("self_training.pseudo_threshold=0.3"), batches)
+    sure_share = [float((look.pseudo.confidence >= 0.3).double().mean()) for look in looks]
+    generator = torch.Generator().manual_seed(0)
+    for number, look in enumerate(looks):  # sure without a reason: some bins are above their accuracy, others below
+        label = torch.where(torch.rand(2, 64, 64, generator=generator) < 0.6, look.truth.label, look.pseudo.label)
+        confidence = torch.rand(2, 64, 64, generator=generator)
+        looks[number] = look._replace(pseudo=replace(look.pseudo, label=label, confidence=confidence))
     found = calibration(looks)
     pixels = [
         (float(look.pseudo.confidence[index]), bool(look.pseudo.label[index] == look.truth.label[index]))
@@ -232,7 +238,6 @@ def test_calibration_bin_by_bin(batches: list[UDABatch]) -> None:
             error += len(inside) / len(pixels) * abs(sure - right)
     assert found["expected_error"] == pytest.approx(error, abs=1e-6)
     assert found["accuracy"] == pytest.approx(sum(right for _, right in pixels) / len(pixels))
-    sure_share = [float((look.pseudo.confidence >= 0.3).double().mean()) for look in looks]
     assert found["pseudo_weight"] == pytest.approx(sum(sure_share) / len(sure_share))
     assert found["weight_minus_accuracy"] == pytest.approx(found["pseudo_weight"] - found["accuracy"])  # type: ignore
 
@@ -272,7 +277,7 @@ def test_output_change_is_that_of_a_step_of_its_own(batches: list[UDABatch]) -> 
         ["method.name=hrda", "mfm.view=both"],
         ["method.name=mic", "mic.base_method=hrda", "mfm.view=detail"],
         ["method.name=daformer", "optim.name=sgd", "mfm.trained_parts=decoder"],
-        ["rebuilder.variant=stable", "rebuilder.heads=2", "self_training.pseudo_threshold=0"],
+        ["rebuilder.variant=stable", "rebuilder.heads=2", "mfm.target_weight=pseudo_weight"],
     ],
     ids=" ".join,
 )
@@ -287,11 +292,7 @@ def test_every_method_is_probed_again_to_the_same_figures_and_left_as_it_was(
     assert [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])] == []
     assert [one.training for one in module.modules()] == modes
     assert all(parameter.grad is None for parameter in module.parameters())
-    numbers = flat(first)
-    absent = [name for name, value in numbers.items() if value is None]
-    # A random stable teacher is never more than half sure, and its loss then is 0.
-    allowed = ("alignment", "gradient_share") if "rebuilder.variant=stable" in overrides else ()
-    assert [name for name in absent if name != "agreement.all_hidden.visible" and not name.startswith(allowed)] == []
+    assert [name for name, value in flat(first).items() if value is None] == ["agreement.all_hidden.visible"]
     assert first["images"] == 4
 
 
