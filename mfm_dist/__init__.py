@@ -38,8 +38,8 @@ def load(path: str | PathLike[str], device: str | torch.device = "cpu") -> Train
     """Load the trained segmentor of an export folder, or of a run folder (its newest checkpoint), in eval mode.
 
     It is an ``nn.Module`` from normalised images, float [B, 3, H, W], to logits [B, classes, H, W], without the
-    Rebuilder. ``model.predict(image)`` takes uint8 RGB [3, H, W] and gives train ids [H, W]; ``model.normalise`` is
-    the step before the forward; ``model.card`` says which classes, where from, how good.
+    Rebuilder. ``model.predict(image)`` takes uint8 RGB [3, H, W] and gives indices of classes [H, W];
+    ``model.normalise`` is the step before the forward; ``model.card`` says which classes, where from, how good.
 
     Raises:
         mfm_dist.errors.ConfigError: the folder is neither, or is damaged.

@@ -22,7 +22,7 @@ class UDABatch:
     source_image: Tensor
     """uint8 [B, 3, H, W], RGB."""
     source_label: Tensor
-    """uint8 [B, H, W], train ids, ``IGNORE_INDEX`` where unlabelled."""
+    """uint8 [B, H, W], indices of classes, ``IGNORE_INDEX`` where unlabelled."""
     target_image: Tensor
     """uint8 [B, 3, H, W], RGB."""
     target_valid: Tensor

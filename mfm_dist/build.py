@@ -164,14 +164,19 @@ def open_readers(config: RunConfig) -> Readers:
     if errors:
         raise _joined(errors)
     classes = classes or shared_classes(folders)
-    if unknown := [name for name in config.eval.class_sets if name not in classes.groups]:
-        known = ", ".join(classes.groups) or "none"
-        raise ConfigError(f"eval.class_sets names {', '.join(unknown)}; groups of the run's classes: {known}")
+    check_groups(config, classes)
     streams = {name: open_stream(data, name, classes) for name in names if is_stream(name)}
     opened: dict[str, ShardReader | ShardStream] = {**folders, **streams}
     notes = _relabelled(folders)
     notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
     return Readers(opened[labelled], opened[data.target], folders[data.validation], classes, tuple(notes))
+
+
+def check_groups(config: RunConfig, classes: ClassSet) -> None:
+    """Raise ConfigError where ``eval.class_sets`` names what is no group of the run's classes."""
+    if unknown := [name for name in config.eval.class_sets if name not in classes.groups]:
+        known = ", ".join(classes.groups) or "none"
+        raise ConfigError(f"eval.class_sets names {', '.join(unknown)}; groups of the run's classes: {known}")
 
 
 def shared_classes(folders: Mapping[str, ShardReader]) -> ClassSet:
@@ -185,8 +190,8 @@ def shared_classes(folders: Mapping[str, ShardReader]) -> ClassSet:
         raise ConfigError(f"{', '.join(folders)}: no labels, so there are no classes to train")
     first, shared = next(iter(known.items()))
     problems = [
-        f"{first} and {name}: {difference}\n    Name in data.classes the classes to train on, into which all are "
-        "mapped by name, or pack one of them again with --classes"
+        f"{first} and {name} do not agree, {difference}\n    Name in data.classes the classes to train on, into which "
+        "all are mapped by name, or pack one of them again with --classes"
         for name, classes in known.items()
         if (difference := shared.difference(classes))
     ]

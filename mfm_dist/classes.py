@@ -276,7 +276,8 @@ class _Reader:
             self.problems.append(f"palette: expected a colour by class, got {given!r:.80}")
             given = {}
         self._check_known("palette", given)
-        in_labels = {name: colour for colour, name in reversed(self._mapping("colours").items())}  # the first one wins
+        of_labels = reversed(self._mapping("colours").items())  # so that the first of several wins
+        in_labels = {name: colour for colour, name in of_labels if read_colour(colour)}
         colours = list(generated_palette(len(self.names)))
         for name, value in {**in_labels, **given}.items():
             colour = read_colour(value)

@@ -71,11 +71,13 @@ def what_to_score(arguments: argparse.Namespace) -> Scored:
     class_sets: Sequence[str] = arguments.class_sets or ()
     if arguments.model is not None:
         name, model, data = str(arguments.model), load_export(arguments.model), arguments.data
+        trained_on = None
     else:
         run = open_run(arguments.run)
         name, model, settings = str(run.checkpoint.path), run.model, run.config
         data = arguments.data or settings.data.root / (arguments.split or settings.data.validation)
-        mapped_into = mapped_into or (run.checkpoint.classes if settings.data.classes else None)
+        trained_on = run.checkpoint.classes
+        mapped_into = mapped_into or (trained_on if settings.data.classes else None)
         class_sets = settings.eval.class_sets if arguments.class_sets is None else class_sets
     reader = ShardReader(data, classes=mapped_into)
     if reader.classes is None:
@@ -85,10 +87,11 @@ def what_to_score(arguments: argparse.Namespace) -> Scored:
             f"{name} and {data} do not agree, {difference}\n    Score on shards of the first, or name with --classes a "
             "set of these classes into which the shards' are mapped by name"
         )
-    if unknown := [one for one in class_sets if one not in reader.classes.groups]:
-        known = ", ".join(reader.classes.groups) or "none"
-        raise ConfigError(f"--class-sets {' '.join(unknown)}: the groups of the classes of {data} are: {known}")
-    return Scored(name, model, reader, reader.classes, class_sets)
+    classes = trained_on or reader.classes  # the same names; a run's groups and colours are its own
+    if unknown := [one for one in class_sets if one not in classes.groups]:
+        known = ", ".join(classes.groups) or "none"
+        raise ConfigError(f"--class-sets {' '.join(unknown)}: groups of these classes: {known}")
+    return Scored(name, model, reader, classes, class_sets)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

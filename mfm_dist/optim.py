@@ -53,7 +53,7 @@ def _rebuilder_groups(rebuilder: Rebuilder, settings: OptimSection) -> list[dict
     rate, wide = settings.rebuilder_lr, rebuilder.wide_matrices() if settings.rebuilder_base_width else []
     groups = _groups_of("rebuilder", rebuilder, rate, settings, apart=wide)
     if wide:
-        scale = settings.rebuilder_base_width / rebuilder.width
+        scale = min(1.0, settings.rebuilder_base_width / rebuilder.width)
         group = _group("rebuilder", "_wide", wide, rate * scale, settings.weight_decay)
         groups.append({**group, "eps": settings.eps * scale})
     if settings.rebuilder_betas is not None:

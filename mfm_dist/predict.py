@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise StorageError(f"--output {output} cannot be written: {error}") from error
     for name, reason in bad.items():
         print(f"not done: {root / name}: {reason}", file=sys.stderr)
-    print(f"{len(ids)} of {len(names)} images: train ids in {output / 'ids'}", end="")
+    print(f"{len(ids)} of {len(names)} images: indices of classes in {output / 'ids'}", end="")
     print(f", overlays in {output / 'overlays'}" if arguments.overlays else "")
     return EXIT_DATA if bad else EXIT_DONE
 

@@ -50,7 +50,7 @@ DOORS = {
     "yaml": ("mfm_dist/config/loader.py",),
     "fvcore": ("tools/",),
     "jinja2": ("mfm_dist/report/",),
-    "matplotlib": ("mfm_dist/report/",),
+    "matplotlib": ("mfm_dist/report/", "tools/lab.py"),
     "mfm_dist.shards": ("mfm_dist/shards/", "mfm_dist/build.py", "tools/"),
     "mfm_dist.scenes": ("mfm_dist/scenes/", "mfm_dist/shards/", "tools/"),
 }

@@ -93,6 +93,7 @@ def convert_segmentor(
     coarse_first: bool | None = None,
     crop: tuple[int, int] | None = None,
     resize: tuple[int, int] | None = None,
+    classes: str = DEFAULT,
 ) -> list[str]:
     """Run the ``segmentor`` command and return what to tell about it.
 
@@ -105,7 +106,7 @@ def convert_segmentor(
     tensors = leave_out(found.tensors, ("auxiliary_head.",), found.ignored)
     encoder, heads = _read_parts(tensors, source, dilations, coarse_first)
     decoder, attention = heads["decoder"], heads.get("attention")
-    classes = load_class_set(DEFAULT)
+    class_set = load_class_set(classes)
     card = ModelCard(
         backbone=encoder.name,
         backbone_options=encoder.options,
@@ -113,8 +114,8 @@ def convert_segmentor(
         decoder_options=decoder.options,
         attention=attention.name if attention else None,
         attention_options=attention.options if attention else {},
-        class_names=classes.names,
-        palette=classes.palette,
+        class_names=class_set.names,
+        palette=class_set.palette,
         mean=IMAGE_MEAN,
         std=IMAGE_STD,
         weights="teacher" if weights == "teacher" else "student",
@@ -238,6 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict images fitted into this box, logits enlarged to their own size. Published with crops of 512: "
         "512 1024 for Cityscapes, 540 960 for ACDC and Dark Zurich (images as they are, as published with HRDA)",
     )
+    segmentor.add_argument("--classes", metavar="NAME|FILE", default=DEFAULT, help="that it tells apart (%(default)s)")
     return parser
 
 
@@ -257,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             coarse_first=None if args.stacked is None else args.stacked == "coarse-first",
             crop=tuple(args.crop) if args.crop else None,
             resize=tuple(args.resize) if args.resize else None,
+            classes=args.classes,
         )
     print("\n".join(lines))
     return EXIT_DONE

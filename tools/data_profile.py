@@ -24,6 +24,7 @@ from torchvision.io import ImageReadMode, decode_png
 from webdataset import WebDataset
 
 from mfm_dist.batch import UDABatch
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.schema import RunConfig, SelfTrainingSection
 from mfm_dist.data import blocks as blocks_module
 from mfm_dist.data import reader as reader_module
@@ -49,7 +50,9 @@ class Source:
         """Open the shards. Raises UserError when they cannot be read."""
         self.config = config
         data = config.data
-        self.readers = [ShardReader(data.root / name, decoder=data.decoder) for name in (data.source, data.target)]
+        classes = None if data.classes is None else load_class_set(data.classes)
+        names = (data.source, data.target)
+        self.readers = [ShardReader(data.root / name, classes=classes, decoder=data.decoder) for name in names]
         self.decode = jpeg_decoder(data.decoder)
         self.images_per_block = 2 * config.train.micro_batch
         for reader in self.readers:

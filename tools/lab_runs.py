@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -62,8 +62,11 @@ class Plan:
     beds: list[str]
     seeds: list[int]
     arms: dict[str, list[str]]
+    """Overrides by name, after those of ``common``."""
     contrasts: list[list[str]]
     """Pairs of arms: the first minus the second."""
+    common: list[str] = field(default_factory=list)
+    """Overrides of every arm."""
 
     @property
     def name(self) -> str:
@@ -73,7 +76,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """List the runs seed by seed, so that what an interruption leaves is paired."""
         every = product(self.seeds, self.beds, self.arms.items())
-        return [Run(bed=bed, arm=arm, overrides=tuple(said), seed=seed) for seed, bed, (arm, said) in every]
+        return [Run(bed=bed, arm=arm, overrides=(*self.common, *said), seed=seed) for seed, bed, (arm, said) in every]
 
 
 def read_plan(name: str) -> Plan:
@@ -81,7 +84,8 @@ def read_plan(name: str) -> Plan:
     path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
     tree = read_yaml(path)
     kinds = {"question": str, "prediction": str, "decision": str, "confirmed": bool, "beds": list, "seeds": list}
-    kinds |= {"arms": dict, "contrasts": list}
+    kinds |= {"arms": dict, "contrasts": list, "common": list}
+    tree = {"common": [], **tree}
     problems = [f"unknown key {key!r}: allowed are {', '.join(kinds)}" for key in tree if key not in kinds]
     problems += [f"{key}: expected {kind.__name__}" for key, kind in kinds.items() if type(tree.get(key)) is not kind]
     if not problems:
@@ -104,8 +108,8 @@ def _run_problems(plan: Plan) -> list[str]:
     """Find what is wrong with the runs of the first seed; the others differ in nothing else."""
     problems = [f"seeds: {seed!r} is no whole number from 0 on" for seed in plan.seeds if type(seed) is not int]
     problems += [
-        f"arms.{arm}: expected a list of section.key=value"
-        for arm, said in plan.arms.items()
+        f"{name}: expected a list of section.key=value"
+        for name, said in [("common", plan.common), *((f"arms.{arm}", said) for arm, said in plan.arms.items())]
         if not (isinstance(said, list) and all(isinstance(one, str) for one in said))
     ]
     if problems:

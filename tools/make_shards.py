@@ -208,7 +208,9 @@ def _add_folder(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "folder",
         help="your own images, labelled or not",
-        description="The label of IMAGES/a/b.jpg is LABELS/a/b.png, an 8-bit or 16-bit PNG that holds an id a pixel.",
+        description="The label of IMAGES/a/b.jpg is LABELS/a/b.png, a PNG that holds an id or a colour a pixel.",
+        epilog=f"a class file:\n{EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(make=make_folder)
     command.add_argument("--input", type=Path, required=True, help="folder of the images, and of the labels")
@@ -217,7 +219,7 @@ def _add_folder(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--images", default=".", help="where in the input the images are (anywhere)")
     command.add_argument("--labels", help="where in the input the labels are (there are none)")
     names = ", ".join(shipped_class_sets())
-    command.add_argument("--classes", metavar="NAME|FILE", help=f"what the labels hold: {names}, or a file:\n{EXAMPLE}")
+    command.add_argument("--classes", metavar="NAME|FILE", help=f"what the labels hold: {names}, or a file as below")
     command.add_argument(
         "--image-end", default="", help=f"how images end, e.g. _rgb.png (.{', .'.join(IMAGE_SUFFIXES)})"
     )

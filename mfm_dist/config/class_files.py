@@ -40,7 +40,13 @@ def load_class_file(name: str) -> ClassFile:
         meant = f"did you mean {near[0]!r}? " if near else ""
         known = ", ".join(shipped_class_sets())
         raise ConfigError(f"{name}: {meant}no class set has this name ({known}), and there is no such file")
-    return ClassFile(*read_classes(read_yaml(path), name))
+    try:
+        tree = read_yaml(path)
+    except ConfigError as error:
+        if "unhashable key" in str(error):  # what YAML's reader says of {[128, 64, 128]: soil}
+            raise ConfigError(f"{name}: a colour in front of a colon is written '#804080' or '128 64 128'") from error
+        raise
+    return ClassFile(*read_classes(tree, name))
 
 
 def load_class_set(name: str) -> ClassSet:

@@ -247,9 +247,9 @@ class MFMSection:
     trained_parts: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
-    view: Literal["context", "detail", "both"] = "context"
-    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both, each with the weight lambda.
-    Elsewhere it is the crop."""
+    view: Literal["context", "detail", "fused"] = "context"
+    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both rebuilt, then fused and with
+    HRDA's loss. The paper does not say; its authors' code hints at the last. Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)
@@ -277,7 +277,7 @@ class RebuilderSection:
     """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
     read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
     fill: bool = False
-    """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts at 0 and stays
+    """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts small and stays
     within what the channel shows. MFM: false; stable: true."""
 
 
@@ -298,8 +298,8 @@ class OptimSection:
     """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
     `warmup_steps`. MFM: 0; stable: 0.025."""
     rebuilder_base_width: IntFrom0 = 0
-    """Matrices of the Rebuilder that are as wide as `rebuilder.width` learn at `rebuilder_lr` times this over that
-    width, so that a step changes the output as much at any width. 0: no scaling, as in MFM; stable: 512."""
+    """Width that `rebuilder_lr` was chosen at. Matrices of a Rebuilder that is wider learn at the rate times this over
+    its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""
     weight_decay: FloatFrom0 = 0.01
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
     betas: tuple[Share, Share] = (0.9, 0.999)

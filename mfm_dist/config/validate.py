@@ -74,6 +74,8 @@ def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
             f"mfm.trained_parts={mfm.trained_parts} is about the decoder, "
             f"which mfm.reconstruction={mfm.reconstruction} does not use: choose both"
         )
+    if mfm.view != "context" and mfm.reconstruction != "classes":
+        yield f"mfm.view={mfm.view} classifies, and mfm.reconstruction={mfm.reconstruction} does not: keep context"
     if mfm.ramp_to < mfm.ramp_from:
         yield f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them"
 

@@ -32,7 +32,7 @@ class Order(ABC):
         """Return the number of the sample; each ``attempt`` above 0 names another in place of a damaged one."""
 
     def wanted(self, position: int, attempt: int) -> int | None:  # noqa: ARG002  no class is wanted in most orders
-        """Return the train id that ``sample_at`` drew its sample for, if it did."""
+        """Return the class that ``sample_at`` drew its sample for, if it did."""
         return None
 
 

@@ -106,7 +106,7 @@ class TrainedSegmentor(nn.Module):
         return normalise(image, self.card.mean, self.card.std)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Return the most probable train id of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
+        """Return the most probable class of every pixel of a uint8 RGB image [3, H, W]: int64 [H, W], on its device.
 
         As in evaluation: the image is taken whole, or in the windows of the segmentor, and at ``card.resize``.
         """

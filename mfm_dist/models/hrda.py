@@ -95,11 +95,18 @@ class HRDASegmentor(Segmentor):
         features = self.encode(self.context(image))
         coarse, attention = self.decode(features), self.attend(features)
         detail = self.decode(self.encode(box.crop(image)))
+        return TwoResolutions(features, self.fuse_window(coarse, attention, detail, box), detail)
+
+    def fuse_window(self, coarse: Tensor, attention: Tensor, detail: Tensor, box: Window) -> Tensor:
+        """Fuse logits and attention of the context [B, C, h, w] with the logits of one detail window: [B, C, 2h, 2w].
+
+        Outside the window the context speaks alone.
+        """
         cell = box.scaled_down(SCALE * self.stride)
         rows, columns = coarse.shape[-2:]
         inside = cell.paste(cell.crop(attention), (rows, columns))  # 0 outside the window
         pasted = box.scaled_down(self.stride).paste(detail, (SCALE * rows, SCALE * columns))
-        return TwoResolutions(features, fuse(coarse, inside, pasted), detail)
+        return fuse(coarse, inside, pasted)
 
     def attend(self, features: list[Tensor]) -> Tensor:
         """Say from the context's encoder maps how much of the detail to believe, 0..1, [B, C, h, w]."""

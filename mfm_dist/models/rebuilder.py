@@ -28,6 +28,11 @@ PROJECTOR_EPS = 1e-6
 """Of the projectors' norms: the authors' code (arXiv 2509.13801) has timm's ``LayerNorm2d`` with its default there, and
 1e-5 in the transformer's."""
 
+CORRECTION_SCALE = 0.5
+"""Of the correction under ``fill`` before it is trained, in deviations of the channel. Measured on the stride-8 bed of
+the lab: with 0.5 the hidden loss fell faster than with 0.1. From 0, without the norm that bounds what a step of the
+optimiser can change, the correction was outside of what the channel shows within 50 steps, where no gradient comes."""
+
 BASE_DEPTH = 2
 """Blocks of the paper's Rebuilder, whose branches count in full under ``depth_scaling``."""
 
@@ -160,11 +165,13 @@ def _perceptron(width: int, mlp_ratio: float) -> nn.Sequential:
 class Projector(nn.Sequential):
     """From the grid to one encoder map: ``doublings`` transposed convolutions, a 1x1 convolution, a channel norm.
 
-    The first transposed convolution halves the width, the second halves it again, further ones keep it (paper). A
-    ``correction`` has no norm at its end, and is 0 until it is trained.
+    The first transposed convolution halves the width, the second halves it again, further ones keep it (paper).
+
+    Args:
+        scale: what the last norm's output is multiplied with before training (1 in the paper).
     """
 
-    def __init__(self, width: int, out_channels: int, doublings: int, *, correction: bool = False) -> None:
+    def __init__(self, width: int, out_channels: int, doublings: int, *, scale: float = 1.0) -> None:
         layers: list[nn.Module] = []
         channels = width
         for index in range(doublings):
@@ -173,13 +180,9 @@ class Projector(nn.Sequential):
             narrowed = width // 2 if index == 0 else width // 4
             layers.append(nn.ConvTranspose2d(channels, narrowed, kernel_size=4, stride=2, padding=1))
             channels = narrowed
-        layers.append(nn.Conv2d(channels, out_channels, 1))
-        if correction:
-            for parameter in layers[-1].parameters():
-                nn.init.zeros_(parameter)
-        else:
-            layers.append(ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS))
-        super().__init__(*layers)
+        norm = ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)
+        nn.init.constant_(norm.weight, scale)
+        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), norm)
 
 
 class Rebuilder(nn.Module):
@@ -200,7 +203,7 @@ class Rebuilder(nn.Module):
         readout: where above 0, the trunk runs over visible cells alone, and so many further blocks of cross-attention
             let the hidden ones read them. Every image of a batch must then hide the same number of cells.
         fill: rebuild a hidden place as what its neighbours say (``fill_from_neighbours``) plus a learned correction, in
-            units of the channel's deviation, that starts at 0; within what the micro-batch shows of the channel.
+            units of the channel's deviation, that starts small; within what the micro-batch shows of the channel.
 
     Attributes:
         grid: (rows, cols), the shape of an image's mask.
@@ -241,7 +244,7 @@ class Rebuilder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projectors = nn.ModuleList(
-            Projector(width, channel, _doublings(stride, self.grid), correction=fill)
+            Projector(width, channel, _doublings(stride, self.grid), scale=CORRECTION_SCALE if fill else 1.0)
             for channel, stride in zip(channels, strides, strict=True)
         )
         self.fill = fill

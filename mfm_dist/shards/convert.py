@@ -1,4 +1,4 @@
-"""Downloaded data sets as shards: a folder for each split, labels in train ids, pictures as they are or resized."""
+"""Downloaded data sets as shards: a folder for each split, labels as indices of classes, pictures resized or not."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def read_label(content: bytes, kinds: Sequence[str], *, colours: bool) -> np.nda
     """
     kind = png_kind(content)
     if kind is None or kind not in kinds:
-        why = (
-            "was it converted?" if colours or kind != "8-bit RGB" else "was it converted? Colours are told by colours:"
-        )
+        why = "was it converted?" + (" Colours are told by colours: in --classes" if kind == "8-bit RGB" else "")
         raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: {why}")
     with opened(content) as picture:
         if colours:

@@ -55,7 +55,7 @@ class RawSample:
     image: np.ndarray
     """uint8 [H, W, 3], RGB."""
     label: np.ndarray | None
-    """uint8 [H, W], train ids or ``IGNORE_INDEX``; None for a sample without a label."""
+    """uint8 [H, W], indices of classes or ``IGNORE_INDEX``; None for a sample without a label."""
     meta: dict[str, Any]
     """Anything JSON can hold; stored beside the image."""
     image_file: tuple[str, bytes] | None = None

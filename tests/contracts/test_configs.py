@@ -21,7 +21,7 @@ from tests.helpers.runs import REPOSITORY
 RUNS = sorted(
     path
     for path in (REPOSITORY / "configs").rglob("*.yaml")
-    if path.parent.name not in ("accelerate", "deepspeed", "plans")
+    if path.parent.name not in ("accelerate", "deepspeed", "plans", "rebuilder")
 )
 LAUNCHES = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
 
@@ -36,6 +36,23 @@ def test_run_builds_with_mfm(path: Path) -> None:
         module = build_train_module(config, CLASSES)
     assert sum(p.numel() for p in module.student.parameters()) > 0
     assert module.rebuilder is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("paper", (14.545, 10.246)), ("base", (60.6, 50.4)), ("large", (359, 341)), ("huge", (1034, 991))],
+)
+def test_a_preset_of_the_rebuilder_has_the_size_that_is_said(name: str, millions: tuple[float, float]) -> None:
+    """Behind MiT-B5 with a decoder of four maps, and behind ResNet-101 with DeepLabV2, which reads one."""
+    preset = REPOSITORY / "configs" / "rebuilder" / f"{name}.yaml"
+    for path, expected in zip(("gta2cs/daformer.yaml", "gta2cs/dacs.yaml"), millions, strict=True):
+        config = load_config([REPOSITORY / "configs" / path, preset], ["model.pretrained=false", "model.weights=null"])
+        with torch.device("meta"):
+            rebuilder = build_train_module(config, CLASSES).rebuilder
+        assert rebuilder is not None
+        assert sum(p.numel() for p in rebuilder.parameters()) / 1e6 == pytest.approx(expected, rel=2e-3)
+    assert config.mfm.enabled
+    assert config.rebuilder.variant == ("paper" if name == "paper" else "stable")
 
 
 def test_run_folders_differ() -> None:

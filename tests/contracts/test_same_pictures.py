@@ -18,6 +18,7 @@ from mfm_dist.methods.mfm import keyed_masks
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.shards.scene_shards import write_scenes
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
 
 STEPS = 3
@@ -48,6 +49,7 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
         for _, batch in zip(range(STEPS * config.blocks_per_step // world_size), pipeline, strict=False):
             label, valid = batch.source_label.long().flip(0), batch.target_valid
             inputs = StepInputs(
+                classes=CLASSES,
                 source_image=normalise(batch.source_image),
                 source_label=batch.source_label,
                 target_image=normalise(batch.target_image),

@@ -73,19 +73,21 @@ def test_norms_are_averaged_as_those_of_a_weight_of_one() -> None:
 def test_a_scaled_rate_is_of_wide_matrices_alone() -> None:
     network = ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true", "rebuilder.heads=2"]
     module = build_train_module(
-        load_config(None, [*network, "rebuilder.variant=stable", "rebuilder.width=32"]), CLASSES
+        load_config(None, [*network, "rebuilder.variant=stable", "rebuilder.width=64"]), CLASSES
     )
     assert module.rebuilder is not None
     plain = {group["name"]: group for group in parameter_groups(module, OptimSection())}
     assert set(plain) == {"encoder", "decoder", "rebuilder", "rebuilder_norm"}
-    groups = {g["name"]: g for g in parameter_groups(module, OptimSection(rebuilder_base_width=512))}
-    assert groups["rebuilder_wide"]["base_lr"] == pytest.approx(16 * 2e-4)
-    assert groups["rebuilder_wide"]["eps"] == pytest.approx(16e-8)
+    groups = {g["name"]: g for g in parameter_groups(module, OptimSection(rebuilder_base_width=16))}
+    assert groups["rebuilder_wide"]["base_lr"] == pytest.approx(2e-4 / 4)
+    assert groups["rebuilder_wide"]["eps"] == pytest.approx(1e-8 / 4)
     assert groups["rebuilder"]["base_lr"] == groups["rebuilder_norm"]["base_lr"] == 2e-4
     wide = {id(p) for p in module.rebuilder.wide_matrices()}
     assert {id(p) for p in groups["rebuilder_wide"]["params"]} == wide
     both = [*groups["rebuilder"]["params"], *groups["rebuilder_wide"]["params"]]
     assert {id(p) for p in both} == {id(p) for p in plain["rebuilder"]["params"]}
+    narrow = {g["name"]: g for g in parameter_groups(module, OptimSection(rebuilder_base_width=512))}
+    assert narrow["rebuilder_wide"]["base_lr"] == 2e-4, "no Rebuilder learns faster than it is told"
     assert {group["part"] for group in groups.values()} == {"encoder", "decoder", "rebuilder"}
 
 

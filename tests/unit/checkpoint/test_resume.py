@@ -11,6 +11,7 @@ import pytest
 from mfm_dist.checkpoint.files import Checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS, resume_problems
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
@@ -137,9 +138,16 @@ def test_data_is_known_by_content_not_by_name(config: RunConfig) -> None:
     (problem,) = resume_problems(checkpoint, config, {"labelled": "ccc", "target": "bbb"}, CLASSES)
     assert problem.startswith("the labelled shards are not those")
     assert "put the former shards back, or choose another run.folder" in problem
-    assert (
-        resume_problems(trained(config), config, {"labelled": "ccc"}, CLASSES) == []
-    )  # written before data was recorded
+    assert resume_problems(trained(config), config, {"labelled": "c"}, CLASSES) == []  # before data was recorded
+
+
+def test_a_run_keeps_its_classes_and_what_it_made_of_its_labels(config: RunConfig) -> None:
+    checkpoint = trained(config, labelled="aaa", relabelling="of one file")
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "aaa", "relabelling": "of another"}, CLASSES)
+    assert "data.classes makes other classes" in problem
+    (problem,) = resume_problems(checkpoint, config, {"labelled": "aaa"}, load_class_set("synthia13"))
+    assert "    19: road" in problem
+    assert "    13: road" in problem
 
 
 def test_a_fingerprint_follows_the_shards_and_their_order_and_nothing_else() -> None:

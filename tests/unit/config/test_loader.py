@@ -150,8 +150,8 @@ def test_the_command_takes_several_files_anywhere_and_none() -> None:
 ON_TOP = """
 data: {lanes: 0, rare_class_sampling: {enabled: yes}}
 model: {weights: null, pretrained: on}
-mfm: {reconstruction: classes, use_rebuilder: off, trained_parts: decoder}
-rebuilder: {fill: on}
+mfm: {reconstruction: pixels, view: context, trained_parts: both, use_rebuilder: on}
+rebuilder: {fill: off}
 """
 """Keys that do not go together with others of every_key.yaml, and what lets them go."""
 

@@ -34,6 +34,7 @@ def inputs_of(number: int = 5) -> StepInputs:
     label[torch.rand(shape, generator=generator) < 0.2] = IGNORE_INDEX
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
     return StepInputs(
+        classes=CLASSES,
         source_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),
         source_label=label,
         target_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),

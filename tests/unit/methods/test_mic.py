@@ -62,6 +62,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
     confidence = torch.rand(shape, generator=generator)
     return StepInputs(
+        classes=CLASSES,
         source_image=torch.randn(count, 3, 32, 32, generator=generator),
         source_label=torch.randint(0, 19, shape, generator=generator, dtype=torch.uint8),
         target_image=torch.randn(count, 3, 32, 32, generator=generator),

@@ -140,8 +140,6 @@ def test_what_is_hidden_reaches_no_cell_and_each_hidden_cell_reads_by_itself() -
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_any_share_can_be_hidden_and_trains_every_parameter(ratio: float) -> None:
     rebuilder, maps, mask = rebuilder_with(**STABLE), maps_of(), exact_mask(ratio=ratio)
-    for projector in rebuilder.projectors:  # a correction of 0 lets no gradient through
-        nn.init.normal_(projector[-1].weight)  # type: ignore[arg-type]
     rebuilt = rebuilder(maps[-1], maps, mask)
     assert all(out.isfinite().all() for out in rebuilt)
     sum(out.square().sum() for out in rebuilt).backward()  # type: ignore[union-attr]
@@ -161,12 +159,13 @@ def test_images_that_hide_different_numbers_of_cells_are_refused() -> None:
 # Filling
 
 
-def test_a_new_rebuilder_that_fills_says_what_the_neighbours_say() -> None:
+def test_a_new_rebuilder_that_fills_stays_near_what_the_neighbours_say() -> None:
     maps, mask = maps_of(), exact_mask(ratio=0.25)
     rebuilt = rebuilder_with(**STABLE)(maps[-1], maps, mask)
     for out, feature in zip(rebuilt, maps, strict=True):
         hidden = nn.functional.interpolate(mask[:, None].float(), feature.shape[-2:]) > 0.5
-        torch.testing.assert_close(out, fill_from_neighbours(feature, hidden))
+        difference = (out - fill_from_neighbours(feature, hidden))[hidden.expand_as(out)]
+        assert 0.3 < difference.square().mean().sqrt() < 0.6  # the maps have a deviation of 1
         assert torch.equal(out[~hidden.expand_as(out)], feature[~hidden.expand_as(out)])
 
 

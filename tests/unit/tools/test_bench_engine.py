@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mfm_dist.batch import UDABatch
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.train_module import TrainModule
@@ -33,8 +34,8 @@ def test_engine_and_bare_loop_do_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     )
     built: list[TrainModule] = []
 
-    def build(config: RunConfig) -> TrainModule:
-        built.append(honest_build(config))
+    def build(config: RunConfig, classes: ClassSet) -> TrainModule:
+        built.append(honest_build(config, classes))
         return built[-1]
 
     honest_build: Any = raw_loops.build_train_module

@@ -54,7 +54,8 @@ def test_all_that_is_wrong_with_a_plan_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_plan(str(write_plan(tmp_path, seeds="1", hope="a lot")))
     assert [problem.split(": ", 1)[1] for problem in caught.value.problems] == [
-        "unknown key 'hope': allowed are question, prediction, decision, confirmed, beds, seeds, arms, contrasts",
+        "unknown key 'hope': allowed are question, prediction, decision, confirmed, beds, seeds, arms, contrasts, "
+        "common",
         "seeds: expected list",
     ]
     arms = {"dacs": ["train.steps=1505"], "mfm": ["mfm.enable=true"]}
@@ -66,7 +67,8 @@ def test_all_that_is_wrong_with_a_plan_is_told(tmp_path: Path) -> None:
 
 
 def test_runs_come_seed_by_seed_and_tasks_share_them(tmp_path: Path) -> None:
-    runs = read_plan(str(write_plan(tmp_path))).runs
+    runs = read_plan(str(write_plan(tmp_path, common=["log.every=9"]))).runs
+    assert runs[1].overrides == ("log.every=9", "mfm.enabled=true")
     assert [(one.seed, one.arm) for one in runs] == [(1, "dacs"), (1, "mfm"), (2, "dacs"), (2, "mfm")]
     assert runs[0].scored_steps == [1200, 1350, 1500]
     assert runs[0].folder(tmp_path) != Run(bed="stride8", arm="dacs", overrides=("a=1",), seed=1).folder(tmp_path)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import DataError
 from mfm_dist.scenes import Gap, Scene, render_scene
@@ -20,6 +21,7 @@ from mfm_dist.shards import scene_shards
 from tools.make_shards import main
 
 SMALL = ["--train", "5", "--val", "2", "--height", "32", "--width", "64", "--shard-size", "2", "--workers", "2"]
+CITYSCAPES7 = load_class_set("cityscapes7")
 FOLDERS = ["camera_train", "camera_val", "game_train", "game_val"]
 
 
@@ -61,6 +63,15 @@ def test_the_shards_hold_the_scenes(whole: Path) -> None:
 def test_the_bytes_do_not_depend_on_workers_or_place(whole: Path, tmp_path: Path) -> None:
     assert run(tmp_path, "--workers", "1") == 0
     assert bytes_of(tmp_path) == bytes_of(whole)
+
+
+def test_scenes_in_other_classes(whole: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, "--classes", "cityscapes7") == 0
+    plain, merged = (ShardReader(root / "game_val", classes=CITYSCAPES7) for root in (whole, tmp_path))
+    assert (plain.relabelling is None, merged.relabelling is None) == (False, True)
+    assert np.array_equal(plain.class_statistics(), merged.class_statistics())
+    assert np.array_equal(plain.read(0).label, merged.read(0).label)
+    assert merged.index.manifest.command.endswith("--classes cityscapes7")
 
 
 def test_running_it_again_is_one_line_and_touches_nothing(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

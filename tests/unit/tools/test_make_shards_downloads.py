@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mfm_dist.config.class_files import load_class_set
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
 from tests.helpers import downloads
@@ -62,22 +63,71 @@ def test_the_command_in_the_manifest_mends_the_folder(tmp_path: Path, capsys: py
     assert "1 samples left out:\n  labels/00002.png is no PNG" in capsys.readouterr().out
 
 
-def test_own_images_with_a_mapping(tmp_path: Path) -> None:
+def test_own_images_with_ids(tmp_path: Path) -> None:
     downloads.save_picture(tmp_path / "mine/rgb/day 1/a.b.jpg", downloads.picture(0))
     downloads.save_picture(tmp_path / "mine/rgb/day 2/a.b.jpg", downloads.picture(1))
     for day in (1, 2):
         downloads.save_palette(tmp_path / f"mine/ids/day {day}/a.b.png", downloads.blocks(day, [1, 2, 3]), 4)
-    Path("ids.yaml").write_text("1: road\n2: 13  # a car\n3: ignore\n")
-    where = ["--images", "rgb", "--labels", "ids", "--mapping", "ids.yaml"]
+    Path("ids.yaml").write_text("names: [field, path]\nids: {1: path, 2: field}\nignore: [3]\n")
+    where = ["--images", "rgb", "--labels", "ids", "--classes", "ids.yaml"]
     assert main(["folder", "--input", "mine", "--name", "city", *where]) == 0
     reader = ShardReader("data/city/train")
-    table = {1: 0, 2: 13, 3: 255}
+    table = {1: 1, 2: 0, 3: 255}
     for number in range(2):
         sample = reader.read(number)
         assert sample.label is not None
         ids = downloads.slow_ids(tmp_path / f"mine/ids/day {number + 1}/a.b.png")
         assert sample.label.tolist() == [[table[value] for value in row] for row in ids]
     assert reader.read(0).key.startswith("day_1_a_b_")
+    assert f"--classes {tmp_path / 'ids.yaml'}" in reader.index.manifest.command
+    Path("ids.yaml").write_text("names: [field, path]\nids: {1: path, 2: field}\nignore: others\n")
+    assert main(["folder", "--input", "mine", "--name", "city", *where]) == 2  # what is stored was made otherwise
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "palette"])
+def test_own_images_with_colours(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A palette PNG is read as the colours that it shows."""
+    downloads.save_picture(tmp_path / "mine/a.jpg", downloads.picture(0))
+    index = downloads.blocks(0, [0, 1, 2])
+    colours = np.array([(128, 64, 128), (1, 2, 3), (0, 0, 0)], dtype=np.uint8)
+    label = Image.fromarray(colours[index])
+    label = label.convert(kind) if kind != "palette" else label.quantize(colors=3)
+    (tmp_path / "mine/labels").mkdir()
+    label.save(tmp_path / "mine/labels/a.png")
+    file = 'names: [a, b]\ncolours: {"1 2 3": a, "#804080": b}\n'
+    Path("c.yaml").write_text(file)
+    words = ["folder", "--input", "mine", "--name", "city", "--labels", "labels", "--classes", "c.yaml"]
+    assert main(words) == 3
+    assert "labels/a.png holds the colours #000000, which stand neither for a class" in capsys.readouterr().err
+    Path("c.yaml").write_text(file + "ignore: others\n")
+    assert main([*words, "--overwrite"]) == 0
+    sample = ShardReader("data/city/train").read(0)
+    assert sample.label is not None
+    assert sample.label.tolist() == np.array([1, 0, 255])[index].tolist()
+
+
+def test_a_label_folder_is_never_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["folder", "--input", ".", "--name", "a", "--labels", "b"]) == 2
+    error = capsys.readouterr().err
+    assert "cityscapes19, cityscapes19_ids, cityscapes7, synthia13, synthia16, or a file" in error
+    assert "names: [soil, crop, weed]" in error
+
+
+def test_a_download_in_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    downloads.gta(tmp_path / "download")
+    options = ["gta", "--input", "download", "--allow-incomplete", "--workers", "1"]
+    for name in ("cityscapes19", "cityscapes7"):
+        assert main([*options, "--output", name, "--classes", name]) == 0
+    plain, merged = (ShardReader(f"{name}/train") for name in ("cityscapes19", "cityscapes7"))
+    assert "classes" not in plain.index.manifest.recipe.arguments
+    relabelling = load_class_set("cityscapes7").relabelling(load_class_set("cityscapes19"))
+    assert relabelling is not None
+    for number in range(len(plain)):
+        before, after = plain.read(number).label, merged.read(number).label
+        assert np.array_equal(relabelling.apply(before.numpy()), after.numpy())
+    Path("other.yaml").write_text("names: [soil, crop]\n")
+    assert main([*options, "--classes", "other.yaml"]) == 2
+    assert "none of them is a class of GTA5, or merges one" in capsys.readouterr().err
 
 
 def test_own_images_without_labels_keep_their_jpeg_bytes(tmp_path: Path) -> None:
@@ -94,8 +144,8 @@ def test_own_images_without_labels_keep_their_jpeg_bytes(tmp_path: Path) -> None
 
 def test_labels_beside_their_images_by_the_ends_of_their_names(tmp_path: Path) -> None:
     downloads.cityscapes(tmp_path / "cs")
-    ends = ["--image-end", "_leftImg8bit.png", "--label-end", "_gtFine_labelIds.png", "--mapping", "ids.json"]
-    Path("ids.json").write_text(json.dumps({str(i): 255 if i != 7 else "road" for i in range(34)}))
+    ends = ["--image-end", "_leftImg8bit.png", "--label-end", "_gtFine_labelIds.png", "--classes", "ids.json"]
+    Path("ids.json").write_text(json.dumps({"names": ["road"], "ids": {"7": "road"}, "ignore": "others"}))
     folders = ["--images", "leftImg8bit/train", "--labels", "gtFine/train"]
     assert main(["folder", "--input", "cs", "--name", "mine", *folders, *ends]) == 0
     assert len(ShardReader("data/mine/train")) == 2
@@ -105,29 +155,15 @@ def test_images_and_labels_may_share_a_folder(tmp_path: Path) -> None:
     for number in range(2):
         downloads.save_picture(tmp_path / f"mine/{number}.jpg", downloads.picture(number))
         downloads.save_grey(tmp_path / f"mine/labels/{number}.png", downloads.blocks(number, [0, 5, 255]))
-    assert main(["folder", "--input", "mine", "--name", "city", "--labels", "labels"]) == 0
+    assert main(["folder", "--input", "mine", "--name", "city", "--labels", "labels", "--classes", "cityscapes19"]) == 0
     assert len(ShardReader("data/city/train")) == 2
 
 
 def test_unknown_ids_of_own_labels_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     downloads.save_picture(tmp_path / "mine/a.jpg", downloads.picture(0))
     downloads.save_grey(tmp_path / "mine/labels/a.png", downloads.blocks(0, [0, 33, 200]))
-    assert main(["folder", "--input", "mine", "--name", "city", "--labels", "labels"]) == 3
-    assert "labels/a.png holds the ids 33, 200, which have no meaning here" in capsys.readouterr().err
-
-
-def test_a_wrong_mapping_is_told_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine").mkdir()
-    Path("ids.yaml").write_text("1: raod\n2: 77\nthree: 3\n4: car\n5: true\n")
-    words = ["folder", "--input", "mine", "--name", "city", "--labels", "labels", "--mapping", "ids.yaml"]
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert "4 configuration errors" in error
-    for entry in ('{"1": "raod"}', '{"2": 77}', '{"three": 3}', '{"5": true}'):
-        assert entry in error
-    Path("ids.yaml").write_text("")
-    assert main(words) == 2
-    assert "maps nothing" in capsys.readouterr().err
+    assert main(["folder", "--input", "mine", "--name", "city", "--labels", "labels", "--classes", "cityscapes19"]) == 3
+    assert "labels/a.png holds the ids 33, 200, which stand neither for a class" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -141,10 +177,10 @@ def test_a_wrong_mapping_is_told_line_by_line(capsys: pytest.CaptureFixture[str]
         (["cityscapes", "--input", ".", "--bad-limit", "2"], "2 is not between 0 and 1"),
         (["folder", "--input", "."], "--name"),
         (["folder", "--input", ".", "--name", "../up"], "../up holds more than letters"),
-        (["folder", "--input", ".", "--name", "a", "--mapping", "x.yaml"], "no labels are given"),
+        (["folder", "--input", ".", "--name", "a", "--classes", "x.yaml"], "no labels are given"),
         (
-            ["folder", "--input", ".", "--name", "a", "--labels", "b", "--mapping", "x.yaml"],
-            "no such configuration file",
+            ["folder", "--input", ".", "--name", "a", "--labels", "b", "--classes", "x.yaml"],
+            "x.yaml: no class set has this name",
         ),
     ],
 )
