@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,13 +150,12 @@ class Look(NamedTuple):
 
 def look_at(module: TrainModule, batch: UDABatch) -> Look:
     """Ask the teacher about a micro-batch, and draw its masks."""
-    settings = replace(module.config.mfm, view="context")
+    settings = module.config.mfm
     inputs = module.step_inputs(batch.to(next(module.parameters()).device))
-    clean = view_of(module.student, inputs, settings, ForwardKind.MFM)
-    truth = view_of(module.student, inputs, settings, ForwardKind.MFM_SOURCE)
+    clean, truth = (view_of(inputs, settings, kind) for kind in (ForwardKind.MFM, ForwardKind.MFM_SOURCE))
     assert inputs.pseudo is not None
     mask = keyed_masks(inputs, module.config.rebuilder.grid, settings)
-    return Look(clean.image, clean, truth, inputs.pseudo, mask)
+    return Look(module.student.context(clean.image), clean, truth, inputs.pseudo, mask)
 
 
 @contextmanager
