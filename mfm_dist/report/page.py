@@ -243,7 +243,7 @@ def probe_of(run: Run) -> Probe | None:
         ("Share through the Rebuilder", _plain(at("gradient_share")), "of the gradient that MFM sends to the encoder"),
         ("Change by one step", _plain(at("output_change")), "of what is rebuilt, at the full rate"),
         ("Teacher's calibration error", _plain(at("calibration", "expected_error")), "between confidence and accuracy"),
-        ("Pseudo-weight minus accuracy", _signed(weight - accuracy), "above 0 it is surer than it is right"),
+        ("Pseudo-weight minus accuracy", _signed(weight - accuracy), "above 0 the teacher is surer than it is right"),
     ]
     return Probe("", run.probe.get("step"), agreement, figures)
 
