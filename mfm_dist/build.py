@@ -151,7 +151,7 @@ def open_readers(config: RunConfig) -> Readers:
     """
     data = config.data
     classes = None if data.classes is None else load_class_set(data.classes)
-    labelled = data.source if build_method(config).supervised_on == "source" else data.target
+    labelled = data.source if _supervised_on(config) == "source" else data.target
     names = dict.fromkeys((labelled, data.target, data.validation))
     folders: dict[str, ShardReader] = {}
     errors = []
@@ -170,6 +170,14 @@ def open_readers(config: RunConfig) -> Readers:
     notes = _relabelled(folders)
     notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
     return Readers(opened[labelled], opened[data.target], folders[data.validation], classes, tuple(notes))
+
+
+def _supervised_on(config: RunConfig) -> str:
+    """Return the domain whose labels train the student."""
+    try:
+        return build_method(config).supervised_on
+    except ConfigError:
+        return "source"  # ``build_train_module`` comes next, and says this with all that is wrong about the networks
 
 
 def check_groups(config: RunConfig, classes: ClassSet) -> None:

@@ -116,7 +116,7 @@ def test_the_first_prediction_made_from_the_seed_is_the_one_that_was_saved(run: 
     assert "from the seed" in again.note
     assert saved.address == again.address
     other = np.zeros_like(subject.truth)
-    assert saved.address != label_map(other)
+    assert saved.address != label_map(other, networks.classes.palette)
 
 
 def spoil_all_but_config(run: Path) -> None:

@@ -32,6 +32,7 @@ from mfm_dist.checkpoint.resume import find_resumable
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -41,6 +42,11 @@ Cross = Callable[[str], None]
 def content(step: int) -> dict[str, dict[str, Tensor]]:
     """Tensors that tell the step they are of."""
     return {part: {"a": torch.full((3, 5), float(step)), "b": torch.arange(4) + step} for part in PARTS}
+
+
+def module_at(step: int) -> Any:
+    """What a writer asks of a module, at a step."""
+    return SimpleNamespace(step=step, classes=CLASSES)
 
 
 def writer(folder: Path, *, keep: int = 2, background: bool = False) -> CheckpointWriter:
@@ -64,14 +70,13 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step saves, without a network."""
-    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, _: content(module))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, _: content(module.step))
 
 
 def save(folder: Path, *steps: int, keep: int = 2, background: bool = False) -> None:
     writes = writer(folder, keep=keep, background=background)
     for step in steps:
-        module: Any = step
-        writes.save(module, Progress(step=step))
+        writes.save(module_at(step), Progress(step=step))
     writes.wait()
     writes.close()
 
@@ -266,9 +271,8 @@ def test_a_disk_that_is_full_at_any_moment_costs_no_checkpoint(
 
 def problem_of(writes: CheckpointWriter, step: int) -> StorageError | None:
     """Save and wait."""
-    module: Any = step
     try:
-        writes.save(module, Progress(step=step))
+        writes.save(module_at(step), Progress(step=step))
         writes.wait()
     except StorageError as error:
         return error
@@ -279,7 +283,7 @@ def test_every_rank_hears_of_a_write_that_failed(tmp_path: Path, monkeypatch: py
     """Rank 0 knows as soon as it looks; the others when all ask, in the words of rank 0."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     (tmp_path / "file").write_text("in the way")
-    module: Any = 1
+    module = module_at(1)
     first, second = writer(tmp_path / "file" / "checkpoints", background=True), writer(tmp_path)
     told: list[Any] = []
 
@@ -382,6 +386,7 @@ STATES = {
     "config as a list": {"config": []},
     "config of text": {"config": {"train": "fast"}},
     "data as numbers": {"data": {"target": 3}},
+    "classes without names": {"classes": {"palette": ["#000001"]}},
 }
 
 
