@@ -41,6 +41,7 @@ import torch
 import mfm_dist
 from mfm_dist.build import render_scenes
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
+from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.run.folder import OUTCOME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -112,7 +113,7 @@ class Lab:
                 **scores_of(run, folder), "probe": None, "seconds": round(time.monotonic() - begun, 1),
                 "resumed": resumed, "code": code, "reason": reason_of(folder, code),
             }  # fmt: skip
-            if code == EXIT_DONE and run.config.mfm.enabled and PROBE.exists():
+            if code == EXIT_DONE and not why_no_probe(run.config):
                 record["probe"] = await self._probe(folder)
             self.records.append(record)
             if code in OUTCOMES and not self.keep:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.checkpoint.contents import load_student, load_teacher
+from mfm_dist.build import build_train_module
+from mfm_dist.checkpoint.contents import load_modules, load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
 from mfm_dist.config.loader import load_config
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.storage import read_json
+from mfm_dist.train_module import TrainModule
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,43 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
     Raises:
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
     """
+    config, checkpoint = _newest(path)
+    model = TrainedSegmentor(_card(path, config, weights, checkpoint))
+    load = load_student if weights == "student" else load_teacher
+    load(checkpoint, model.segmentor)
+    return TrainedRun(config, checkpoint, model.eval())
+
+
+def open_train_module(path: Path) -> tuple[TrainModule, Checkpoint]:
+    """Load student, teacher and Rebuilder of a run's newest complete checkpoint, on the CPU, and that checkpoint.
+
+    Nothing of it is compiled or recomputes activations, through which one backward alone could go; its configuration
+    says so.
+
+    Raises:
+        ConfigError: no run folder, or no checkpoint yet.
+    """
+    config, checkpoint = _newest(path)
+    plain = replace(
+        config,
+        model=replace(config.model, pretrained=False, weights=None),  # the checkpoint brings all weights
+        memory=MemorySection(),
+        train=replace(config.train, compile=False),
+    )
+    module = build_train_module(plain, checkpoint.classes)
+    load_modules(checkpoint, module)
+    return module, checkpoint
+
+
+def _newest(path: Path) -> tuple[RunConfig, Checkpoint]:
+    """Read configuration and newest complete checkpoint of a run; damaged ones are named on stderr."""
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: no run folder (it has no config.yaml)")
     config = load_config(path / "config.yaml")
     checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
-    model = TrainedSegmentor(_card(path, config, weights, checkpoint))
-    load = load_student if weights == "student" else load_teacher
-    load(checkpoint, model.segmentor)
-    return TrainedRun(config, checkpoint, model.eval())
+    return config, checkpoint
 
 
 def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], checkpoint: Checkpoint) -> ModelCard:

@@ -19,7 +19,7 @@ from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
-from mfm_dist.run.folder import CLASSES
+from mfm_dist.run.folder import CLASSES, PROBE
 from mfm_dist.storage import JsonLines, read_json
 
 Floats = npt.NDArray[np.float64]
@@ -55,6 +55,8 @@ class Run:
     events: list[dict[str, Any]]
     environment: dict[str, Any]
     outcome: dict[str, Any]
+    probe: dict[str, Any]
+    """What tools/probe_rebuilder.py measured; empty if it was not run."""
     written: datetime
     """When the newest of the small files was last changed, UTC."""
     problems: list[str] = field(default_factory=list)
@@ -88,7 +90,7 @@ class Run:
     def series(self, key: str) -> tuple[Floats, Floats]:
         """Return steps and values of the lines that have ``key``; NaN where the value was not finite."""
         lines = [line for line in self.metrics if key in line]
-        return np.array([float(line["step"]) for line in lines]), np.array([_number(line[key]) for line in lines])
+        return np.array([float(line["step"]) for line in lines]), np.array([finite_or_nan(line[key]) for line in lines])
 
     def median(self, key: str) -> float:
         """Return the median of the finite values logged under ``key``; NaN if there are none."""
@@ -144,6 +146,7 @@ def _read(folder: Path, name: str) -> Run:
         events=_objects(folder / "events.jsonl", problems),
         environment=next(iter(_objects(folder / "environment.json", problems)), {}),
         outcome=next(iter(_objects(folder / "outcome.json", problems)), {}),
+        probe=next(iter(_objects(folder / PROBE, problems)), {}),
         written=datetime.fromtimestamp(
             max(path.stat().st_mtime for path in (folder / "config.yaml", *small_files)), tz=timezone.utc
         ),
@@ -193,8 +196,8 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
         except (OSError, ValueError, KeyError, CorruptFileError) as error:
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
-        by_class = {name: _number(iou.get(name)) for name in classes.names}
-        found.append(Evaluation(step, _number(miou), by_class, images if isinstance(images, int) else None))
+        by_class = {name: finite_or_nan(iou.get(name)) for name in classes.names}
+        found.append(Evaluation(step, finite_or_nan(miou), by_class, images if isinstance(images, int) else None))
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")
     return sorted(found, key=lambda one: one.step)
@@ -204,7 +207,7 @@ def _is_step(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
 
 
-def _number(value: object) -> float:
+def finite_or_nan(value: object) -> float:
     """Return a finite float, or NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return math.nan

@@ -29,6 +29,8 @@ LEASE = "lease.json"
 """Who has the folder (``cluster.lease``)."""
 CLASSES = "classes.json"
 """The class set of a run, for who reads its scores and pictures."""
+PROBE = "probe.json"
+"""What tools/probe_rebuilder.py measured of a run, at the ``step`` that it names."""
 
 
 class RunFolder:
