@@ -26,9 +26,11 @@ MFM = {
     "mfm": ["mfm.enabled=true"],
     "mfm_hidden": ["mfm.enabled=true", "mfm.loss_on=hidden"],
     "mfm_ramp": ["mfm.enabled=true", "mfm.ramp_from=100", "mfm.ramp_to=200"],
+    "mfm_stable": ["mfm.enabled=true", "rebuilder.variant=stable"],
     "mfm_hidden_ramp": ["mfm.enabled=true", "mfm.loss_on=hidden", "mfm.ramp_from=100", "mfm.ramp_to=200"],
 }
-"""Forms of the MFM term on top of a configuration: the paper's, and the two changes of it, apart and together."""
+"""Forms of the MFM term on top of a configuration: the paper's, two changes of it, apart and together, and the stable
+variant of the Rebuilder."""
 LARGER = {
     "depth8": ["rebuilder.depth=8"],
     "width192": ["rebuilder.width=192"],
