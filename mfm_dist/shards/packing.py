@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -197,17 +198,42 @@ def _some(reasons: Iterable[str]) -> str:
 def worker_pool(workers: int, what: str) -> Iterator[ProcessPoolExecutor]:
     """Start processes of one thread each that end with this one; if the block raises, what waits is not begun.
 
-    Raises UserError when one is killed, naming ``what`` they do.
+    Raises UserError when one is killed, naming ``what`` they do; KeyboardInterrupt when that was Ctrl-C.
     """
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin_worker) as pool:
+    interrupts: list[int] = []
+    with (
+        _noting_ctrl_c(interrupts),
+        ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=_begin_worker) as pool,
+    ):
         try:
             yield pool
         except BrokenProcessPool as error:
             time.sleep(0.5)  # Ctrl-C goes to all processes, and may reach this one after it has ended the others
+            if interrupts:  # and what it raised here was lost
+                raise KeyboardInterrupt from error
             why = f"a {what} process was killed, by a signal or for want of memory"
             raise UserError(f"{why}; run it again") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _noting_ctrl_c(interrupts: list[int]) -> Iterator[None]:
+    """Note each Ctrl-C where it raises KeyboardInterrupt, for that is lost in a finaliser or a callback after a fork."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    notes = threading.current_thread() is threading.main_thread()
+    notes = notes and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if notes:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if notes:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _begin_worker() -> None:

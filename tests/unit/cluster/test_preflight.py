@@ -23,7 +23,7 @@ from mfm_dist.cluster import preflight
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import CorruptFileError, UserError
+from mfm_dist.errors import CorruptFileError, DataError, UserError
 from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
 
 
@@ -246,7 +246,7 @@ def test_a_shard_set_without_samples_is_told(scenes: Path, tmp_path: Path) -> No
     config = shards_of(scenes, tmp_path / "scenes")
     manifest = tmp_path / "scenes" / "camera_train" / "dataset.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shards": []}))
-    with pytest.raises(ValueError, match="it holds no samples"):
+    with pytest.raises(DataError, match="counts no samples"):
         preflight.read_samples(config, "camera_train", Lock())
 
 

@@ -119,7 +119,7 @@ def test_ctrl_c_ends_at_once_without_traceback_and_the_next_run_goes_on(tmp_path
     process.stdout.readline()  # the first shard is there
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.strip() == "interrupted; the same command goes on from the last finished shard"
     with open(tmp_path / "game_train/dataset.unfinished.json") as file:
         kept = [record["file"] for record in json.load(file)["shards"]]
