@@ -35,6 +35,10 @@ class Evaluation(NamedTuple):
     iou: dict[str, float]
     """Percent by class name; NaN for a class that does not occur."""
     images: int | None
+    source_miou: float
+    """Percent; NaN if no labelled source images were scored."""
+    unlabelled: dict[str, float]
+    """What there is to say of target images without labels, by name; empty where they have some."""
 
     def score(self, name: str) -> float:
         """Return the IoU of a class; NaN for one that is none of the run's."""
@@ -60,6 +64,13 @@ class Run:
     """When the newest of the small files was last changed, UTC."""
     problems: list[str] = field(default_factory=list)
     """What is missing or could not be read, a sentence each."""
+
+    @property
+    def unlabelled(self) -> bool:
+        """True where the target has no labels, by the last evaluation, or by the settings before there is one."""
+        if self.last is not None:
+            return bool(self.last.unlabelled)
+        return self.config is not None and self.config.data.validation is None
 
     @property
     def first(self) -> Evaluation | None:
@@ -195,7 +206,11 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
         by_class = {name: _number(iou.get(name)) for name in classes.names}
-        found.append(Evaluation(step, _number(miou), by_class, images if isinstance(images, int) else None))
+        known = content.get("unlabelled")
+        unlabelled = {str(name): _number(value) for name, value in known.items()} if isinstance(known, dict) else {}
+        counted = images if isinstance(images, int) else None
+        of_source = _number(content.get("source_miou"))
+        found.append(Evaluation(step, _number(miou), by_class, counted, of_source, unlabelled))
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")
     return sorted(found, key=lambda one: one.step)
