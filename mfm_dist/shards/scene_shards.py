@@ -99,7 +99,7 @@ def write_scenes(
         file = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
         command += f" --classes {shlex.quote(file)}"
     sets = []
-    for domain, split in product(DOMAINS, SPLITS):
+    for domain, split in (name.split("_") for name in SCENE_SETS if name in only):
         arguments: dict[str, Any] = {
             "domain": domain,
             "split": split,
@@ -123,13 +123,7 @@ def write_scenes(
                 **arguments,
             )
         )
-    pack(
-        [one for one in sets if one.folder.name in only],
-        output=output,
-        workers=workers,
-        overwrite=overwrite,
-        report=report,
-    )
+    pack(sets, output=output, workers=workers, overwrite=overwrite, report=report)
 
 
 def _from_drawn(chosen: ClassSet, name: str) -> Relabelling | None:
