@@ -17,7 +17,7 @@ help:
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
-	@echo "make campaign     the proofs that take hours: all stages and world sizes, random kills, damaged shards, Slurm"
+	@echo "make campaign     the proofs that take hours: all stages and world sizes, random kills, damaged shards, hostile inputs, Slurm"
 	@echo "make slurm-cluster  a private Slurm of two nodes on this machine, to try slurm/ by hand"
 
 install: $(STAMP)
@@ -53,6 +53,7 @@ campaign: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m campaign --record docs/benchmarks/campaign_tests.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.damaged_shards
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.hostile_inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.slurm_rounds
 
 slurm-cluster: $(STAMP)

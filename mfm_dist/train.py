@@ -9,12 +9,10 @@ outcome.json says the same.
 from __future__ import annotations
 
 import argparse
-import errno
-import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +21,21 @@ from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, StorageError, UserError
-from mfm_dist.run.folder import RunFolder, write_outcome
+from mfm_dist.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    ConfigError,
+    CorruptFileError,
+    StorageError,
+    UserError,
+    first_line,
+)
+from mfm_dist.run.folder import OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
+from mfm_dist.storage import read_json
 
 if TYPE_CHECKING:
+    from mfm_dist.checkpoint.files import Checkpoint
     from mfm_dist.trainer import Trainer
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     launch = Launch.from_environment()
-    folder: Path | None = None
+    folder = stop = trainer = None
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
@@ -49,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_with_launcher(launch)
         with StopRequested(folder, launch.rank) as stop, start_run(config, stop) as trainer:
             return EXIT_DONE if trainer is None else trainer.fit()
-    except UserError as error:
-        return tell(error, launch.rank, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        advice = "Checkpoints are intact; free some space and start the same command again"
-        return tell(StorageError(f"{error}. {advice}"), launch.rank, folder)
+    except Exception as error:
+        step = trainer.progress.step if trainer else -1
+        owned = stop is not None and stop.owns_folder
+        mistake = error if isinstance(error, UserError) else None
+        if mistake is None and isinstance(error, OSError) and folder is not None:
+            mistake = storage_error(error, folder)
+        if mistake is not None:
+            return tell(mistake, launch.rank, folder, step=step, owned=owned)
+        if folder is not None and owned and not (folder / OUTCOME).exists():  # the first rank to fail says why
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            write_outcome(folder, code=EXIT_ERROR, reason=reason, step=step, owned=True)
+        raise
 
 
 @contextmanager
@@ -79,6 +92,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
         engine.run_collectively(run.create)
+        stop.owns_folder = True
         if engine.from_main(lambda: report_finished(config, run)):
             yield None
         else:
@@ -101,11 +115,30 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
                     if checkpoint is not None:
                         trainer.resume(checkpoint)
+                        engine.run_collectively(lambda: set_aside(checkpoint, run, say))
                     start, classes = trainer.progress.step, readers.classes
                     engine.run_collectively(lambda: run.begin(config, classes, engine.environment, start))
                 stop.training_begins()
                 yield trainer
     engine.close()
+
+
+def set_aside(checkpoint: Checkpoint, run: RunFolder, say: Callable[[str], object]) -> None:
+    """Put the damaged checkpoints that the run passes over where it will not write over them, and name them.
+
+    Raises:
+        StorageError: if the folder cannot be written.
+    """
+    from mfm_dist.checkpoint.files import set_aside_later
+
+    if not run.writes:
+        return
+    try:
+        for path in set_aside_later(checkpoint):
+            run.event("checkpoint_set_aside", step=checkpoint.progress.step, path=str(path.relative_to(run.path)))
+            say(f"  set aside: {path}")
+    except OSError as error:
+        raise StorageError(f"run.folder={run.path} cannot be written: {error}") from error
 
 
 def report_finished(config: RunConfig, run: RunFolder) -> bool:
@@ -119,7 +152,8 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
 
     step = config.train.steps
     try:
-        miou = json.loads(run.evaluation(step).read_text(encoding="utf-8"))["miou"]
+        score = read_json(run.evaluation(step))["miou"]
+        miou = None if score is None else float(score)
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
     except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
         return False  # something is left to do, or to mend
@@ -136,7 +170,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: for the first of these that is wrong, with all that is wrong with it.
     """
-    from mfm_dist.build import build_train_module, check_data
+    from mfm_dist.build import build_train_module, check_data, check_shapes
     from mfm_dist.distributed.trackers import tracker_problems
 
     if problems := tracker_problems(config):
@@ -145,13 +179,14 @@ def check(config: RunConfig) -> None:
     for note in notes:
         print(note)
     module = build_train_module(config, classes)
+    check_shapes(module)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
     print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
 
 
-def tell(error: UserError, rank: int, folder: Path | None) -> int:
+def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: bool) -> int:
     """Print the message, once, for it is the same on every rank; write it to the run folder too, if there is one."""
     if rank != 0:
         # The launcher ends every rank as soon as one has ended, and rank 0 may not have spoken yet. Who is still there
@@ -160,7 +195,7 @@ def tell(error: UserError, rank: int, folder: Path | None) -> int:
         time.sleep(RANK_0_SPEAKS_WITHIN)
     print(error, file=sys.stderr, flush=True)
     if folder is not None and folder.is_dir():
-        write_outcome(folder, code=error.exit_code, reason=str(error), step=error.step)
+        write_outcome(folder, code=error.exit_code, reason=str(error), step=step, owned=owned)
     return error.exit_code
 
 

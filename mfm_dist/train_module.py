@@ -134,6 +134,7 @@ class TrainModule(nn.Module):
                 inputs,
                 settings,
                 grid=self.config.rebuilder.grid,
+                detail_weight=self.config.hrda.detail_loss_weight,
                 teacher=self.teacher_features,
                 kind=kind,
                 measured=measured,

@@ -20,15 +20,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
-from mfm_dist.errors import (
-    EXIT_DONE,
-    EXIT_STOPPED,
-    BadSample,
-    DataError,
-    RankMismatchError,
-    UnstableError,
-    UserError,
-)
+from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, BadSample, DataError, RankMismatchError, UnstableError
 from mfm_dist.inference.evaluation import Scores, evaluate
 from mfm_dist.inference.unlabelled import look_at_unlabelled
 from mfm_dist.run.bad_samples import BadSamples
@@ -176,17 +168,13 @@ class Trainer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Open what is written to while training, and close it whatever becomes of the run. Errors get their step."""
+        """Open what is written to while training, and close it whatever becomes of the run."""
         config, step = self.config, self.progress.step
         trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
         self.console.begin(step)
         self.step_log.begin(step)
-        try:
-            with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
-                yield
-        except UserError as error:
-            error.step = self.progress.step
-            raise
+        with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
+            yield
 
     def _after_step(self) -> None:
         """Do what is due after a step: go back, log, compare, save, score."""

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module, classes_without_data
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import MFMSection, RunConfig
 from mfm_dist.methods.base import Loss, Method, StepInputs, Term
+from mfm_dist.methods.mfm import mask_of
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.train_module import TrainModule
@@ -185,16 +186,20 @@ def with_zeros(module: nn.Module) -> nn.Module:
     return copy
 
 
-def rebuilder_inputs(student: Segmentor, rebuilder: Rebuilder, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return what the Rebuilder is given for an image: zeros on the CPU of the right shapes.
+def rebuilder_inputs(
+    student: Segmentor, rebuilder: Rebuilder, image: Tensor, settings: MFMSection
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return what the Rebuilder is given for an image: zeros on the CPU of the right shapes, and a mask.
 
     Args:
         student: without storage.
         image: without storage, [B, 3, H, W].
+        settings: what the mask hides; of blocks with ``readout`` that decides what is computed.
     """
     with torch.no_grad():
         maps = [torch.zeros(feature.shape) for feature in student.eval().encode(image)]
-    mask = torch.zeros(len(image), *rebuilder.grid, dtype=torch.bool)
+    exact = replace(settings, mask="exact")
+    mask = mask_of(exact, rebuilder.grid, torch.Generator().manual_seed(0)).expand(len(image), -1, -1)
     return maps[-1], [maps[index] for index in student.decoder_inputs], mask
 
 

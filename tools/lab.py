@@ -41,6 +41,7 @@ import torch
 import mfm_dist
 from mfm_dist.build import render_scenes
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
+from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.run.folder import OUTCOME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -51,8 +52,9 @@ from tools.paired import holm, paired_difference
 SOURCES = ("mfm_dist", "tools", "configs", "setup.py", "constraints.txt")
 """What a run depends on; a change of these that is not committed keeps the lab from running."""
 PROBE = Path("tools/probe_rebuilder.py")
-SECONDS_A_STEP = 0.15
-"""Of DACS in the stride-8 bed, evaluations included, on one core; for a plan of which nothing is on record yet."""
+SECONDS_A_STEP = {"stride8": (0.12, 0.20), "aligned": (0.12, 0.20), "stride32": (0.27, 0.70)}
+"""DACS without and with MFM, ten evaluations shared out: CPU time of short runs on one core (AMD EPYC), stride 8 for
+aligned too. An estimate for beds that have no record yet."""
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -111,7 +113,7 @@ class Lab:
                 **scores_of(run, folder), "probe": None, "seconds": round(time.monotonic() - begun, 1),
                 "resumed": resumed, "code": code, "reason": reason_of(folder, code),
             }  # fmt: skip
-            if code == EXIT_DONE and run.config.mfm.enabled and PROBE.exists():
+            if code == EXIT_DONE and not why_no_probe(run.config):
                 record["probe"] = await self._probe(folder)
             self.records.append(record)
             if code in OUTCOMES and not self.keep:
@@ -201,9 +203,10 @@ def show_plan(plan: Plan, records: Records) -> str:
         alike = [line for line in lines if line["bed"] == bed and not line["resumed"]]
         same = [line for line in alike if tuple(line["overrides"]) == runs[0].overrides]
         measured = [line["seconds"] for line in same or alike]
-        seconds = statistics.median(measured) if measured else SECONDS_A_STEP * config.train.steps
+        a_step = SECONDS_A_STEP.get(bed, max(SECONDS_A_STEP.values()))[config.mfm.enabled]
+        seconds = statistics.median(measured) if measured else a_step * config.train.steps
         rest += seconds * (len(runs) - done)
-        guess = "" if same else "  (of this bed's other runs)" if alike else "  (of DACS at stride 8)"
+        guess = "" if same else "  (of this bed's other runs)" if alike else "  (of short runs)"
         shown.append(f"{bed:<10} {arm:<24} {done:>4} of {len(runs):<2} {seconds:>7.0f}{guess}")
     return "\n".join(
         [*shown, "", f"{len(known)} of {len(plan.runs)} on record; the rest: {rest / 3600:.1f} core-hours"]

@@ -77,9 +77,9 @@ def _rebuilder(module: TrainModule, crop: tuple[int, int]) -> dict[str, Any] | N
     if module.rebuilder is None:
         return None
     image = torch.empty(1, 3, *crop, device="meta")
-    last, maps, mask = rebuilder_inputs(module.student, module.rebuilder, image)
+    last, maps, mask = rebuilder_inputs(module.student, module.rebuilder, image, module.config.mfm)
     counted = count_forward(with_zeros(module.rebuilder), last, maps, mask)
-    by_torch = torch_mac(module.rebuilder, last.to("meta"), [feature.to("meta") for feature in maps], mask.to("meta"))
+    by_torch = torch_mac(module.rebuilder, last.to("meta"), [feature.to("meta") for feature in maps], mask)
     return _forward(counted, by_torch)
 
 

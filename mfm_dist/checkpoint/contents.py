@@ -12,10 +12,13 @@ from mfm_dist.checkpoint.files import Checkpoint
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.train_module import TrainModule
 
 PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
 """Files of tensors that a checkpoint may have; what a run does not train with has none."""
+OPTIMIZER_STATES = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+"""What ``optim.name`` keeps of each parameter, in fp32."""
 
 
 def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
@@ -100,7 +103,9 @@ def load_modules(
         if part is module.student:
             prefix = f"{statistics_of}/"
             tensors |= {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
-        _load_part(checkpoint.path, part, tensors, put)
+        # The teacher's buffers are not kept. Training never looks at running statistics, which one bad batch can spoil.
+        whole = part is module.student
+        _load_part(checkpoint.path, part, tensors, put, buffers_needed=whole, buffers_finite=False)
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -133,36 +138,65 @@ def load_optimizer(checkpoint: Checkpoint, module: TrainModule, engine: Engine) 
         ConfigError: if it is of other parameters.
     """
     states: dict[str, dict[str, Tensor]] = {}
-    for name, value in checkpoint.tensors("optimizer").items():
+    stored = checkpoint.tensors("optimizer")
+    for name, value in stored.items():
         parameter, _, key = name.rpartition("/")
         states.setdefault(parameter, {})[key] = value
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     shapes = {name: parameter_shape(parameter) for name, parameter in parameters.items()}
     # A parameter without state is one that no gradient has reached yet; it gets its state when one does.
-    wrong = {name for name in states if any(value.shape != shapes.get(name) for value in states[name].values())}
+    keys = OPTIMIZER_STATES[engine.config.optim.name]
+    wrong = {
+        name
+        for name, state in states.items()
+        if state.keys() != keys or any(value.shape != shapes.get(name) for value in state.values())
+    }
     if wrong or (checkpoint.progress.applied and not states):
         example = f"{len(wrong)} parameters differ, e.g. {min(wrong)}" if wrong else "it is not there"
         raise ConfigError(
             f"the optimiser's state in {checkpoint.path} is of another network ({example}): restore the settings it "
             "was trained with, or choose another run.folder"
         )
+    negative = [f"{name} holds numbers below 0" for name in stored if name.endswith("_sq") and (stored[name] < 0).any()]
+    types = [f"{name} is {value.dtype}" for name, value in stored.items() if value.dtype != torch.float32]
+    _refuse(checkpoint.path, [*types, *not_finite(stored), *negative])
     engine.load_optimizer_state(((parameters[name], states[name]) for name in states), checkpoint.progress.applied)
 
 
 def _load_part(
-    path: Path, part: nn.Module, tensors: Mapping[str, Tensor], put: Callable[[nn.Parameter, Tensor], None]
+    path: Path,
+    part: nn.Module,
+    tensors: Mapping[str, Tensor],
+    put: Callable[[nn.Parameter, Tensor], None],
+    *,
+    buffers_needed: bool = True,
+    buffers_finite: bool = True,
 ) -> None:
+    """Put parameters, which must all be there and finite, and buffers back, once all are known to fit."""
     parameters, buffers = dict(part.named_parameters()), dict(part.named_buffers())
     shapes = {name: parameter_shape(p) for name, p in parameters.items()}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
-    wrong = [name for name in parameters if name not in tensors or tensors[name].shape != shapes[name]]
-    wrong += [name for name in tensors if name not in shapes]
+    wrong = (parameters.keys() | (buffers.keys() if buffers_needed else set())) - tensors.keys()
+    wrong |= {name for name, tensor in tensors.items() if tensor.shape != shapes.get(name)}
     if wrong:
         raise ConfigError(
-            f"{path} is of another network ({len(wrong)} tensors differ, e.g. {sorted(wrong)[0]}): restore the "
+            f"{path} is of another network ({len(wrong)} tensors differ, e.g. {min(wrong)}): restore the "
             "model and rebuilder settings it was trained with, or choose another run.folder"
         )
+    types = {name: tensor.dtype for name, tensor in {**parameters, **buffers}.items()}
+    sound = tensors if buffers_finite else {name: tensors[name] for name in parameters}
+    _refuse(path, [*wrong_types(tensors, types), *not_finite(sound)])
     for name, parameter in parameters.items():
         put(parameter, tensors[name])
     for name in buffers.keys() & tensors.keys():
         buffers[name].copy_(tensors[name])
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    """Raise ConfigError for tensors that no run writes, under checksums that are right."""
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ConfigError(
+            f"{path} is not what a run wrote ({min(problems)}{more}): put a copy back, or move it away to go on from "
+            "the checkpoint before"
+        )

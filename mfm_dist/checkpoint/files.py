@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import ConfigError, CorruptFileError
-from mfm_dist.storage import sha256_of, whole_folder, write_atomically
+from mfm_dist.storage import read_json, sha256_of, whole_folder, write_atomically
 
 FORMAT = 2
+"""Any format keeps its number in ``state.json``, and bytes and SHA-256 of every file in ``manifest*.json``."""
+SET_ASIDE = "set_aside"
+"""Folder beside the checkpoints that nothing is looked for in, and nothing removed from."""
 JSON_LIMIT = 4 << 20
 """Bytes read of a JSON file at most; ours are some kilobytes."""
 
@@ -105,6 +109,20 @@ def find_latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | Non
     return next(_complete(folder, report), None)
 
 
+def set_aside_later(checkpoint: Checkpoint) -> list[Path]:
+    """Move checkpoints later than the one that a run goes on from, which would be in its way; return where they are."""
+    folder, moved = checkpoint.path.parent, []
+    folders = _folders(folder)
+    for path in folders[folders.index(checkpoint.path) + 1 :]:
+        names = (f"{path.name.strip('.')}{suffix}" for suffix in chain([""], (f".{n}" for n in count(1))))
+        target = next(place for name in names if not (place := folder / SET_ASIDE / name).exists())
+        target.parent.mkdir(exist_ok=True)
+        moved.append(path.rename(target))
+    if moved:
+        write_atomically(folder / "latest", checkpoint.path.name + "\n")
+    return moved
+
+
 def find_sound(folder: Path, before: int | None, report: Callable[[str], None]) -> Checkpoint | None:
     """Find where a run can go back to: the newest complete checkpoint not saved amid steps not applied; or None.
 
@@ -143,7 +161,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ConfigError: if it is whole and of another format than this code reads.
     """
     try:
-        manifest = _read_json(path / "manifest.json")["files"]
+        state = _read_state(path)
+        manifest = read_json(path / "manifest.json", JSON_LIMIT)["files"]
         if foreign := [name for name in manifest if not _FILE.fullmatch(name)]:
             raise CorruptFileError(f"manifest.json names {foreign[0]!r}, which is no file of a checkpoint")
         present = {entry.name for entry in path.glob("*.safetensors")}
@@ -151,9 +170,29 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CorruptFileError(f"manifest.json does not name {' and '.join(unnamed)}")
         for name, written in manifest.items():
             _verify_file(path / name, written["bytes"], written["sha256"])
-        return _from_state(path, _read_json(path / "state.json"))
+        return _from_state(path, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CorruptFileError(f"{type(error).__name__}: {error}") from error
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read ``state.json`` if it is as it was written, and of this format: of another nothing else is known."""
+    for manifest in path.glob("manifest*.json"):
+        if written := read_json(manifest, JSON_LIMIT)["files"].get("state.json"):
+            _verify_file(path / "state.json", written["bytes"], written["sha256"])
+            break
+    else:
+        raise CorruptFileError("no manifest names state.json")
+    state = read_json(path / "state.json", JSON_LIMIT)
+    found = state.get("format")
+    if type(found) is int and found != FORMAT:
+        raise ConfigError(
+            f"{path} has format {found} of checkpoints, this code reads {FORMAT}: go on with the version of mfm_dist "
+            "that wrote it, or choose another run.folder"
+        )
+    if found != FORMAT:
+        raise CorruptFileError(f"its format is {found!r:.40}, this code reads {FORMAT}")
+    return state
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
@@ -168,14 +207,6 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
 
 def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
     """Read ``state.json``, each part checked by value: a checksum in the same folder does not vouch for them."""
-    found = state.get("format")
-    if type(found) is int and found != FORMAT:
-        raise ConfigError(
-            f"{path} has format {found} of checkpoints, this code reads {FORMAT}: go on with the version of mfm_dist "
-            "that wrote it, or choose another run.folder"
-        )
-    if found != FORMAT:
-        raise CorruptFileError(f"its format is {found!r:.40}, this code reads {FORMAT}")
     counts, config, data, world_size = (state[key] for key in ("progress", "config", "data", "world_size"))
     kinds = {entry.name: list if entry.default is MISSING else int for entry in fields(Progress)}
     if not {"step", "applied", "block"} <= set(counts) <= set(kinds) or not all(
@@ -208,17 +239,6 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        content = file.read(JSON_LIMIT + 1)
-    if len(content) > JSON_LIMIT:
-        raise CorruptFileError(f"{path.name} is larger than {JSON_LIMIT >> 20} MiB")
-    value = json.loads(content)
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path.name} is not a mapping")
-    return value
-
-
 def _step_of(path: Path) -> int | None:
     found = _STEP.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
     return int(found[1]) if found else None
@@ -234,7 +254,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _remove_old(newest: Path, keep: int) -> None:
-    """Keep the last ``keep`` checkpoints up to ``newest``; later steps are damaged or of a time line given up."""
+    """Keep the last ``keep`` checkpoints up to ``newest``; later steps are of a time line given up."""
     folder = newest.parent
     folders = [path for path in _folders(folder) if _STEP.fullmatch(path.name)]
     kept = folders[: folders.index(newest) + 1][-keep:]

@@ -140,6 +140,10 @@ class CheckpointWriter:
                 keep=self.config.checkpoint.keep,
             )
         except (OSError, SafetensorError) as error:
+            if not self.folder.exists():
+                raise StorageError(
+                    f"{path} could not be written: {self.folder} is gone, somebody removed it"
+                ) from error
             raise StorageError(
                 f"{path} could not be written: {error}. Earlier checkpoints are intact; free some space "
                 f"({shutil.disk_usage(self.folder).free / 2**30:.2f} GiB are free) and start the same command again"

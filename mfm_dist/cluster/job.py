@@ -28,8 +28,16 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, EXIT_HUNG, EXIT_MISMATCH, EXIT_STOPPED, EXIT_STORAGE, tell_user_errors
-from mfm_dist.run.folder import OUTCOME
+from mfm_dist.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_HUNG,
+    EXIT_MISMATCH,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    tell_user_errors,
+)
+from mfm_dist.run.folder import OUTCOME, REFUSED
 from mfm_dist.storage import JsonLines, write_atomically
 
 QUICKSTART = Path("configs/quickstart.yaml")
@@ -41,6 +49,8 @@ SAME_STEP_ATTEMPTS = 10
 PREFLIGHT = "preflight.json"
 """As ``mfm_dist.cluster.preflight`` writes it, which needs torch."""
 SNAPSHOT = ("mfm_dist", "configs", "slurm", "setup.py", "constraints.txt")
+TRY_AGAIN = (None, EXIT_ERROR, EXIT_HUNG, EXIT_MISMATCH)
+"""Codes after which another attempt may do better; None where nothing was said."""
 FAILURE = re.compile(r"^(\[rank\d+\]: *)?([\w.]*(Error|Exception)\b.*|hung: .*|.*exitcode *: -?\d.*)$")
 """Lines of a log that say why a process ended: Python's last line of a traceback, the watchdog's, torchrun's."""
 
@@ -143,7 +153,7 @@ def plan(folder: Path, *, nodes: int, processes: int) -> tuple[int, int] | None:
         f"{config.train.global_batch} = {config.blocks_per_step} micro-batches of {config.train.micro_batch}, "
         f"{config.blocks_per_step // (used * each)} a process and step; from step {step}",
     )
-    for report in (PREFLIGHT, OUTCOME):  # of the attempt before
+    for report in (PREFLIGHT, OUTCOME, REFUSED):  # of the attempt before
         if _report(config, report, folder.name):
             (config.run.folder / report).unlink()
     for number in range(used):
@@ -172,8 +182,7 @@ def _why_idle(config: RunConfig, processes: int) -> str:
 
 def has_outcome(folder: Path) -> bool:
     """Tell whether the training said how it ended, and it was not for want of an answer from some rank."""
-    outcome = _report(load_config(folder / "config.yaml"), OUTCOME, folder.name)
-    return outcome.get("code") not in (None, EXIT_HUNG, EXIT_MISMATCH)
+    return _outcome(load_config(folder / "config.yaml"), folder.name).get("code") not in TRY_AGAIN
 
 
 def next_action(folder: Path, *, signalled: bool, cancelled: bool, lost: Sequence[str]) -> tuple[str, int]:
@@ -202,9 +211,9 @@ def _how_it_ended(config: RunConfig, job: str, *, asked: bool, lost: Sequence[st
 
     Its kind is ``ended`` for good, ``stopped`` on request, or ``failed``.
     """
-    outcome, preflight, away = _report(config, OUTCOME, job), _report(config, PREFLIGHT, job), list(lost)
+    outcome, preflight, away = _outcome(config, job), _report(config, PREFLIGHT, job), list(lost)
     code, reason = outcome.get("code"), str(outcome.get("reason", "ended without a word (killed, or a bug)"))
-    kind = "stopped" if code == EXIT_STOPPED else "failed" if code in (EXIT_HUNG, EXIT_MISMATCH, None) else "ended"
+    kind = "stopped" if code == EXIT_STOPPED else "failed" if code in TRY_AGAIN else "ended"
     if code is None and preflight.get("problems"):
         reason, away = "preflight: " + "; ".join(preflight["problems"]), away + preflight["nodes"]
         if not away and preflight["code"] != EXIT_HUNG:
@@ -246,6 +255,11 @@ def first_failure(log: str) -> str | None:
     """Return the first line that names an error, in what a log holds of the last attempt; later ones follow from it."""
     last = log.rpartition("=== attempt ")[2]
     return next((line.strip()[:300] for line in last.splitlines() if FAILURE.match(line.strip())), None)
+
+
+def _outcome(config: RunConfig, job: str) -> dict[str, Any]:
+    """Read how the training of this job ended, in the run's folder or refused beside another's run."""
+    return _report(config, OUTCOME, job) or _report(config, REFUSED, job)
 
 
 def _report(config: RunConfig, name: str, job: str) -> dict[str, Any]:

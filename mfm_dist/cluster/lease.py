@@ -26,24 +26,24 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.errors import EXIT_CONFIG, ConfigError, StorageError
+from mfm_dist.errors import EXIT_CONFIG, EXIT_STORAGE, ConfigError, StorageError
+from mfm_dist.run.folder import LEASE
 
-LEASE = "lease.json"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 100.0
 """More than the minute for which NFS may show an old time of a file."""
 
 
-def end_without_saving(reason: str) -> None:
+def end_without_saving(reason: str, code: int) -> None:
     """End this process at once: whoever has the folder now goes on from the last checkpoint."""
     os.write(sys.stderr.fileno(), f"{reason}\n".encode())
-    os._exit(EXIT_CONFIG)
+    os._exit(code)
 
 
 class Lease(AbstractContextManager["Lease"]):
     """A run folder's lease, held from ``take`` to ``release``, which the end of a ``with`` calls."""
 
-    def __init__(self, folder: Path, text: str, on_lost: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, text: str, on_lost: Callable[[str, int], object]) -> None:
         self._path = folder / LEASE
         self._text = text
         self._on_lost = on_lost
@@ -55,14 +55,15 @@ class Lease(AbstractContextManager["Lease"]):
         cls,
         folder: Path,
         *,
-        on_lost: Callable[[str], object] = end_without_saving,
+        on_lost: Callable[[str, int], object] = end_without_saving,
         say: Callable[[str], object] = print,
         environment: Mapping[str, str] = os.environ,
     ) -> Lease:
         """Wait until the folder is free, or known to be in use.
 
         Args:
-            on_lost: called in a thread, with a sentence, if another start holds the lease now; must end the process.
+            on_lost: called in a thread, with a sentence and an exit code, if another start holds the lease now or the
+                folder is gone; must end the process.
 
         Raises:
             ConfigError: if another job or process is at work in this folder.
@@ -109,7 +110,13 @@ class Lease(AbstractContextManager["Lease"]):
             except OSError:
                 continue  # the disk is away; whoever writes will say so
             if not held and not self._released.is_set():
-                self._on_lost(f"{_describe(_read(self._path))} has taken over {self._path.parent}; this start ends")
+                folder = self._path.parent
+                if folder.is_dir():
+                    self._on_lost(
+                        f"{_describe(_read(self._path))} has taken over {folder}; this start ends", EXIT_CONFIG
+                    )
+                else:
+                    self._on_lost(f"run.folder={folder} is gone: somebody removed it; this start ends", EXIT_STORAGE)
                 return
 
 

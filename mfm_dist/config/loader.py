@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import re
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
@@ -20,16 +21,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.validate import problems as problems_of
 from mfm_dist.config.validate import range_of
 from mfm_dist.config.variants import VARIANTS
-from mfm_dist.errors import ConfigError
+from mfm_dist.config.yaml_text import DEEPEST, LARGEST_TEXT, dump_yaml, parse_yaml
+from mfm_dist.errors import ConfigError, CorruptFileError
+from mfm_dist.storage import read_text
 
 Config = TypeVar("Config")
 YAML_WORDS = "; YAML reads on, yes, off and no as true and false, and digits as a number: in quotes they are text"
+
+
+LONGEST_KEY = 80
+"""Characters of a key, or of a value, that a message shows."""
+
+
+def shown(value: Any) -> str:
+    """Write a value as a message shows it: long ones cut."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = LONGEST_KEY
+    return short.repr(value)
 
 
 def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -80,7 +92,7 @@ def from_tree(
     where = f" ({origin})" if origin else ""
     values: dict[str, Any] = {}
     for name, value in tree.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{str(name)[:LONGEST_KEY]}"
         if name not in hints:
             problems[path] = f"unknown key {path!r}{where}{_suggestion(name, value, hints, prefix)}"
         elif is_dataclass(hints[name]):
@@ -89,14 +101,14 @@ def from_tree(
                 values[name] = from_tree(hints[name], value, problems, base=below, origin=origin, prefix=keys)
             elif value is not None:
                 keys = ", ".join(get_type_hints(hints[name]))
-                problems[path] = f"{path}: expected a section with keys {keys}, got {value!r}{where}"
+                problems[path] = f"{path}: expected a section with keys {keys}, got {shown(value)}{where}"
         else:
             try:
                 values[name] = _convert(value, hints[name])
                 problems.pop(path, None)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 near = _nearest_choice(value, hints[name])
-                problems[path] = f"{path}: expected {_type_name(hints[name])}, got {value!r}{where}{near}"
+                problems[path] = f"{path}: expected {_type_name(hints[name])}, got {shown(value)}{where}{near}"
     return kind(**values) if base is None else replace(base, **values)  # type: ignore[type-var]
 
 
@@ -107,7 +119,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """Write the whole configuration as YAML text that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None, width=110)
+    return dump_yaml(to_tree(config))
 
 
 def describe(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -130,25 +142,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         there = f"; there are: {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such configuration file{there}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+        tree = parse_yaml(read_text(path, LARGEST_TEXT))
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except (OSError, CorruptFileError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'train:', got {tree!r}")
+        raise ConfigError(f"{path}: expected sections such as 'train:', got {shown(tree)}")
     return tree
 
 
 def _read_override(override: str, config: RunConfig) -> dict[str, Any]:
     """Read ``section.key=value`` into the tree that sets it. Raises ConfigError: it is none."""
     key, found, text = override.partition("=")
-    if not found or not key:
-        raise ConfigError(f"override {override!r}: expected section.key=value")
+    if not found or not key or key.count(".") > DEEPEST:
+        raise ConfigError(f"override {shown(override)}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        value = parse_yaml(text)
+    except ValueError as error:
+        reason = f"{shown(text)} is not a YAML value ({error}); quote it"
+        raise ConfigError(f"override {shown(override)}: {reason}") from None
     return dict(_nested(key.split("."), value, config))
 
 
@@ -173,7 +188,7 @@ def _suggestion(name: Any, value: Any, hints: Mapping[str, Any], prefix: str) ->
     The first of: a key of this name elsewhere; one here with a like name, or a word of it, that takes the value; the
     only one here that has the value among its choices, or the only section with these keys; one with a like name.
     """
-    text = str(name)
+    text = str(name)[:LONGEST_KEY]
     likeness = {key: difflib.SequenceMatcher(None, text, key).ratio() for key in hints}
     ranked = sorted(hints, key=likeness.__getitem__, reverse=True)
     near = [key for key in ranked if likeness[key] >= 0.5 or set(text.split("_")) & set(key.split("_"))]
@@ -191,7 +206,7 @@ def _takes(hint: Any, value: Any) -> bool:
         return isinstance(value, Mapping) and bool(value.keys() & get_type_hints(hint).keys())
     try:
         _convert(value, hint)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 
@@ -204,7 +219,7 @@ def _nearest_choice(value: Any, hint: Any) -> str:
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if value in choices:
         return ""
-    found = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(str(value)[:LONGEST_KEY], [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f": did you mean {found[0]!r}?" if found else ""
 
 
@@ -239,7 +254,7 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, bool) or not math.isfinite(float(value)):
             raise ValueError
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     if hint is Path and isinstance(value, str):
         return Path(value)

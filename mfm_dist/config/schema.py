@@ -22,12 +22,36 @@ class Range:
     allows: Callable[[float], bool]
 
 
-IntFrom0 = Annotated[int, Range("not be negative", lambda number: number >= 0)]
-IntFrom1 = Annotated[int, Range("be at least 1", lambda number: number >= 1)]
-FloatFrom0 = Annotated[float, Range("not be negative", lambda number: number >= 0)]
-FloatAbove0 = Annotated[float, Range("be above 0", lambda number: number > 0)]
-Share = Annotated[float, Range("lie between 0 and 1", lambda number: 0 <= number <= 1)]
-SpikeFactor = Annotated[float, Range("be above 1, or 0 for never", lambda number: number == 0 or number > 1)]
+def between(low: float, high: float) -> Range:
+    """Allow both and what lies between. Every number has a highest value: beyond it something breaks, or never ends."""
+    return Range(f"lie between {low:,} and {high:,}", lambda number: low <= number <= high)
+
+
+IntFrom0 = Annotated[int, between(0, 10**9)]
+IntFrom1 = Annotated[int, between(1, 10**9)]
+FloatFrom0 = Annotated[float, between(0, 10**9)]
+FloatAbove0 = Annotated[float, Range("be above 0 and at most 1,000,000,000", lambda number: 0 < number <= 10**9)]
+Share = Annotated[float, between(0, 1)]
+LearningRate = Annotated[float, between(0, 1000)]
+Beta = Annotated[float, Range("be at least 0 and below 1", lambda number: 0 <= number < 1)]
+Epsilon = Annotated[float, Range("be above 0 and at most 1", lambda number: 0 < number <= 1)]
+"""0 would divide 0 by 0 for a parameter whose gradient is 0."""
+Seed = Annotated[int, between(0, 2**63 - 1)]
+Pixels = Annotated[int, between(1, 32_768)]
+Width = Annotated[int, between(1, 65_536)]
+Depth = Annotated[int, between(1, 1000)]
+Cells = Annotated[int, between(1, 1024)]
+Batch = Annotated[int, between(1, 65_536)]
+Threads = Annotated[int, between(1, 1024)]
+Workers = Annotated[int, between(0, 1024)]
+Factor = Annotated[float, between(0.01, 100)]
+WatchdogSeconds = Annotated[
+    float, Range("be 1 to 1,000,000 seconds, or 0 for never", lambda number: number == 0 or 1 <= number <= 10**6)
+]
+SpikeFactor = Annotated[
+    float,
+    Range("be above 1 and at most 1,000,000,000, or 0 for never", lambda number: number == 0 or 1 < number <= 10**9),
+]
 SpikeWindow = Annotated[
     int, Range("be 1 to 10000 steps, whose losses every checkpoint holds", lambda number: 1 <= number <= 10_000)
 ]
@@ -79,9 +103,9 @@ class DataSection:
     """Class set to train on: cityscapes19, cityscapes7, synthia16, synthia13, or a class file. Classes of the shards
     become those of the same name, or those that merge them; the others are ignored. null: that of the shards, which
     must be the same in all."""
-    crop: tuple[IntFrom1, IntFrom1] = (512, 512)
+    crop: tuple[Pixels, Pixels] = (512, 512)
     """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
-    workers: IntFrom0 = 2
+    workers: Workers = 2
     """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
     bad_sample_limit: Share = 0.001
     """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
@@ -90,12 +114,12 @@ class DataSection:
     into `root` at the start, where they are not there yet."""
     decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
     """What decodes JPEG. simplejpeg has to be installed."""
-    source_resize: tuple[IntFrom1, IntFrom1] | None = None
+    source_resize: tuple[Pixels, Pixels] | None = None
     """Source images are resized into this box (height, width), aspect kept, before the crop; null: as stored. UDA:
     720x1280 for GTA, 760x1280 for SYNTHIA, unless the shards were made at that size."""
-    target_resize: tuple[IntFrom1, IntFrom1] | None = None
+    target_resize: tuple[Pixels, Pixels] | None = None
     """The same for target images. UDA: 512x1024 for Cityscapes."""
-    scale_range: tuple[FloatAbove0, FloatAbove0] = (1.0, 1.0)
+    scale_range: tuple[Factor, Factor] = (1.0, 1.0)
     """Source and target images are resized by a further factor out of this range, drawn for each. UDA: none."""
     target_margins: tuple[IntFrom0, IntFrom0, IntFrom0, IntFrom0] = (0, 0, 0, 0)
     """Rows and columns of stored target images (top, bottom, left, right) where pseudo-labels do not count. HRDA, MIC
@@ -121,9 +145,9 @@ class ScenesSection:
     """Training images per domain."""
     val: IntFrom1 = 100
     """Validation images per domain."""
-    size: tuple[IntFrom1, IntFrom1] = (256, 512)
+    size: tuple[Pixels, Pixels] = (256, 512)
     """Image (height, width) in pixels."""
-    seed: IntFrom0 = 0
+    seed: Seed = 0
     """Seed of the streets, apart from the seed of the run: several runs share one data set."""
     gap: tuple[Literal["photometric", "texture", "layout"], ...] = ("photometric", "texture", "layout")
     """What the camera's scenes have of their own, in which the domains differ: light and sensor, materials, streets."""
@@ -205,7 +229,7 @@ class MICSection:
     """Jitter and blur before masking, as mixed images are. MIC: true from synthetic data, false from Cityscapes."""
     mask_ratio: Share = 0.7
     """Chance of each block to be hidden. MIC: 0.7."""
-    mask_block_pixels: IntFrom1 | None = None
+    mask_block_pixels: Pixels | None = None
     """Side of a hidden block, pixels of the crop; null: a 16th of its height. MIC: 64 in 1024 crops, 32 in 512."""
     loss_weight: FloatFrom0 = 1.0
     """Weight of the masked images' loss. MIC: 1."""
@@ -251,9 +275,9 @@ class MFMSection:
     trained_parts: Literal["both", "encoder", "decoder"] = "both"
     """What the term trains beside the Rebuilder; the rest gets a gradient of 0 from it. MFM, table of what is trained:
     both."""
-    view: Literal["context", "detail", "both"] = "context"
-    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both, each with the weight lambda.
-    Elsewhere it is the crop."""
+    view: Literal["context", "detail", "fused"] = "context"
+    """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both rebuilt, then fused and with
+    HRDA's loss. The paper does not say; its authors' code hints at the last. Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)
@@ -262,15 +286,15 @@ class RebuilderSection:
     """Defaults of everything below, of `mfm` and of the Rebuilder's optimiser: the paper's, or those of
     `config.variants`, which let it grow. What a file or the command line says comes after them, so that each of the
     stable variant's ingredients can be turned off by itself."""
-    depth: IntFrom1 = 2
+    depth: Depth = 2
     """Transformer blocks. MFM: 2."""
-    width: IntFrom1 = 512
+    width: Width = 512
     """Channels of a block. MFM: 512."""
-    heads: IntFrom1 = 16
+    heads: Width = 16
     """Attention heads; must divide `width`. MFM: 16."""
-    mlp_ratio: FloatAbove0 = 4.0
+    mlp_ratio: Factor = 4.0
     """Hidden width of a block's MLP over `width`. MFM: 4."""
-    grid: tuple[IntFrom1, IntFrom1] = (16, 16)
+    grid: tuple[Cells, Cells] = (16, 16)
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
     qk_norm: bool = False
     """Normalise queries and keys, so that no attention logit grows without bound. MFM: false; stable: true."""
@@ -289,13 +313,13 @@ class RebuilderSection:
 class OptimSection:
     name: Literal["adamw", "sgd"] = "adamw"
     """UDA: AdamW. SGD (momentum 0.9) is here for comparisons that Adam's normalisation would blur."""
-    lr: FloatFrom0 = 6e-5
+    lr: LearningRate = 6e-5
     """Learning rate of the encoder. UDA: 6e-5."""
     decoder_lr_factor: FloatFrom0 = 10.0
     """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
-    rebuilder_lr: FloatFrom0 = 2e-4
+    rebuilder_lr: LearningRate = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
-    rebuilder_betas: tuple[Share, Share] | None = None
+    rebuilder_betas: tuple[Beta, Beta] | None = None
     """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. stable: [0.9, 0.95], whose second moment
     follows a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
     rebuilder_warmup: Share = 0.0
@@ -306,9 +330,9 @@ class OptimSection:
     its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""
     weight_decay: FloatFrom0 = 0.01
     """Decoupled decay of every parameter but those of LayerNorms. UDA: 0.01."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's averaging constants. UDA: torch's default."""
-    eps: FloatFrom0 = 1e-8
+    eps: Epsilon = 1e-8
     """AdamW's epsilon. UDA: torch's default."""
     warmup_steps: IntFrom0 = 1500
     """Steps of linear warm-up, which multiplies the decaying rate. UDA: 1500."""
@@ -320,7 +344,7 @@ class OptimSection:
 class TrainSection:
     steps: IntFrom1 = 40_000
     """Global batches to train on. UDA: 40,000."""
-    micro_batch: IntFrom1 = 2
+    micro_batch: Batch = 2
     """Source images, and as many target images, in one forward. UDA: 2. Fixes every per-batch draw and mean."""
     global_batch: IntFrom1 = 2
     """Source images a step over all ranks, and as many target images. UDA: 2."""
@@ -336,7 +360,7 @@ class TrainSection:
     start, and on a CPU a C++ compiler."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
-    threads: IntFrom1 = 1
+    threads: Threads = 1
     """Torch threads per rank on a CPU. More changes sums in the last bits, so it is fixed here."""
 
 
@@ -375,7 +399,7 @@ class RecoverySection:
 
 @dataclass(kw_only=True)
 class WatchdogSection:
-    seconds: FloatFrom0 = 300.0
+    seconds: WatchdogSeconds = 300.0
     """Silence of all ranks after which the run ends with exit code 76, naming who hung; 0: never. Six times as long
     at the start, while the networks are compiled and while a checkpoint is waited for."""
 
@@ -397,7 +421,7 @@ class EvalSection:
     unlabelled_images: IntFrom1 = 20
     """Where `data.validation` is null: look at this many images of `data.target`, the first ones (agreement of student
     and teacher, pseudo-weight, entropy, confidence; none of them is an accuracy)."""
-    resize: tuple[IntFrom1, IntFrom1] | None = None
+    resize: tuple[Pixels, Pixels] | None = None
     """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
     size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
     Dark Zurich."""
@@ -424,7 +448,7 @@ class LogSection:
 class RunConfig:
     """A whole run. `validate.problems` lists every contradiction; a run never starts with one."""
 
-    seed: IntFrom0 = 0
+    seed: Seed = 0
     """Seed of every random draw of the run."""
     run: RunSection = field(default_factory=RunSection)
     data: DataSection = field(default_factory=DataSection)

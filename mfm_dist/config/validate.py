@@ -8,11 +8,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from mfm_dist.config.schema import DataSection, MFMSection, Range, RunConfig, is_stream
 
+MOST_CROP_PIXELS = 1 << 26
+"""As many as the largest picture that is decoded."""
+
 
 def problems(config: RunConfig) -> list[str]:
     """List every number out of range and every contradiction between fields, each with the fix."""
     return [
-        *_range_problems(config),
+        *range_problems(config),
         *_training_problems(config),
         *_mfm_problems(config.mfm, two_resolutions=config.two_resolutions),
         *_rebuilder_problems(config),
@@ -28,12 +31,12 @@ def range_of(hint: Any) -> Range | None:
     return next((found for part in get_args(hint) if (found := range_of(part))), None)
 
 
-def _range_problems(section: Any, prefix: str = "") -> Iterator[str]:
+def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
     """Find numbers outside what their field allows."""
     for name, hint in get_type_hints(type(section), include_extras=True).items():
         value = getattr(section, name)
         if is_dataclass(value):
-            yield from _range_problems(value, f"{prefix}{name}.")
+            yield from range_problems(value, f"{prefix}{name}.")
         elif value is not None and (allowed := range_of(hint)):
             for number in dict.fromkeys(value if isinstance(value, tuple) else (value,)):
                 if not allowed.allows(number):
@@ -48,8 +51,8 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
     for part, limit in train.clip_parts.items():
         if part not in ("encoder", "decoder", "rebuilder"):
             yield f"train.clip_parts names {part!r}: there are encoder, decoder and rebuilder"
-        elif isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-            yield f"train.clip_parts.{part}={limit}: must be a number above 0, or left out"
+        elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e9:
+            yield f"train.clip_parts.{part}={limit}: must be a number above 0 and at most 1e9, or left out"
     margins = config.self_training.pseudo_weight_ignore_top + config.self_training.pseudo_weight_ignore_bottom
     if margins >= crop[0]:
         yield (
@@ -74,6 +77,8 @@ def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
             f"mfm.trained_parts={mfm.trained_parts} is about the decoder, "
             f"which mfm.reconstruction={mfm.reconstruction} does not use: choose both"
         )
+    if mfm.view != "context" and mfm.reconstruction != "classes":
+        yield f"mfm.view={mfm.view} classifies, and mfm.reconstruction={mfm.reconstruction} does not: keep context"
     if mfm.ramp_to < mfm.ramp_from:
         yield f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them"
 
@@ -105,6 +110,8 @@ def _data_problems(data: DataSection) -> Iterator[str]:
     rare, (low, high) = data.rare_class_sampling, data.scale_range
     if low > high:
         yield f"data.scale_range={low}, {high}: must be two factors above 0, the smaller one first"
+    if data.crop[0] * data.crop[1] > MOST_CROP_PIXELS:
+        yield f"data.crop={data.crop[0]}x{data.crop[1]}: a crop has at most {MOST_CROP_PIXELS:,} pixels"
     if data.scratch_gib and data.scratch is None:
         yield f"data.scratch_gib={data.scratch_gib:g} limits data.scratch, which is not set"
     if not rare.enabled:

@@ -6,7 +6,6 @@ device makes cropping and stacking copies of whole rows; turning it round on the
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,11 +13,12 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.photographs import LARGEST_PICTURE, PNG_START
-from mfm_dist.errors import ConfigError, CorruptFileError
+from mfm_dist.data.photographs import LARGEST_PICTURE, opened
+from mfm_dist.data.png import PNG_START, plain_grey, png_kind, read_chunks
+from mfm_dist.errors import ConfigError, CorruptFileError, first_line
 
 _JPEG_START = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -58,15 +58,11 @@ def decode_image(payload: np.ndarray, image_format: str, decode: JpegDecoder = t
     """
     check_size("image", header_size(payload, image_format, "image"))
     if image_format == "png":
-        check_chunks("image", payload)
+        return torch.from_numpy(_png_image(payload)).permute(2, 0, 1)
     try:
-        encoded = torch.from_numpy(payload)
-        image = decode(encoded) if image_format == "jpg" else decode_png(encoded, mode=ImageReadMode.RGB)
+        return decode(torch.from_numpy(payload))
     except (RuntimeError, ValueError) as error:
-        raise CorruptFileError(f"its image is no readable {image_format} ({_first_line(error)})") from error
-    if image.dtype != torch.uint8:
-        raise CorruptFileError(f"its image has {image.dtype} pixels; 8 bits a channel are needed")
-    return image
+        raise CorruptFileError(f"its image is no readable {image_format} ({first_line(error)})") from error
 
 
 def decode_label(payload: np.ndarray, num_classes: int | None, image_size: tuple[int, int]) -> Tensor:
@@ -84,17 +80,37 @@ def decode_label(payload: np.ndarray, num_classes: int | None, image_size: tuple
     if size != image_size:
         sizes = [f"{height}x{width}" for height, width in (size, image_size)]
         raise CorruptFileError(f"its label is {sizes[0]} pixels and its image {sizes[1]} (height x width)")
-    if num_classes is not None:  # nobody has looked at it before
-        check_chunks("label", payload)
-    try:
-        label = decode_png(torch.from_numpy(payload), mode=ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise CorruptFileError(f"its label is no readable png ({_first_line(error)})") from error
-    if label.shape[0] != 1 or label.dtype != torch.uint8:
-        raise CorruptFileError(f"its label has {label.shape[0]} channels of {label.dtype}; one of 8 bits is needed")
+    label = _png_label(payload)
     if num_classes is not None:
-        check_ids(label[0].numpy(), num_classes)
-    return label[0]
+        check_ids(label, num_classes)
+    return torch.from_numpy(label)
+
+
+def _png_image(payload: np.ndarray) -> np.ndarray:
+    """Decode a PNG of at most 8 bits a channel: uint8 [H, W, 3], RGB."""
+    kind = png_kind(payload.data)
+    if kind is not None and kind.startswith("16-bit"):
+        raise CorruptFileError(f"its image is {kind}; 8 bits a channel are needed")
+    try:
+        with opened(payload.tobytes()) as picture:
+            return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    except CorruptFileError as error:
+        raise CorruptFileError(f"its image is no readable png: it {error}") from error
+
+
+def _png_label(payload: np.ndarray) -> np.ndarray:
+    """Decode a PNG of 8-bit grey, or of a palette whose index is the id: uint8 [H, W]."""
+    kind = png_kind(payload.data)
+    if kind not in ("8-bit grey", "8-bit palette"):
+        raise CorruptFileError(f"its label is {kind}; 8-bit grey is needed")
+    try:
+        label = plain_grey(read_chunks(payload.data))
+        if label is None:
+            with opened(payload.tobytes()) as picture:
+                label = np.array(picture)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"its label is no readable png: it {error}") from error
+    return label
 
 
 def check_ids(label: np.ndarray, num_classes: int) -> None:
@@ -112,20 +128,6 @@ def check_size(what: str, size: tuple[int, int]) -> None:
     height, width = size
     if not 0 < height * width <= LARGEST_PICTURE:
         raise CorruptFileError(f"its {what} claims {height}x{width} pixels; 1 to {LARGEST_PICTURE} are decoded")
-
-
-def check_chunks(what: str, payload: np.ndarray) -> None:
-    """Raise CorruptFileError for a PNG with a chunk that is cut or whose CRC-32 is wrong.
-
-    torchvision 0.29 does not survive most errors of libpng: the process ends with a segmentation fault.
-    """
-    content, at, kind = payload.data, len(PNG_START), b""
-    while kind != b"IEND":
-        size = int.from_bytes(content[at : at + 4], "big")
-        kind, end = bytes(content[at + 4 : at + 8]), at + 8 + size
-        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big") or not kind:
-            raise CorruptFileError(f"its {what} is no readable png (damaged or cut)")
-        at = end + 4
 
 
 def header_size(payload: np.ndarray, image_format: str, what: str) -> tuple[int, int]:
@@ -160,7 +162,3 @@ def _jpeg_size(content: memoryview) -> tuple[int, int] | None:
         else:
             at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

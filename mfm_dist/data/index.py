@@ -73,6 +73,8 @@ class DatasetIndex:
                 beyond the limit (all named).
         """
         manifest = open_manifest(folder)
+        if manifest.samples == 0:
+            raise DataError(f"{folder}: its {MANIFEST_FILE} counts no samples; make the shards anew")
         problems: list[str] = []
         rows = [_open_index(folder, record, problems) for record in manifest.shards]
         parts = list(zip(manifest.shards, rows, strict=True))
@@ -131,12 +133,28 @@ def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.nd
     index = index_path(folder / record.file)
     try:
         rows = read_sidecar(index, record.index_sha256)
+        if problem := _index_problem(rows, record.bytes):
+            raise CorruptFileError(f"{index} is no index of a tar: {problem}")
         if len(rows) != record.samples:
             raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
     except CorruptFileError as error:
         problems.append(str(error))
         return np.empty(0, dtype=index_dtype(1))
     return rows
+
+
+def _index_problem(rows: np.ndarray, size: int) -> str:
+    """Say what an index claims that cannot be in a tar of ``size`` bytes; its checksum vouches for none of it."""
+    key = rows.dtype.fields["key"][0].itemsize if rows.dtype.fields and "key" in rows.dtype.fields else 0
+    if rows.ndim != 1 or not 0 < key <= _LONGEST_KEY or rows.dtype != index_dtype(key):
+        return f"it holds {str(rows.dtype)[:100]} {rows.shape}"
+    if set(np.unique(rows["image_format"]).tolist()) - {extension.encode() for extension in IMAGE_EXTENSIONS}:
+        return "it names images of formats that there are not"
+    for member in ("image", "label", "meta"):
+        offset, length = rows[member]["offset"], rows[member]["size"]
+        if (offset < -1).any() or (length < 0).any() or (offset > size).any() or (length > size).any():
+            return f"it places its {member} outside the tar"
+    return ""
 
 
 IMAGE_EXTENSIONS = ("jpg", "png")

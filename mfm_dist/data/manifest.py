@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
-from mfm_dist.storage import write_atomically
+from mfm_dist.storage import read_json, read_whole, write_atomically
 
 FORMAT_VERSION = 2
 WITHOUT_CLASS_SET = 1
@@ -25,6 +27,8 @@ WITHOUT_CLASS_SET = 1
 MANIFEST_FILE = "dataset.json"
 UNFINISHED_FILE = "dataset.unfinished.json"
 """The manifest of a folder still being written: its recipe and the shards that are done."""
+LARGEST_SIDECAR = 1 << 30
+"""Bytes; an index takes some 100 a sample."""
 _TAR = re.compile(r"[0-9]{6,}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _Part = TypeVar("_Part")
@@ -163,7 +167,7 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Read a manifest. Raise DataError when the file is not a manifest of this format."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             version = content["format"]
             if version not in (FORMAT_VERSION, WITHOUT_CLASS_SET):
                 raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}; make the shards anew")
@@ -175,8 +179,8 @@ class Manifest:
                 shards=tuple(_shard(record) for record in content["shards"]),
             )
             return _typed(manifest)
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-            raise DataError(f"{path} cannot be read as a manifest ({error!r}); make the shards anew") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError, CorruptFileError) as error:
+            raise DataError(f"{path} cannot be read as a manifest ({error!r:.500}); make the shards anew") from error
 
 
 def _read_class_set(path: Path, content: dict[str, Any]) -> ClassSet | None:
@@ -312,18 +316,47 @@ def read_sidecar(path: Path, sha256: str) -> np.ndarray:
         CorruptFileError: it is gone, or not what was written.
     """
     try:
-        content = path.read_bytes()
+        content = read_whole(path, LARGEST_SIDECAR)
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from error
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path.parent}: {error}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise CorruptFileError(f"{path} is damaged: it differs from what was written (wrong SHA-256)")
     try:
-        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise CorruptFileError(f"{path} is not a readable array ({error})") from error
-    return array
+        return _read_array(content)
+    except Exception as error:  # numpy reads the header as Python text, and raises whatever that raises
+        raise CorruptFileError(f"{path} is not a readable array ({str(error)[:200]})") from error
+
+
+def _read_array(content: bytes) -> np.ndarray:
+    """Read an array as ``np.save`` writes it, if its header claims what is there. Raises ValueError."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("of another version of numpy's format")
+    shape, columnwise, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or columnwise:
+        raise ValueError("it holds objects, or is in another order")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"its header claims {dtype.itemsize} bytes x {shape}, there are {len(content) - file.tell()}")
+    return np.ndarray(shape, dtype=dtype, buffer=content, offset=file.tell()).copy()
 
 
 def remake_hint(folder: Path, manifest: Manifest) -> str:
-    """Return the command that remakes what is damaged in ``folder``, or finishes it; it keeps what is whole."""
+    """Return the command that remakes what is damaged in ``folder``, or finishes it; it keeps what is whole.
+
+    Whoever wrote the manifest may have written any command there: only one of ours is passed on as advice.
+    """
+    if not _is_ours(manifest.command):
+        own = f"what {MANIFEST_FILE} gives for it is none of ours"
+        return f"the command that made it, with --output {folder.parent} ({own})"
     return f"{manifest.command} --output {folder.parent}"
+
+
+def _is_ours(command: str) -> bool:
+    """Tell whether a command starts one of our tools and, as a shell reads it, nothing else."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return False
+    return words[:2] == ["python", "tools/make_shards.py"] and shlex.join(words) == command and "\n" not in command

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from PIL import Image
 
+from mfm_dist.data.png import check_length, is_interlaced, read_chunks
 from mfm_dist.errors import CorruptFileError
 
-PNG_START = b"\x89PNG\r\n\x1a\n"
 LARGEST_PICTURE = 1 << 26
 """Pixels of the largest picture that is decoded, 64 Mi: twice the largest of any street data set. A header may claim
 four billion pixels in a file of a few bytes."""
@@ -35,13 +35,19 @@ def opened(content: bytes, most_pixels: int = LARGEST_PICTURE) -> Iterator[Image
             width, height = picture.size
             if not 0 < width * height <= most_pixels:
                 raise CorruptFileError(f"claims {width} x {height} pixels, not 1 to {most_pixels}: make it smaller")
-            if picture.format == "PNG":  # decoding alone does not compare the checksums of its chunks
-                with Image.open(io.BytesIO(content)) as chunks:
-                    chunks.verify()
+            chunks = read_chunks(memoryview(content)) if picture.format == "PNG" else None
             yield picture
+            # Pillow leaves rows black for which there were no data, and says nothing.
+            if chunks and (is_interlaced(chunks) or _last_row_is_black(picture)):
+                check_length(chunks)
     except CorruptFileError:
         raise
     except Image.DecompressionBombError as error:
         raise CorruptFileError(f"cannot be decoded ({error}): make it smaller") from error
     except Exception as error:  # decoders meet damaged files with errors of every kind
         raise CorruptFileError(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _last_row_is_black(picture: Image.Image) -> bool:
+    width, height = picture.size
+    return picture.crop((0, height - 1, width, height)).getbbox(alpha_only=False) is None

@@ -124,17 +124,54 @@ def target_crop(
     resized = resize.size(stored, generator)
     box = _draw_box(resized, size, generator)
     flips = generator.random() < FLIP_PROBABILITY
-    image = resize_box(image, resized, box)
-    valid = torch.ones((), dtype=torch.bool).expand(image.shape[1:])  # no memory of its own
-    if any(margins):
-        top, bottom, left, right = margins
-        inside = torch.zeros(stored, dtype=torch.uint8)
-        inside[top : stored[0] - bottom, left : stored[1] - right] = 1
-        valid = resize_label(inside, resized)[box].bool()
     image_crop, valid_crop = into or (_empty_image(size), torch.empty(size, dtype=torch.bool))
-    _put_image(image, image_crop, bool(flips))
-    _put_plane(valid, valid_crop, bool(flips and any(margins)), False)
+    _put_image(resize_box(image, resized, box), image_crop, bool(flips))
+    _put_plane(_inside(stored, resized, box, margins), valid_crop, bool(flips and any(margins)), False)
     return image_crop, valid_crop
+
+
+def central_crop(
+    image: Tensor,
+    label: Tensor,
+    size: tuple[int, int],
+    *,
+    box: tuple[int, int] | None = None,
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the middle out of a labelled target image, as large as training sees it; nothing is drawn.
+
+    Args:
+        image: uint8 [3, H, W].
+        label: uint8 [H, W].
+        size: height and width (h, w) of the crop; a smaller image is padded.
+        box: that the image is resized into first; None: as it is stored.
+        margins: as for ``target_crop``.
+
+    Returns:
+        uint8 [3, h, w], uint8 [h, w], and bool [h, w] as of ``target_crop``.
+    """
+    stored = (image.shape[1], image.shape[2])
+    resized = stored if box is None else scaled_size(stored, box_factor(stored, box))
+    top, left = (max(have - want, 0) // 2 for have, want in zip(resized, size, strict=True))
+    middle = (slice(top, min(top + size[0], resized[0])), slice(left, min(left + size[1], resized[1])))
+    crops = _empty_image(size), torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.bool)
+    _put_image(resize_box(image, resized, middle), crops[0], flips=False)
+    _put_plane(resize_label(label, resized)[middle], crops[1], flips=False, padding=IGNORE_INDEX)
+    _put_plane(_inside(stored, resized, middle, margins), crops[2], flips=False, padding=False)
+    return crops
+
+
+def _inside(
+    stored: tuple[int, int], resized: tuple[int, int], box: Slices, margins: tuple[int, int, int, int]
+) -> Tensor:
+    """Tell which pixels of a box of the resized image lie in no margin of the stored one: bool [h', w']."""
+    if not any(margins):
+        cut = tuple(len(range(side)[part]) for side, part in zip(resized, box, strict=True))
+        return torch.ones((), dtype=torch.bool).expand(cut)  # no memory of its own
+    top, bottom, left, right = margins
+    inside = torch.zeros(stored, dtype=torch.uint8)
+    inside[top : stored[0] - bottom, left : stored[1] - right] = 1
+    return resize_label(inside, resized)[box].bool()
 
 
 def _draw_varied(label: Tensor, size: tuple[int, int], generator: np.random.Generator) -> tuple[Slices, bool]:

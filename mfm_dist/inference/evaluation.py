@@ -86,8 +86,8 @@ class Scores:
         return json.dumps(values, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write the JSON file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the JSON file, whole or not at all, into a folder that is made if need be."""
+        path.parent.mkdir(exist_ok=True)
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:

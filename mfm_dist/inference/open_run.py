@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.checkpoint.contents import load_student, load_teacher
+from mfm_dist.build import build_train_module
+from mfm_dist.checkpoint.contents import load_modules, load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
 from mfm_dist.config.loader import load_config
-from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import ConfigError
+from mfm_dist.config.schema import MemorySection, RunConfig
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.run.folder import RunFolder
+from mfm_dist.storage import read_json
+from mfm_dist.train_module import TrainModule
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,50 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
     Raises:
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
     """
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: no run folder (it has no config.yaml)")
-    config = load_config(path / "config.yaml")
-    checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
-    if checkpoint is None:
-        raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
+    config, checkpoint = _newest(path)
     model = TrainedSegmentor(_card(path, config, weights, checkpoint))
     load = load_student if weights == "student" else load_teacher
     load(checkpoint, model.segmentor)
     return TrainedRun(config, checkpoint, model.eval())
 
 
+def open_train_module(path: Path) -> tuple[TrainModule, Checkpoint]:
+    """Load student, teacher and Rebuilder of a run's newest complete checkpoint, on the CPU, and that checkpoint.
+
+    Nothing of it is compiled or recomputes activations, through which one backward alone could go; its configuration
+    says so.
+
+    Raises:
+        ConfigError: no run folder, or no checkpoint yet.
+    """
+    config, checkpoint = _newest(path)
+    plain = replace(
+        config,
+        model=replace(config.model, pretrained=False, weights=None),  # the checkpoint brings all weights
+        memory=MemorySection(),
+        train=replace(config.train, compile=False),
+    )
+    module = build_train_module(plain, checkpoint.classes)
+    load_modules(checkpoint, module)
+    return module, checkpoint
+
+
+def _newest(path: Path) -> tuple[RunConfig, Checkpoint]:
+    """Read configuration and newest complete checkpoint of a run; damaged ones are named on stderr."""
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: no run folder (it has no config.yaml)")
+    config = load_config(path / "config.yaml")
+    checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
+        raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")
+    return config, checkpoint
+
+
 def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], checkpoint: Checkpoint) -> ModelCard:
     """Gather what there is to say about the segmentor in a checkpoint of a run."""
     step = checkpoint.progress.step
-    scores = _read_json(RunFolder(path, writes=False).evaluation(step))
+    miou = _read_json(RunFolder(path, writes=False).evaluation(step)).get("miou")
+    revision = _read_json(path / "environment.json").get("revision")
     return ModelCard(
         backbone=config.model.backbone,
         backbone_options=config.model.backbone_options,
@@ -66,14 +96,20 @@ def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"],
         crop=config.data.crop,
         resize=config.eval.resize,
         step=step,
-        miou=scores.get("miou") if weights == "student" else None,  # evaluation scores the student
-        revision=_read_json(path / "environment.json").get("revision"),
+        miou=miou if weights == "student" and isinstance(miou, float) else None,  # evaluation scores the student
+        revision=revision if isinstance(revision, str) else None,
     )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation."""
-    if not path.is_file():
+    """Read a small file of the run; empty if it is missing, as after a kill between a checkpoint and its evaluation.
+
+    One that cannot be read is named on stderr: it says where the weights come from, and they are of use without.
+    """
+    if not path.exists():
         return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+    try:
+        return read_json(path)
+    except (OSError, CorruptFileError) as error:
+        print(f"{path.parent}: {error}; what it says is left out", file=sys.stderr)
+        return {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from mfm_dist.classes import Colour
 from mfm_dist.data.photographs import opened
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.storage import atomic_file
+from mfm_dist.storage import atomic_file, read_whole
 
 OPACITY = 0.65
 """Share of the class colour in an overlay."""
@@ -66,6 +66,8 @@ def save_overlay(
     save_picture(path, Image.fromarray(np.concatenate(panels, axis=1)))
 
 
+LARGEST_IMAGE = 1 << 30
+"""Bytes of an image file."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -79,7 +81,7 @@ def read_image(path: Path) -> Tensor:
         CorruptFileError: for a file that cannot be decoded, or with more pixels than PIL's MAX_IMAGE_PIXELS.
     """
     try:
-        content = path.read_bytes()
+        content = read_whole(path, LARGEST_IMAGE)
     except OSError as error:
         raise CorruptFileError(f"cannot be read ({error.strerror})") from error
     with opened(content, Image.MAX_IMAGE_PIXELS or sys.maxsize) as picture:

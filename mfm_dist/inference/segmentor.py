@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mfm_dist.classes import ClassSet
-from mfm_dist.config.loader import from_tree, to_tree
-from mfm_dist.errors import ConfigError
+from mfm_dist.config.loader import from_tree, shown, to_tree
+from mfm_dist.config.schema import FloatAbove0, IntFrom0, Pixels
+from mfm_dist.config.validate import range_problems
+from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.hrda import build_segmentor
+from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.models.preprocessing import normalise
+from mfm_dist.storage import read_json
 
 CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
 FORMAT = "mfm_dist segmentor 1"
@@ -43,19 +47,19 @@ class ModelCard:
     """RGB colour of each class."""
     mean: tuple[float, float, float]
     """RGB in 0..255; an image is normalised as (value - mean) / std."""
-    std: tuple[float, float, float]
+    std: tuple[FloatAbove0, FloatAbove0, FloatAbove0]
     """RGB in 0..255."""
     weights: Literal["student", "teacher"]
     """The teacher is the student's moving average, with the student's BatchNorm statistics."""
     run: str
     """Name of the run folder."""
     method: str
-    crop: tuple[int, int]
+    crop: tuple[Pixels, Pixels]
     """Training crop (height, width) in pixels. Prediction takes images of any size: whole, with HRDA in windows."""
-    resize: tuple[int, int] | None = None
+    resize: tuple[Pixels, Pixels] | None = None
     """Prediction fits images into this box (height, width), aspect kept, and enlarges the logits to their own size, as
     the evaluation of the run does; None: images as they are."""
-    step: int
+    step: IntFrom0
     """Global batches the weights were trained on."""
     miou: float | None
     """Mean IoU in percent on the run's validation set at this step; None where it was not measured."""
@@ -120,11 +124,17 @@ def load_export(folder: Path) -> TrainedSegmentor:
     Raises:
         ConfigError: if the folder is none, or one that cannot be used.
     """
-    model = TrainedSegmentor(read_card(folder))
+    model, file = TrainedSegmentor(read_card(folder)), folder / WEIGHTS
+    own = {name: tensor.dtype for name, tensor in model.segmentor.state_dict().items()}
     try:
-        model.segmentor.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{folder / WEIGHTS} cannot be used ({error}): export the run again") from error
+        if not file.is_file():  # a named pipe would be waited for
+            raise FileNotFoundError(f"there is no file {WEIGHTS}")
+        tensors = load_file(file)
+        if problems := [*wrong_types(tensors, own), *not_finite(tensors)]:
+            raise CorruptFileError(min(problems))
+        model.segmentor.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, CorruptFileError) as error:
+        raise ConfigError(f"{file} cannot be used ({str(error)[:600]}): export the run again") from error
     return model.eval()
 
 
@@ -139,15 +149,15 @@ def read_card(folder: Path) -> ModelCard:
         raise ConfigError(f"{folder} is neither an export ({CONFIG} is missing) nor a run folder (so is config.yaml)")
     problems: dict[str, str] = {}
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        found = tree.get("format")
-        if found != FORMAT:
-            raise ConfigError(f"{file}: its format is {found!r}, this code reads {FORMAT!r}")
+        tree = read_json(file)
+        form = tree.get("format")
+        if form != FORMAT:
+            raise ConfigError(f"{file}: its format is {shown(form)}, this code reads {FORMAT!r}")
         card = from_tree(ModelCard, tree, problems)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, TypeError, CorruptFileError) as error:  # a key that is missing is a TypeError
         raise ConfigError([*problems.values(), f"{file} cannot be read ({error}): export the run again"]) from error
-    if problems:
-        raise ConfigError([f"{file}: {problem}" for problem in problems.values()])
+    if found := list(problems.values()) or list(range_problems(card)):
+        raise ConfigError([f"{file}: {problem}" for problem in found])
     return card
 
 
@@ -156,7 +166,7 @@ def is_export(folder: Path) -> bool:
     if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
         return False
     try:
-        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = read_json(folder / CONFIG)
+    except (OSError, CorruptFileError):
         return False
-    return isinstance(tree, dict) and str(tree.get("format")).startswith("mfm_dist segmentor")
+    return str(tree.get("format")).startswith("mfm_dist segmentor")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_dist.config.schema import MFMSection
 from mfm_dist.errors import ConfigError
@@ -23,6 +24,7 @@ from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.windows import Window
 from mfm_dist.rng import Stream, torch_generator
 
 PATCH = 4
@@ -30,6 +32,9 @@ PATCH = 4
 UNSURE = 0.5
 """Confidence of the teacher up to which a pixel counts for nothing in ``confidence_weight``: on the embedded scenes a
 third of the pseudo-labels below it are right, of all those above .968 98 %."""
+
+DETAIL_OF = {ForwardKind.MFM: ForwardKind.MFM_DETAIL, ForwardKind.MFM_SOURCE: ForwardKind.MFM_SOURCE_DETAIL}
+"""Key of the draws for the detail window of each pass."""
 
 Encode = Callable[[Tensor], list[Tensor]]
 """From an image [B, 3, H, W] to encoder maps."""
@@ -85,12 +90,9 @@ def hide(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Ten
 
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
-    """List the forwards of the term, each with the weight lambda: source before target, context before detail."""
-    target, source = [ForwardKind.MFM], [ForwardKind.MFM_SOURCE]
-    if settings.view == "both":
-        target.append(ForwardKind.MFM_DETAIL)
-        source.append(ForwardKind.MFM_SOURCE_DETAIL)
-    return {"target": target, "source": source, "both": [*source, *target]}[settings.domain]
+    """List the forwards of the term, each with the weight lambda: source before target."""
+    kinds = {"target": [ForwardKind.MFM], "source": [ForwardKind.MFM_SOURCE]}
+    return [*kinds["source"], *kinds["target"]] if settings.domain == "both" else kinds[settings.domain]
 
 
 class View(NamedTuple):
@@ -111,6 +113,7 @@ def mfm_term(
     settings: MFMSection,
     *,
     grid: tuple[int, int],
+    detail_weight: float,
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
     measured: dict[str, Tensor] | None = None,
@@ -120,42 +123,96 @@ def mfm_term(
     Args:
         rebuilder: None where hidden features stay empty.
         grid: rows and columns of the mask.
+        detail_weight: HRDA's weight of the detail window's loss, for ``mfm.view: fused``.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
         measured: takes the loss where hidden and where visible, and the largest attention logit; None for neither.
     """
-    view = view_of(student, inputs, settings, kind)
-    features = student.encode(view.image)
-    mask = keyed_masks(inputs, grid, settings, kind)
+    view, mask = view_of(inputs, settings, kind), keyed_masks(inputs, grid, settings, kind)
     if settings.reconstruction != "classes":
         assert rebuilder is not None
+        view = view._replace(image=student.context(view.image))
+        features = student.encode(view.image)
         loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
         return loss + zero_loss_through(student.heads, features)
 
-    if settings.trained_parts == "decoder":
-        features = [zero_gradient(feature) for feature in features]
-    read = student.decoder_inputs
-
-    def decode(rebuilt: list[Tensor]) -> Tensor:
-        with frozen(student.decoder) if settings.trained_parts == "encoder" else nullcontext():
-            logits = student.decode(completed(features, read, rebuilt))
-        if measured is not None:
-            measured.update(
-                {f"{kind.label}/{name}": loss for name, loss in losses_by_place(logits, view, mask).items()}
-            )
-        return logits
-
-    maps = [features[index] for index in read]
+    classify = partial(classify_rebuilt, student, rebuilder or hide, settings=settings)
     with ExitStack() as stack:
         collects = rebuilder is not None and measured is not None
         largest = stack.enter_context(rebuilder.collecting_logits()) if collects else []  # type: ignore[union-attr]
-        loss = masked_features_loss(
-            rebuilder or hide, maps, decode, mask, view.label, view.weight, loss_on=settings.loss_on
-        )
-    if measured is not None and largest:
-        measured["rebuilder/max_logit"] = torch.stack(largest).amax()
-    not_reached = student.heads if settings.trained_parts == "encoder" else student.heads[1:]
-    return loss + zero_loss_through(not_reached, features)
+        if settings.view == "context":
+            seen = classify(view._replace(image=student.context(view.image)), mask, student.decode)
+        else:
+            assert isinstance(student, HRDASegmentor)
+            box = draw_detail_box(student, inputs, kind)
+            window = View(*(box.crop(part) for part in view))
+            if settings.view == "detail":
+                view, seen = window, classify(window, mask, student.decode)
+            else:
+                other = keyed_masks(inputs, grid, settings, DETAIL_OF[kind])
+                seen = classify_fused(student, classify, view, window, (mask, other), box, detail_weight)
+    if measured is not None:
+        by_place = losses_by_place(seen.logits, view, mask)
+        measured.update({f"{kind.label}/{name}": loss for name, loss in by_place.items()})
+        if largest:
+            measured["rebuilder/max_logit"] = torch.stack(largest).amax()
+    reached = 0 if settings.trained_parts == "encoder" else len(student.heads) if settings.view == "fused" else 1
+    return seen.loss + zero_loss_through(student.heads[reached:], seen.features)
+
+
+class Seen(NamedTuple):
+    """What the term makes of one view."""
+
+    loss: Tensor
+    logits: Tensor
+    """[B, C, h, w]."""
+    features: list[Tensor]
+    """All encoder maps, before anything was hidden."""
+
+
+def classify_rebuilt(
+    student: Segmentor, rebuilder: Rebuild, view: View, mask: Tensor, decode: Decode, *, settings: MFMSection
+) -> Seen:
+    """Encode a view, hide, rebuild, and classify all maps by ``decode``; train the parts that the settings say."""
+    features = student.encode(view.image)
+    maps = features
+    if settings.trained_parts == "decoder":
+        maps = [zero_gradient(feature) for feature in features]
+    read, logits = student.decoder_inputs, []
+
+    def decode_all(rebuilt: list[Tensor]) -> Tensor:
+        with frozen(nn.ModuleList(student.heads)) if settings.trained_parts == "encoder" else nullcontext():
+            logits.append(decode(completed(maps, read, rebuilt)))
+        return logits[0]
+
+    visible = [maps[index] for index in read]
+    loss = masked_features_loss(rebuilder, visible, decode_all, mask, view.label, view.weight, loss_on=settings.loss_on)
+    return Seen(loss, logits[0], features)
+
+
+def classify_fused(
+    student: HRDASegmentor,
+    classify: Callable[[View, Tensor, Decode], Seen],
+    whole: View,
+    window: View,
+    masks: tuple[Tensor, Tensor],
+    box: Window,
+    detail_weight: float,
+) -> Seen:
+    """Rebuild context and detail, fuse them as HRDA does, and take HRDA's loss: 1 - w of the fused, w of the detail.
+
+    Args:
+        classify: ``classify_rebuilt``, of all but a view, its mask and its decoder.
+        window: what ``box`` shows of ``whole``.
+        masks: of the context and of the window.
+    """
+    detail = classify(window, masks[1], student.decode)
+
+    def decode_fused(maps: list[Tensor]) -> Tensor:
+        return student.fuse_window(student.decode(maps), student.attend(maps), detail.logits, box)
+
+    fused = classify(whole._replace(image=student.context(whole.image)), masks[0], decode_fused)
+    return fused._replace(loss=(1.0 - detail_weight) * fused.loss + detail_weight * detail.loss)
 
 
 @torch.no_grad()
@@ -167,21 +224,16 @@ def losses_by_place(logits: Tensor, view: View, mask: Tensor) -> dict[str, Tenso
     return {name: (errors * place).sum() / place.sum().clamp_min(1) for name, place in places.items()}
 
 
-def view_of(student: Segmentor, inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
-    """Return image, label and weight of a domain, the source's labels given; in HRDA of context or detail window."""
-    if kind in (ForwardKind.MFM_SOURCE, ForwardKind.MFM_SOURCE_DETAIL):
+def view_of(inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
+    """Return image, label and weight of a domain, the source's labels given."""
+    if kind == ForwardKind.MFM_SOURCE:
         label = inputs.source_label.long()
-        image, weight = inputs.source_image, torch.ones_like(label, dtype=torch.float32)
-    else:
-        assert inputs.pseudo is not None
-        image, label, weight = inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight
-        if settings.target_weight == "confidence":
-            weight = confidence_weight(inputs.pseudo.confidence) * inputs.pseudo.valid
-    if settings.view != "detail" and kind not in (ForwardKind.MFM_DETAIL, ForwardKind.MFM_SOURCE_DETAIL):
-        return View(student.context(image), label, weight)
-    assert isinstance(student, HRDASegmentor)
-    box = draw_detail_box(student, inputs, kind)
-    return View(box.crop(image), box.crop(label), box.crop(weight))
+        return View(inputs.source_image, label, torch.ones_like(label, dtype=torch.float32))
+    assert inputs.pseudo is not None
+    weight = inputs.pseudo.weight
+    if settings.target_weight == "confidence":
+        weight = confidence_weight(inputs.pseudo.confidence) * inputs.pseudo.valid
+    return View(inputs.target_image, inputs.pseudo.label, weight)
 
 
 def draw_mask(

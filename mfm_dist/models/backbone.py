@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -19,8 +19,16 @@ from mfm_dist.models.pyramid import SimplePyramid
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
 """What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
 
-OWN_ARGUMENTS = {"features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
-"""Arguments of ``timm.create_model`` that ``Backbone`` sets by itself."""
+OWN_ARGUMENTS = {
+    "features_only",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "in_chans",
+    "num_classes",
+}
+"""Arguments of ``timm.create_model`` that ``Backbone`` sets by itself, or that follow from RGB images."""
 
 WRAPPER_OPTIONS = {"out_indices", "feature_cls"}
 """Options of timm's feature wrapper, which the plain model does not have."""
@@ -82,6 +90,8 @@ class Backbone(nn.Module):
             net = timm.create_model(architecture, features_only=True, pretrained=pretrained, **arguments)
             if state is not None:
                 _load(net, architecture, arguments, state)
+        except ConfigError:
+            raise
         except Exception as error:  # timm raises nearly every kind
             raise ConfigError(_explain(architecture, arguments, error, weights=weights, state=state)) from error
         self.net = net
@@ -121,8 +131,11 @@ def _resolve(name: str, options: dict[str, object]) -> tuple[str, dict[str, obje
     reserved = sorted(OWN_ARGUMENTS & set(options))
     if reserved:
         raise ConfigError(
-            f"model.backbone_options may not set {', '.join(reserved)}; use model.pretrained or model.weights"
+            f"model.backbone_options may not set {', '.join(reserved)}: images are RGB, and weights come by "
+            "model.pretrained or model.weights"
         )
+    if problems := list(_option_problems(options)):
+        raise ConfigError([f"model.backbone_options: {problem}" for problem in problems])
     if re.fullmatch("mit_b[0-5]", name):
         return name.replace("mit", "pvt_v2"), {**MIT_OPTIONS, **options}
     if not timm.is_model(name):
@@ -133,6 +146,18 @@ def _resolve(name: str, options: dict[str, object]) -> tuple[str, dict[str, obje
             f"model.backbone: timm {timm.__version__} has no model called {name!r}{hint}. timm.list_models() lists all"
         )
     return name, options
+
+
+def _option_problems(options: Mapping[str, object]) -> Iterator[str]:
+    """Find values that timm takes without a word and that fail, or mean something else, later."""
+    for name, value in options.items():
+        if name.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
+            yield f"{name}={value}: must be at least 0 and below 1"
+    indices = options.get("out_indices")
+    if isinstance(indices, list | tuple):
+        whole = [index for index in indices if type(index) is int and index >= 0]
+        if not whole or len(whole) < len(indices) or sorted(set(whole)) != whole:
+            yield f"out_indices={str(indices)[:80]}: must be numbers of stages from 0 on, at least one, in rising order"
 
 
 def _load(net: nn.Module, architecture: str, options: Mapping[str, object], state: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.size_limit import limited_size
 from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 
 SCALE = 2
@@ -95,11 +96,18 @@ class HRDASegmentor(Segmentor):
         features = self.encode(self.context(image))
         coarse, attention = self.decode(features), self.attend(features)
         detail = self.decode(self.encode(box.crop(image)))
+        return TwoResolutions(features, self.fuse_window(coarse, attention, detail, box), detail)
+
+    def fuse_window(self, coarse: Tensor, attention: Tensor, detail: Tensor, box: Window) -> Tensor:
+        """Fuse logits and attention of the context [B, C, h, w] with the logits of one detail window: [B, C, 2h, 2w].
+
+        Outside the window the context speaks alone.
+        """
         cell = box.scaled_down(SCALE * self.stride)
         rows, columns = coarse.shape[-2:]
         inside = cell.paste(cell.crop(attention), (rows, columns))  # 0 outside the window
         pasted = box.scaled_down(self.stride).paste(detail, (SCALE * rows, SCALE * columns))
-        return TwoResolutions(features, fuse(coarse, inside, pasted), detail)
+        return fuse(coarse, inside, pasted)
 
     def attend(self, features: list[Tensor]) -> Tensor:
         """Say from the context's encoder maps how much of the detail to believe, 0..1, [B, C, h, w]."""
@@ -159,21 +167,22 @@ def build_segmentor(
     Raises:
         ConfigError: an unknown name, a wrong option, weights that cannot be used, or parts that do not fit.
     """
-    encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
-    head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
-    segmentor = Segmentor(encoder, head)
-    if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
-        # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
-        raise ConfigError(
-            f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} reads "
-            f"{len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or segformer, or "
-            "leave pyramid out"
-        )
-    if attention is None:
-        return segmentor
-    assert window is not None
-    try:
-        weighing = build_decoder(attention, encoder.channels, encoder.strides, num_classes, attention_options)
-    except ConfigError as error:
-        raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
-    return HRDASegmentor(segmentor, weighing, window)
+    with limited_size("model.backbone_options, model.decoder_options and hrda.attention_options"):
+        encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
+        head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
+        segmentor = Segmentor(encoder, head)
+        if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
+            # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
+            raise ConfigError(
+                f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} "
+                f"reads {len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or "
+                "segformer, or leave pyramid out"
+            )
+        if attention is None:
+            return segmentor
+        assert window is not None
+        try:
+            weighing = build_decoder(attention, encoder.channels, encoder.strides, num_classes, attention_options)
+        except ConfigError as error:
+            raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
+        return HRDASegmentor(segmentor, weighing, window)

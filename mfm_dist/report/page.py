@@ -17,11 +17,12 @@ from markupsafe import Markup
 from mfm_dist.config.loader import to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
+from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.inference.unlabelled import FIGURES
 from mfm_dist.report.charts import Chart, compared_charts, draw, miou_chart, run_charts, spoken, unlabelled_charts
 from mfm_dist.report.gallery import Gallery, compare_galleries, make_gallery
 from mfm_dist.report.picture import RIGHT_COLOUR, WRONG_COLOUR, hexadecimal
-from mfm_dist.report.run import Run
+from mfm_dist.report.run import Run, finite_or_nan
 
 DASH = "\N{EN DASH}"
 """Stands for a figure that there is not."""
@@ -29,6 +30,14 @@ SHOWN_EVENTS = 20
 """Single events listed of each group."""
 NOT_COMPARED = ("seed", "run.folder")
 """Settings in which repetitions of a run differ."""
+REBUILT_BY: Mapping[str, str] = {
+    "zero_fill": "nothing: they are 0",
+    "diffusion": "averaging the neighbours",
+    "rebuilder": "the Rebuilder",
+    "other_image": "the Rebuilder, shown another image",
+    "all_hidden": "the Rebuilder, with all hidden",
+}
+"""What rebuilds hidden features in a probe -> in words."""
 EVENT_NAMES: Mapping[str, str] = {
     "skipped_step": "Step skipped",
     "bad_sample": "Sample left out",
@@ -60,6 +69,18 @@ class EventGroup:
     last: int | None
     examples: list[str]
     """The first ``SHOWN_EVENTS`` in words, where they say more than kind and cause."""
+
+
+class Probe(NamedTuple):
+    """What the probe of the Rebuilder says, or why it says nothing."""
+
+    absent: str
+    """A sentence; empty if there are figures."""
+    step: object = None
+    agreement: Sequence[tuple[str, float, float]] = ()
+    """How hidden features are rebuilt, and the agreement where visible and where hidden, in percent."""
+    figures: Sequence[tuple[str, str, str]] = ()
+    """Figures by name, in words, with what they mean."""
 
 
 class Repeated(NamedTuple):
@@ -103,6 +124,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
             "settings": settings(run.config) if run.config else [],
             "gains": _gains(run),
             "unlabelled": _unlabelled(run),
+            "probe": probe_of(run),
         }
     else:
         context |= {
@@ -200,6 +222,45 @@ def _unlabelled(run: Run) -> list[tuple[str, str, float, float]]:
         for name, words in FIGURES.items()
         if name in last
     ]
+
+
+def probe_of(run: Run) -> Probe | None:
+    """Return what was measured of the Rebuilder; None for a run that has none, or none that classifies."""
+    if run.config is None or why_no_probe(run.config):
+        return None
+    if not run.probe:
+        return Probe(f"Not measured yet: python tools/probe_rebuilder.py --run {run.path}, then make this page again.")
+
+    def at(*keys: str) -> float:
+        found: object = run.probe
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return finite_or_nan(found)
+
+    def cosine(place: str) -> str:
+        value, low, high = (at("alignment", place, key) for key in ("cosine", "low", "high"))
+        return f"{_signed(value)} [{_signed(low)}, {_signed(high)}]" if math.isfinite(value) else DASH
+
+    agreement = [
+        (words, 100 * at("agreement", key, "visible"), 100 * at("agreement", key, "hidden"))
+        for key, words in REBUILT_BY.items()
+    ]
+    better = 100 * at("rebuilder_minus_diffusion")
+    weight, accuracy = at("calibration", "pseudo_weight"), at("calibration", "accuracy")
+    figures = [
+        ("Rebuilder minus diffusion", f"{_change(better)} points", "at hidden pixels: what the Rebuilder has learned"),
+        (
+            "Gradient, visible pixels",
+            cosine("visible"),
+            "cosine to the gradient of the true labels: below 0 it points away from them",
+        ),
+        ("Gradient, hidden pixels", cosine("hidden"), "likewise"),
+        ("Share through the Rebuilder", _plain(at("gradient_share")), "of the gradient that MFM sends to the encoder"),
+        ("Change by one step", _plain(at("output_change")), "of what is rebuilt, at the full rate"),
+        ("Teacher's calibration error", _plain(at("calibration", "expected_error")), "between confidence and accuracy"),
+        ("Pseudo-weight minus accuracy", _signed(weight - accuracy), "above 0 the teacher is surer than it is right"),
+    ]
+    return Probe("", run.probe.get("step"), agreement, figures)
 
 
 def settings(config: RunConfig) -> list[Setting]:
@@ -306,6 +367,15 @@ def _letter(number: int) -> str:
 def _breakable(key: str) -> Markup:
     """Let a dotted key wrap after a dot or an underscore."""
     return Markup("<wbr>").join(re.split(r"(?<=[._])", key))
+
+
+def _plain(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else DASH
+
+
+def _signed(value: float) -> str:
+    """Write a number with a sign; a true minus."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else DASH
 
 
 def _change(value: float) -> str:

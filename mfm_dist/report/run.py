@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -19,9 +18,9 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import ConfigError
-from mfm_dist.run.folder import CLASSES
-from mfm_dist.storage import JsonLines
+from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
+from mfm_dist.run.folder import CLASSES, PROBE
+from mfm_dist.storage import JsonLines, read_json
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,6 +59,8 @@ class Run:
     events: list[dict[str, Any]]
     environment: dict[str, Any]
     outcome: dict[str, Any]
+    probe: dict[str, Any]
+    """What tools/probe_rebuilder.py measured; empty if it was not run."""
     written: datetime
     """When the newest of the small files was last changed, UTC."""
     problems: list[str] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Run:
     def series(self, key: str) -> tuple[Floats, Floats]:
         """Return steps and values of the lines that have ``key``; NaN where the value was not finite."""
         lines = [line for line in self.metrics if key in line]
-        return np.array([float(line["step"]) for line in lines]), np.array([_number(line[key]) for line in lines])
+        return np.array([float(line["step"]) for line in lines]), np.array([finite_or_nan(line[key]) for line in lines])
 
     def median(self, key: str) -> float:
         """Return the median of the finite values logged under ``key``; NaN if there are none."""
@@ -140,7 +141,7 @@ def _read(folder: Path, name: str) -> Run:
     config = None
     try:
         config = load_config(folder / "config.yaml")
-    except (ConfigError, OSError, ValueError, RecursionError) as error:
+    except ConfigError as error:
         problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
     classes = _class_set(folder / CLASSES, problems)
     lines = _objects(folder / "metrics.jsonl", problems)
@@ -156,6 +157,7 @@ def _read(folder: Path, name: str) -> Run:
         events=_objects(folder / "events.jsonl", problems),
         environment=next(iter(_objects(folder / "environment.json", problems)), {}),
         outcome=next(iter(_objects(folder / "outcome.json", problems)), {}),
+        probe=next(iter(_objects(folder / PROBE, problems)), {}),
         written=datetime.fromtimestamp(
             max(path.stat().st_mtime for path in (folder / "config.yaml", *small_files)), tz=timezone.utc
         ),
@@ -166,10 +168,10 @@ def _read(folder: Path, name: str) -> Run:
 def _class_set(path: Path, problems: list[str]) -> ClassSet:
     """Read the classes of a run; those of runs from before they were a matter of the data are ``DEFAULT``."""
     try:
-        return ClassSet.from_tree(json.loads(path.read_text(encoding="utf-8")), path.name)
+        return ClassSet.from_tree(read_json(path), path.name)
     except FileNotFoundError:
         problems.append(f"{path.name} is not there: the classes are taken for those of {DEFAULT}.")
-    except (OSError, ValueError, RecursionError, ConfigError) as error:
+    except (OSError, CorruptFileError, ConfigError) as error:
         problems.append(f"{path.name} cannot be read, so the classes are taken for those of {DEFAULT}: {error}")
     return load_class_set(DEFAULT)
 
@@ -180,9 +182,9 @@ def _objects(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         problems += _ABSENT.get(path.name, [])
         return []
     try:
-        found = JsonLines(path) if path.suffix == ".jsonl" else [json.loads(path.read_text(encoding="utf-8"))]
-        return [one for one in found if isinstance(one, dict)]
-    except (OSError, ValueError, RecursionError) as error:
+        found = JsonLines(path) if path.suffix == ".jsonl" else [read_json(path)]
+        return list(found)
+    except (OSError, StorageError, CorruptFileError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return []
 
@@ -198,19 +200,21 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
     found = []
     for path in sorted(folder.glob("step_*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             step, miou, iou, images = (content[key] for key in ("step", "miou", "iou", "images"))
             if not _is_step(step) or not isinstance(iou, dict):
                 raise ValueError("step or iou is of the wrong kind")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, CorruptFileError) as error:
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
-        by_class = {name: _number(iou.get(name)) for name in classes.names}
+        by_class = {name: finite_or_nan(iou.get(name)) for name in classes.names}
         known = content.get("unlabelled")
-        unlabelled = {str(name): _number(value) for name, value in known.items()} if isinstance(known, dict) else {}
+        unlabelled = (
+            {str(name): finite_or_nan(value) for name, value in known.items()} if isinstance(known, dict) else {}
+        )
         counted = images if isinstance(images, int) else None
-        of_source = _number(content.get("source_miou"))
-        found.append(Evaluation(step, _number(miou), by_class, counted, of_source, unlabelled))
+        of_source = finite_or_nan(content.get("source_miou"))
+        found.append(Evaluation(step, finite_or_nan(miou), by_class, counted, of_source, unlabelled))
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")
     return sorted(found, key=lambda one: one.step)
@@ -220,7 +224,7 @@ def _is_step(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
 
 
-def _number(value: object) -> float:
+def finite_or_nan(value: object) -> float:
     """Return a finite float, or NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return math.nan

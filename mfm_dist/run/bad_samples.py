@@ -73,7 +73,8 @@ def _named_before(run: RunFolder) -> dict[Name, BadSample]:
     for event in run.events():
         if event.get("event") == TOO_MANY:
             named.clear()
+        shard, key, reason = (str(event.get(field, "")) for field in ("shard", "key", "reason"))
         if event.get("event") == "bad_sample":
-            sample = BadSample(shard=event["shard"], key=event["key"], number=-1, reason=event["reason"])
+            sample = BadSample(shard=shard, key=key, number=-1, reason=reason)
             named[_name(sample)] = sample
     return named

@@ -17,14 +17,20 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import dump_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, StorageError
-from mfm_dist.storage import JsonLines, write_atomically
+from mfm_dist.storage import DISK_FULL, JsonLines, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 OUTCOME = "outcome.json"
 """How the last start of a run ended, for scripts that cannot see a rank's exit code: ``accelerate launch`` turns every
-one into 1."""
+one into 1. It is not there while a run goes on."""
+REFUSED = "refused.json"
+"""The same of a start that ended before the folder was its own, beside another's lease."""
+LEASE = "lease.json"
+"""Who has the folder (``cluster.lease``)."""
 CLASSES = "classes.json"
 """The class set of a run, for who reads its scores and pictures."""
+PROBE = "probe.json"
+"""What tools/probe_rebuilder.py measured of a run, at the ``step`` that it names."""
 
 
 class RunFolder:
@@ -47,7 +53,8 @@ class RunFolder:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / OUTCOME).unlink(missing_ok=True)
+            for name in (OUTCOME, REFUSED):
+                (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
 
@@ -111,7 +118,24 @@ class RunFolder:
             print("RESULT " + json.dumps({"run": str(self.path), "step": step, "miou": score}))
         else:
             print(f"{reason}; the same command goes on from step {step}")
-        write_outcome(self.path, code=code, reason=reason, step=step)
+        write_outcome(self.path, code=code, reason=reason, step=step, owned=True)
+
+
+def storage_error(error: OSError, folder: Path) -> StorageError | None:
+    """Tell what an error means that a run met: a full disk anywhere, or a folder of its own that is not writable.
+
+    Returns:
+        None for what has nothing to do with either.
+    """
+    named = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]
+    if error.errno not in DISK_FULL and not any(name.is_relative_to(folder) for name in named):
+        return None
+    if not folder.is_dir():
+        return StorageError(f"run.folder={folder} is gone: somebody removed it while the run went on")
+    return StorageError(
+        f"run.folder={folder}: {error}. Checkpoints are intact; make room, or mend what keeps it from being written, "
+        "and start the same command again"
+    )
 
 
 def _revision() -> str | None:
@@ -123,16 +147,17 @@ def _revision() -> str | None:
     return None
 
 
-def write_outcome(folder: Path, *, code: int, reason: str, step: int) -> None:
+def write_outcome(folder: Path, *, code: int, reason: str, step: int, owned: bool) -> None:
     """Say how it ended. A full disk must not hide the reason, which the console tells too.
 
     Args:
         folder: the run folder.
         step: global batches consumed, -1 if training did not begin.
+        owned: whether this start has, or had, the folder's lease. What another says there is not written over.
     """
     text = json.dumps({"code": code, "reason": reason, "step": step, **slurm_job_tag()}) + "\n"
     with suppress(OSError):
-        write_atomically(folder / OUTCOME, text)
+        write_atomically(folder / (OUTCOME if owned or not (folder / LEASE).exists() else REFUSED), text)
 
 
 def slurm_job_tag() -> dict[str, str]:

@@ -47,6 +47,8 @@ class StopRequested:
         self.name: str | None = None
         """The last stop signal, if there was one."""
         self.training = False
+        self.owns_folder = False
+        """Whether this start has the folder's lease."""
         self._folder, self._rank = folder, rank
         self._lock = threading.Lock()
         receiving, sending = os.pipe()
@@ -80,7 +82,7 @@ class StopRequested:
             os.write(sys.stderr.fileno(), f"{reason}; the same command starts again\n".encode())
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-        write_outcome(self._folder, code=EXIT_STOPPED, reason=reason, step=-1)
+        write_outcome(self._folder, code=EXIT_STOPPED, reason=reason, step=-1, owned=self.owns_folder)
         os._exit(EXIT_STOPPED)
 
     def _listen(self, receiving: int) -> None:

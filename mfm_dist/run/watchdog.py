@@ -218,7 +218,7 @@ def watch_run(run: RunFolder, engine: Engine, seconds: float) -> Watchdog:
         """Say who hung where a person or a script will look; called on one rank, which need not be rank 0."""
         text = f"{reason}; the same command goes on from the last checkpoint\n"
         os.write(sys.stderr.fileno(), text.encode())  # past Python's own buffers, which a thread that hangs may hold
-        write_outcome(run.path, code=EXIT_HUNG, reason=reason, step=step)
+        write_outcome(run.path, code=EXIT_HUNG, reason=reason, step=step, owned=True)
         RunFolder(run.path, writes=True).event("hang", step=step, reason=reason)
 
     start = engine.from_main(lambda: str(time.time_ns()))

@@ -11,15 +11,15 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from mfm_dist.classes import IGNORE_INDEX, LabelMapping
-from mfm_dist.data.photographs import PNG_START, opened
+from mfm_dist.data.photographs import opened
+from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
 
 UPRIGHT = 1
 _ORIENTATION_TAG = 0x0112
-_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _UNKNOWN = -1
 
 
@@ -55,33 +55,30 @@ def read_label(content: bytes, kinds: Sequence[str], *, colours: bool) -> np.nda
     if kind is None or kind not in kinds:
         why = "was it converted?" + (" Colours are told by colours: in --classes" if kind == "8-bit RGB" else "")
         raise CorruptFileError(f"is {kind or 'no PNG'}; expected is {' or '.join(kinds)}: {why}")
+    if kind.startswith("16-bit RGB") and not colours:
+        return _red_of_16_bits(content)
     with opened(content) as picture:
         if colours:
             red, green, blue = np.moveaxis(np.array(picture.convert("RGB")).astype(np.int32), -1, 0)
             codes: np.ndarray = red << 16 | green << 8 | blue
             return codes
-        if kind.startswith("16-bit RGB"):
-            return _red_of_16_bits(content)
         ids = np.array(picture)
     assert ids.ndim == 2
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
 
 
-def png_kind(content: bytes) -> str | None:
-    """Tell from its header what a PNG is: ``8-bit palette``, ``16-bit RGB`` …; None for anything else."""
-    if len(content) < 33 or not content.startswith(PNG_START) or content[25] not in _COLOURS:
-        return None
-    return f"{content[24]}-bit {_COLOURS[content[25]]}"
-
-
 def _red_of_16_bits(content: bytes) -> np.ndarray:
-    """Read the red channel, uint16 [H, W]. Pillow would halve the depth, so torchvision decodes."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
+    """Read the red channel, uint16 [H, W].
 
-    channels = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    red: np.ndarray = channels[0].numpy()
-    return red
+    Of two bytes Pillow keeps the more significant one. Told that they come the other way round, it keeps the other.
+    """
+    halves = []
+    for order in ("16B", "16L"):
+        with opened(content) as picture:
+            assert isinstance(picture, ImageFile.ImageFile)
+            picture.tile = [tile._replace(args=str(tile.args).replace("16B", order)) for tile in picture.tile]
+            halves.append(np.array(picture)[..., 0].astype(np.uint16))
+    return halves[0] << 8 | halves[1]
 
 
 def lookup_table(labels: LabelMapping) -> np.ndarray:

@@ -37,7 +37,7 @@ from mfm_dist.data.manifest import (
     statistics_path,
     write_sidecar,
 )
-from mfm_dist.data.photographs import PNG_START
+from mfm_dist.data.png import PNG_START
 from mfm_dist.data.reader import read_member, reads_of
 from mfm_dist.errors import CorruptFileError, DataError, StorageError
 from mfm_dist.storage import atomic_file, no_space_left, sha256_of, write_atomically

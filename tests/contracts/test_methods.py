@@ -134,7 +134,7 @@ def test_the_detail_view_of_mfm_is_another_loss(scenes: Path, batches: dict[str,
         for view in ("context", "detail")
     ]
     assert losses[0] != losses[1]
-    for view in ("detail", "both"):
+    for view in ("detail", "fused"):
         with pytest.raises(ConfigError, match=rf"mfm\.view={view}"):
             configured(scenes, "method.name=dacs", f"mfm.view={view}", mfm=True)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
+from mfm_dist.shards.scene_shards import write_scenes
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import run_train, tiny_overrides
 
@@ -145,6 +146,36 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
     assert all(key in stable_alone["metrics"][-1] for key in INSTRUMENTS)
     run = trained(scenes, tmp_path, *STABLE, launch=launch)
     assert_same_training(run, stable_alone, initial_state(scenes, *STABLE))
+
+
+LARGE = [
+    *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
+    "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4", "optim.rebuilder_lr=0.005",
+    "checkpoint.every=10", "checkpoint.keep=2", "log.every=20", "eval.every=20",
+]  # fmt: skip
+"""configs/rebuilder/large.yaml at the rates of these tests."""
+
+
+@pytest.mark.campaign
+def test_the_large_preset_trains_as_one_and_resumes_bit_for_bit(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """20 steps alone, under ZeRO-2 and under ZeRO-3; the peak is the resident size of the largest process."""
+    data = tmp_path / "scenes"
+    write_scenes(data, train=12, val=2, size=(128, 256), seed=0, shard_size=6, workers=1, report=lambda _: None)
+    alone = trained(data, tmp_path / "alone", *LARGE, launch=None, steps=20)
+    start = initial_state(data, *LARGE)
+    for launch in ("cpu_zero2", "cpu_zero3"):
+        folder = tmp_path / launch
+        run = trained(data, folder, *LARGE, launch=launch, steps=20)
+        record_property(f"difference_over_movement_{launch}", assert_same_training(run, alone, start))
+        record_property(f"peak_gib_{launch}", run["metrics"][-1]["memory_gib"])
+        shutil.rmtree(folder / "checkpoints" / "step_00000020")
+        again = trained(data, folder, *LARGE, launch=launch, steps=20)
+        for part, tensors in run["state"].items():
+            assert all(torch.equal(tensor, again["state"][part][name]) for name, tensor in tensors.items()), part
+        shutil.rmtree(folder)
+    record_property("peak_gib_alone", alone["metrics"][-1]["memory_gib"])
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 from mfm_dist import build, train, trainer
 from mfm_dist.batch import UDABatch
 from mfm_dist.checkpoint import writer
+from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import MFMSection, RunConfig
 from mfm_dist.distributed import start, teacher
 from mfm_dist.distributed.engine import Engine
@@ -86,8 +87,8 @@ def last_bits() -> None:
     honest = build.build_train_module
 
     @torch.no_grad()
-    def altered(config: RunConfig) -> TrainModule:
-        module, generator = honest(config), torch.Generator().manual_seed(0)
+    def altered(config: RunConfig, classes: ClassSet) -> TrainModule:
+        module, generator = honest(config, classes), torch.Generator().manual_seed(0)
         for parameter in module.parameters():
             way = torch.randint(-1, 2, parameter.shape, generator=generator) * torch.inf
             parameter.copy_(torch.where(way.isnan(), parameter, torch.nextafter(parameter, way)))

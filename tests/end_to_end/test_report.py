@@ -94,7 +94,7 @@ def test_the_page_of_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -
         "1 process on cpu", "Pseudo-weight", "Learning rate", "Throughput", "traffic light",
         "Nothing out of the ordinary was noted", "camera_val_000000", "camera_val_000002", "camera_val_000004",
         "The teacher sees one image at a time", "one draw of MFM's mask", "teacher below the threshold", "hidden cell",
-        " right ", " wrong ",
+        " right ", " wrong ", "Not measured yet: python tools/probe_rebuilder.py",
     ):  # fmt: skip
         assert expected in page.text.replace(" %", " %"), expected
     alts = [str(attributes["alt"]) for attributes in page.all("img")]
@@ -116,7 +116,7 @@ def test_the_first_prediction_made_from_the_seed_is_the_one_that_was_saved(run: 
     assert "from the seed" in again.note
     assert saved.address == again.address
     other = np.zeros_like(subject.truth)
-    assert saved.address != label_map(other)
+    assert saved.address != label_map(other, networks.classes.palette)
 
 
 def spoil_all_but_config(run: Path) -> None:
@@ -195,6 +195,7 @@ def test_a_run_without_teacher_and_rebuilder_says_so(scenes: Path, tmp_path: Pat
     assert "no rebuilt features: MFM is off in this run." in page.text
     assert "Hidden cells" not in page.text
     assert "teacher below the threshold" not in page.text
+    assert "What the Rebuilder does" not in page.text
     assert len(page.all("img")) == 5
 
 
@@ -207,6 +208,7 @@ def test_text_of_others_stays_text(run: Path) -> None:
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE, "revision": HOSTILE, "gpus": [HOSTILE]}))
     (run / "outcome.json").write_text(json.dumps({"code": 3, "reason": HOSTILE}))
+    (run / "probe.json").write_text(json.dumps({"step": HOSTILE, "agreement": [1], "calibration": {"accuracy": "x"}}))
     lines = (run / "metrics.jsonl").read_text().replace('"loss/mfm"', json.dumps(f"loss/\x00\ud800{HOSTILE}"))
     (run / "metrics.jsonl").write_text(lines)
     text = (run / "config.yaml").read_text()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from mfm_dist import evaluate, export, train
+from mfm_dist.data.reader import ShardReader
+from mfm_dist.errors import BadSample
 from tests.helpers.runs import DEFAULTS, REPOSITORY, assert_equal_bits, metrics_of, result_of, run_train, tiny_overrides
 
 
@@ -41,9 +43,26 @@ def test_run_folder_holds_what_is_promised(finished: Path) -> None:
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["latest", "step_00000002", "step_00000004"]
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(finished: Path, scenes: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    assert run_train([*tiny_overrides(scenes, again), "data.workers=2"]).returncode == 0
+def remove_labels(folder: Path) -> None:
+    """Overwrite every label of a shard set with zeros, and remove what was counted of them."""
+    index = ShardReader(folder).index
+    for record, rows in zip(index.manifest.shards, index.rows, strict=True):
+        with (folder / record.file).open("r+b") as tar:
+            for label in rows["label"]:
+                tar.seek(int(label["offset"]))
+                tar.write(bytes(int(label["size"])))
+    for statistics in folder.glob("*.classes.npy"):
+        statistics.unlink()
+
+
+def test_the_same_seed_gives_the_same_bits_and_training_reads_no_target_label(
+    finished: Path, scenes: Path, tmp_path: Path
+) -> None:
+    again, unlabelled = tmp_path / "again", tmp_path / "scenes"
+    shutil.copytree(scenes, unlabelled)
+    remove_labels(unlabelled / "camera_train")
+    assert isinstance(ShardReader(unlabelled / "camera_train").read(0), BadSample), "a label that is read is refused"
+    assert run_train([*tiny_overrides(unlabelled, again), "data.workers=2"]).returncode == 0
     assert_equal_bits(finished, again)
     assert metrics_of(finished) == metrics_of(again)
 

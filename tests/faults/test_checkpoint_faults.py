@@ -32,6 +32,9 @@ from mfm_dist.checkpoint.resume import find_resumable
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
+from mfm_dist.run.folder import RunFolder
+from mfm_dist.train import set_aside
+from tests.helpers.classes import CLASSES
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -41,6 +44,11 @@ Cross = Callable[[str], None]
 def content(step: int) -> dict[str, dict[str, Tensor]]:
     """Tensors that tell the step they are of."""
     return {part: {"a": torch.full((3, 5), float(step)), "b": torch.arange(4) + step} for part in PARTS}
+
+
+def module_at(step: int) -> Any:
+    """What a writer asks of a module, at a step."""
+    return SimpleNamespace(step=step, classes=CLASSES)
 
 
 def writer(folder: Path, *, keep: int = 2, background: bool = False) -> CheckpointWriter:
@@ -64,14 +72,14 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step saves, without a network."""
-    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, _: content(module))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, _: content(module.step))
 
 
 def save(folder: Path, *steps: int, keep: int = 2, background: bool = False) -> None:
+    folder.mkdir(exist_ok=True)
     writes = writer(folder, keep=keep, background=background)
     for step in steps:
-        module: Any = step
-        writes.save(module, Progress(step=step))
+        writes.save(module_at(step), Progress(step=step))
     writes.wait()
     writes.close()
 
@@ -266,9 +274,8 @@ def test_a_disk_that_is_full_at_any_moment_costs_no_checkpoint(
 
 def problem_of(writes: CheckpointWriter, step: int) -> StorageError | None:
     """Save and wait."""
-    module: Any = step
     try:
-        writes.save(module, Progress(step=step))
+        writes.save(module_at(step), Progress(step=step))
         writes.wait()
     except StorageError as error:
         return error
@@ -279,8 +286,8 @@ def test_every_rank_hears_of_a_write_that_failed(tmp_path: Path, monkeypatch: py
     """Rank 0 knows as soon as it looks; the others when all ask, in the words of rank 0."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     (tmp_path / "file").write_text("in the way")
-    module: Any = 1
-    first, second = writer(tmp_path / "file" / "checkpoints", background=True), writer(tmp_path)
+    module = module_at(1)
+    first, second = writer(tmp_path / "file", background=True), writer(tmp_path)
     told: list[Any] = []
 
     def gather_first(own: Any) -> list[Any]:
@@ -382,6 +389,7 @@ STATES = {
     "config as a list": {"config": []},
     "config of text": {"config": {"train": "fast"}},
     "data as numbers": {"data": {"target": 3}},
+    "classes without names": {"classes": {"palette": ["#000001"]}},
 }
 
 
@@ -406,6 +414,48 @@ def test_another_format_is_refused_by_name_and_never_passed_over(form: int, tmp_
     rewrite(newest, "state.json", json.dumps(state | {"format": form}).encode())
     with pytest.raises(ConfigError, match=rf"step_00000002 has format {form} of checkpoints, this code reads 2"):
         find_resumable(tmp_path, pytest.fail)
+
+
+def test_another_format_may_have_other_files(tmp_path: Path) -> None:
+    """All that every format keeps: an integer in state.json, and checksums in manifest*.json."""
+    save(tmp_path, 1)
+    newer = tmp_path / "step_00000002"
+    newer.mkdir()
+    files = {"state.json": b'{"format": 3, "progress": "elsewhere"}', "student-00001-of-00002.safetensors": b"x"}
+    for name, payload in files.items():
+        (newer / name).write_bytes(payload)
+    written = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
+    (newer / "manifest-00001.json").write_text(json.dumps({"files": written}))
+    with pytest.raises(ConfigError, match="step_00000002 has format 3 of checkpoints"):
+        find_resumable(tmp_path, pytest.fail)
+    (newer / "state.json").write_bytes(b'{"format": 2, "progress": "elsewhere"}')  # a flipped bit is no other format
+    lines: list[str] = []
+    found = find_resumable(tmp_path, lines.append)
+    assert found is not None
+    assert found.progress.step == 1
+    assert "step_00000002 is damaged (state.json differs from what was written)" in lines[0]
+
+
+def test_damaged_checkpoints_are_set_aside_and_named_when_a_run_goes_on_before_them(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, writes=True)
+    for _ in range(2):
+        save(run.checkpoints, 4, 6, 8, keep=3)
+        for step in (6, 8):
+            os.truncate(run.checkpoints / f"step_{step:08d}" / "student.safetensors", 9)
+        found = find_resumable(run.checkpoints, lambda _: None)
+        assert found is not None
+        assert found.progress.step == 4
+        set_aside(found, run, lambda _: None)
+        assert (run.checkpoints / "latest").read_text() == "step_00000004\n"
+    kept = ["step_00000006", "step_00000006.1", "step_00000008", "step_00000008.1"]
+    assert [event["path"] for event in run.events()] == [
+        f"checkpoints/set_aside/{kept[number]}" for number in (0, 2, 1, 3)
+    ]
+    save(run.checkpoints, 6, 8, 10)
+    assert names(run.checkpoints) == ["latest", "set_aside", "step_00000008", "step_00000010"]
+    assert names(run.checkpoints / "set_aside") == kept
+    assert assert_whole(run.checkpoints, 10)
+    set_aside(find_latest(run.checkpoints, pytest.fail), RunFolder(tmp_path, writes=False), pytest.fail)  # other ranks
 
 
 MANIFESTS = {

@@ -14,7 +14,7 @@ METHODS = {
     "mic": ["method.name=mic", "mic.base_method=hrda"],
     "mic on daformer": ["method.name=mic", "mic.base_method=daformer", "mic.mode=separate"],
     "mic on dacs": ["method.name=mic", "mic.base_method=dacs", "mic.augment=false"],
-    "hrda, both views": ["method.name=hrda", "mfm.view=both", "mfm.domain=both"],
+    "hrda, fused view": ["method.name=hrda", "mfm.view=fused", "mfm.domain=both"],
     "mic on source_only": ["method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc"],
 }
 ABLATIONS = [

@@ -45,7 +45,7 @@ def write_set(
     plan = DatasetPlan(
         folder=folder,
         recipe=recipe,
-        command="make test shards",
+        command="python tools/make_shards.py test",
         classes=classes,
         samples=count,
         shard_size=shard_size,

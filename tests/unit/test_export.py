@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -239,7 +241,20 @@ def test_a_run_without_a_teacher_says_so(trained_run: Path, tmp_path: Path) -> N
         (lambda f: (f / "config.json").write_text("{}"), "format is None"),
         (lambda f: _change(f, decoder="daformr"), "'daformer'"),
         (lambda f: _change(f, mean="grey"), "mean: expected"),
+        (lambda f: _change(f, resize=[0, 9]), "resize=0: must lie between 1 and 32,768"),
+        (lambda f: _change(f, crop=[1e30, 64]), "crop: expected"),
+        (lambda f: _change(f, std=[1, 0, 1]), "std=0.0: must be above 0"),
+        (lambda f: _change(f, decoder_options={"width": 10**8}), "width must be at least 1 and at most 65,536"),
+        (
+            lambda f: _change(f, backbone="resnet50c", backbone_options={"layers": [10**7] * 4}),
+            "more than 20,000 layers",
+        ),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot be read"),
         (lambda f: _change(f, decoder_options={"width": 32}), "export the run again"),
+        (lambda f: _change_weights(f, lambda tensor: tensor.to(torch.int8)), "is int8"),
+        (lambda f: _change_weights(f, lambda tensor: tensor * torch.nan), "not finite"),
+        (lambda f: _pipe(f / "model.safetensors"), "there is no file model.safetensors"),
+        (lambda f: _pipe(f / "config.json"), "neither an export"),
     ],
 )
 def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, exported: Path, tmp_path: Path) -> None:
@@ -254,6 +269,17 @@ def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, 
 def _change(folder: Path, **values: object) -> None:
     card = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**card, **values}))
+
+
+def _change_weights(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: change(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+              folder / "model.safetensors")  # fmt: skip
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_window(

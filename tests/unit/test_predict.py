@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,3 +230,23 @@ def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(content)
     with pytest.raises(CorruptFileError):
         read_image(tmp_path / "file.png")
+
+
+def test_what_is_no_file_or_too_large_costs_no_other_image(
+    photos: Path, model: TrainedSegmentor, tmp_path: Path
+) -> None:
+    os.mkfifo(photos / "pipe.png")  # whoever reads it waits for ever
+
+    def predict_image(image: Tensor) -> Tensor:
+        if image.shape[-2:] == (33, 65):
+            torch.empty(1 << 60)  # as torch says it of a picture that is too large
+        return model.predict(image)
+
+    careless: Any = SimpleNamespace(predict=predict_image, card=model.card)
+    names = [Path("a.png"), Path("day 1/B.WEBP"), Path("pipe.png")]
+    done, bad = predict.predict_all(careless, photos, names, tmp_path / "out", overlays=False)
+    assert list(done) == ["a.png"]
+    assert bad == {
+        "day 1/B.WEBP": "65 x 33 pixels are too many for the device's memory",
+        "pipe.png": "pipe.png is no regular file",
+    }

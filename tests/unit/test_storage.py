@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist.errors import StorageError
-from mfm_dist.storage import atomic_file, write_atomically
+from mfm_dist.errors import CorruptFileError, StorageError
+from mfm_dist.storage import JsonLines, atomic_file, read_json, whole_folder, write_atomically
 
 
 def full(_: int) -> None:
@@ -41,3 +41,56 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
         file.write(b"new")
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_link_in_the_place_of_a_temporary_file_or_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious")
+    (tmp_path / ".latest.unfinished").symlink_to(tmp_path / "precious" / "file")
+    (tmp_path / ".step.tmp").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "latest", "new")
+    with whole_folder(tmp_path / "step") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "precious" / "file").read_text() == "precious"
+    assert [(tmp_path / name).read_text() for name in ("latest", "step/file")] == ["new", "new"]
+
+
+ODD_LINES = [b"null", b"3", b'"text"', b"[1]", b'{"step": "4"}', b'{"step": 3.5}', b'{"step": true}', b'{"step": null}']
+ODD_LINES += [b'{"step": 2, "reason": "\xff"}', b"\xff\xfe\x00", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b""]
+ODD_LINES += [b'{"step": 2, "loss/to', b"{}}"]
+
+
+def test_odd_lines_are_passed_over_and_cost_no_other(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    steps = range(len(ODD_LINES))
+    lines.path.write_bytes(b"".join(b'{"step": %d}\n%s\n' % (step, odd) for step, odd in enumerate(ODD_LINES)))
+    assert [record["step"] for record in lines] == [*steps]
+    lines.forget_after(5)
+    assert lines.path.read_text() == "".join(f'{{"step": {step}}}\n' for step in range(6))
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.json", "folder.json"):
+        with pytest.raises(CorruptFileError, match="is no regular file"):
+            read_json(tmp_path / name)
+        with pytest.raises(StorageError, match="is no regular file; move it away"):
+            list(JsonLines(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"a": "\xe9"}', r"file is not UTF-8 \(byte 7 is 0xe9\): save it as UTF-8"),
+        (b"[" * 100_000, "is no JSON .maximum recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is no JSON .Exceeds the limit"),
+        (b"[3]", "is not a mapping"),
+        (b'{"a": "' + b"x" * 1000 + b'"}', "is larger than 0.000953674 MiB"),
+        (b"", "is no JSON"),
+    ],
+)
+def test_json_that_is_none_is_told_with_the_reason(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CorruptFileError, match=reason):
+        read_json(tmp_path / "file", 1000 if len(content) == 1009 else 1 << 20)

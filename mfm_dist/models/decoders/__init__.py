@@ -17,6 +17,9 @@ from torch import nn
 
 from mfm_dist.errors import ConfigError
 
+WIDEST = 1 << 16
+"""Channels."""
+
 
 def decoder_names() -> list[str]:
     """List every value that ``model.decoder`` can take: the names of the files of this folder."""
@@ -67,8 +70,8 @@ def number_problems(
 ) -> list[str]:
     """List what is out of its range among the numbers that several decoders have."""
     problems = []
-    if width < 1:
-        problems.append(f"decoder {decoder}: width must be at least 1, got {width}")
+    if not 1 <= width <= WIDEST:
+        problems.append(f"decoder {decoder}: width must be at least 1 and at most {WIDEST:,}, got {width}")
     if not 0 <= dropout < 1:
         problems.append(f"decoder {decoder}: dropout must lie in [0, 1), got {dropout}")
     if not dilations or min(dilations) < 1:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from mfm_dist.build import build_train_module
-from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer
+from mfm_dist.checkpoint.contents import collect, load_modules, load_optimizer, load_state
 from mfm_dist.checkpoint.files import find_latest, find_sound, read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
@@ -190,6 +195,62 @@ def test_another_network_is_refused(
     tiny_config.rebuilder.width = 64
     with pytest.raises(ConfigError, match="of another network"):
         load_modules(found, build_train_module(tiny_config, CLASSES))
+
+
+def change(tensors: dict[str, Tensor], name: str, into: Tensor | None, *, key: str = "") -> None:
+    """Another tensor under a name, or another name; neither is what a run writes."""
+    old = tensors.pop(name)
+    tensors[key or name] = old if into is None else into
+
+
+UNLIKE_A_RUN: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "int8": ("student", lambda t: change(t, min(t), t[min(t)].to(torch.int8)), "is int8"),
+    "bool": ("teacher", lambda t: change(t, min(t), t[min(t)] > 0), "is bool"),
+    "float64": ("rebuilder", lambda t: change(t, min(t), t[min(t)].double()), "is float64"),
+    "float8": ("rebuilder", lambda t: change(t, min(t), t[min(t)].to(torch.float8_e4m3fn)), "is float8_e4m3fn"),
+    "nan": ("student", lambda t: t[max(t)].view(-1)[:1].fill_(torch.nan), "not finite"),
+    "infinity": ("teacher", lambda t: t[max(t)].view(-1)[:1].fill_(torch.inf), "not finite"),
+    "shape": ("student", lambda t: change(t, min(t), torch.zeros(1)), "another network"),
+    "name": ("student", lambda t: change(t, min(t), None, key="other"), "another network"),
+    "state's name": ("optimizer", lambda t: change(t, min(t), None, key=f"{min(t)}_cubed"), "another network"),
+    "state's shape": ("optimizer", lambda t: change(t, min(t), torch.zeros(1)), "another network"),
+    "half a state": ("optimizer", lambda t: t.pop(min(t)), "another network"),
+    "state's type": ("optimizer", lambda t: change(t, min(t), t[min(t)].bfloat16()), "is torch.bfloat16"),
+    "state's nan": ("optimizer", lambda t: t[min(t)].view(-1)[:1].fill_(torch.nan), "not finite"),
+    "state below 0": (
+        "optimizer",
+        lambda t: t[next(name for name in t if name.endswith("_sq"))].view(-1)[:1].fill_(-1),
+        "below 0",
+    ),
+}
+
+
+def test_tensors_that_no_run_writes_are_refused_under_right_checksums(
+    trained: tuple[TrainModule, Engine], tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    module, engine = trained
+    path = save_checkpoint(tmp_path, module, engine, Progress(step=1, applied=1), tiny_config)
+    for kind, (part, spoil, reason) in UNLIKE_A_RUN.items():
+        whole = (path / f"{part}.safetensors").read_bytes()
+        tensors = {name: tensor.clone() for name, tensor in load_tensors(whole).items()}
+        spoil(tensors)
+        revouch(path, f"{part}.safetensors", save_tensors(tensors))
+        found = read_checkpoint(path)
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        with pytest.raises(ConfigError, match=reason):
+            load_state(found, module, engine)
+        if part == "student":
+            assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items()), kind
+        revouch(path, f"{part}.safetensors", whole)
+    load_state(read_checkpoint(path), module, engine)
+
+
+def revouch(path: Path, name: str, payload: bytes) -> None:
+    """Change a file of a checkpoint and its checksum."""
+    (path / name).write_bytes(payload)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(payload), "sha256": sha256(payload).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_manifest_cannot_point_outside_its_folder(

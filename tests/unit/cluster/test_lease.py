@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from mfm_dist import train
 from mfm_dist.cluster import lease
 from mfm_dist.cluster.lease import LEASE, Lease
 from mfm_dist.errors import ConfigError, StorageError
+from tests.helpers.processes import wait_until
 from tests.helpers.runs import DEFAULTS, tiny_overrides
 
 SLURM_7 = {"SLURM_JOB_ID": "7"}
@@ -47,7 +49,11 @@ def leave_behind(folder: Path, **owner: object) -> None:
 
 def take(folder: Path, environment: dict[str, str] | None = None, told: list[str] | None = None) -> Lease:
     told = [] if told is None else told
-    return Lease.take(folder, on_lost=told.append, say=lambda _: None, environment=environment or {})
+
+    def on_lost(reason: str, code: int) -> None:
+        told.append(f"{reason} ({code})")
+
+    return Lease.take(folder, on_lost=on_lost, say=lambda _: None, environment=environment or {})
 
 
 def test_a_lease_is_there_while_it_is_held(tmp_path: Path, lost: list[str]) -> None:
@@ -77,7 +83,15 @@ def test_a_requeued_job_takes_over_at_once_and_its_former_start_ends(tmp_path: P
         deadline = time.monotonic() + 5
         while not told and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert told == [f"Slurm job 7 on {os.uname().nodename} has taken over {tmp_path}; this start ends"]
+    assert told == [f"Slurm job 7 on {os.uname().nodename} has taken over {tmp_path}; this start ends (2)"]
+
+
+def test_a_folder_that_somebody_removed_is_told_as_that(tmp_path: Path) -> None:
+    told: list[str] = []
+    take(tmp_path / "run", told=told)
+    shutil.rmtree(tmp_path / "run")
+    wait_until(lambda: told, seconds=5, what="the next heartbeat")
+    assert told == [f"run.folder={tmp_path / 'run'} is gone: somebody removed it; this start ends (4)"]
 
 
 @pytest.fixture

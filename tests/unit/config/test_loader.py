@@ -101,7 +101,7 @@ def test_problems_name_the_file_they_come_from(tmp_path: Path) -> None:
     first.write_text("model: {pretrained: true}\ntrain: {steps: 0}\n")
     assert problems_of("model.weights=x.pth", "mfm.mask_ratio=2", path=[first, third]) == [
         "mfm.mask_ratio=2.0: must lie between 0 and 1 (command line)",
-        f"train.steps=0: must be at least 1 ({first})",
+        f"train.steps=0: must lie between 1 and 1,000,000,000 ({first})",
         f"train.global_batch=4 is not a multiple of train.micro_batch=3 ({third})",
         "model.pretrained and model.weights are both set: keep one, they both start the encoder "
         f"({first}, command line)",
@@ -150,8 +150,8 @@ def test_the_command_takes_several_files_anywhere_and_none() -> None:
 ON_TOP = """
 data: {lanes: 0, rare_class_sampling: {enabled: yes}}
 model: {weights: null, pretrained: on}
-mfm: {reconstruction: classes, use_rebuilder: off, trained_parts: decoder}
-rebuilder: {fill: on}
+mfm: {reconstruction: pixels, view: context, trained_parts: both, use_rebuilder: on}
+rebuilder: {fill: off}
 """
 """Keys that do not go together with others of every_key.yaml, and what lets them go."""
 
@@ -232,9 +232,18 @@ def test_a_number_out_of_its_range_is_refused(key: str) -> None:
     assert [text for text in found if text.startswith(f"{key}=-1") and ": must " in text and "(command line)" in text]
 
 
-@pytest.mark.parametrize("key", ["data.crop", "eval.resize", "rebuilder.grid"])
-def test_each_number_of_a_pair_has_the_range(key: str) -> None:
-    assert f"{key}=0: must be at least 1 (command line)" in problems_of(f"{key}=[32, 0]")
+def test_no_number_is_without_end() -> None:
+    """Seeds have 64 bits, and no larger integer is read at all."""
+    limited = [key for key in RANGED if not key.endswith("seed")]
+    text = "\n".join(problems_of(*(f"{key}=10000000000" for key in limited)))
+    assert [key for key in limited if f"{key}=10000000000" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "most"), [("data.crop", "32,768"), ("eval.resize", "32,768"), ("rebuilder.grid", "1,024")]
+)
+def test_each_number_of_a_pair_has_the_range(key: str, most: str) -> None:
+    assert f"{key}=0: must lie between 1 and {most} (command line)" in problems_of(f"{key}=[32, 0]")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +254,12 @@ def test_each_number_of_a_pair_has_the_range(key: str) -> None:
         ("optim.warmup_ratio", ["0", "1"], "1.001"),
         ("rebuilder.mlp_ratio", ["0.1"], "0"),
         ("recovery.spike_factor", ["0", "1.1"], "1"),
+        ("optim.betas", ["0", "0.999999"], "1"),
+        ("optim.eps", ["1e-30", "1"], "0"),
+        ("watchdog.seconds", ["0", "1"], "1e-9"),
+        ("train.threads", ["1024"], "100000"),
+        ("seed", ["9223372036854775807"], "-1"),
+        ("data.crop", ["8192x8192"], "8192x8193"),
         ("recovery.spike_window", ["1", "10000"], "10001"),
     ],
 )
@@ -257,8 +272,8 @@ def test_the_edges_of_a_range(key: str, allowed: list[str], refused: str) -> Non
 def test_help_shows_types_and_ranges() -> None:
     heads = {line.partition("=")[0]: line.partition("\n")[0] for line in describe()}
     assert list(heads) == list(KEYS)
-    assert heads["train.steps"] == "train.steps=40000  [an integer, must be at least 1]"
-    assert heads["eval.resize"] == "eval.resize=None  [2 x an integer or null, must be at least 1]"
+    assert heads["train.steps"] == "train.steps=40000  [an integer, must lie between 1 and 1,000,000,000]"
+    assert heads["eval.resize"] == "eval.resize=None  [2 x an integer or null, must lie between 1 and 32,768]"
     assert heads["mfm.enabled"] == "mfm.enabled=False  [true or false]"
     assert all(("must" in heads[key]) == (key in RANGED) for key in KEYS)
 
@@ -307,11 +322,67 @@ def test_files_that_are_missing_or_no_mapping(tmp_path: Path) -> None:
     assert "expected sections" in problems_of(path=tmp_path / "there.yaml")[0]
     (tmp_path / "broken.yaml").write_text("train: {steps: 3\n")
     assert "not valid YAML" in problems_of(path=tmp_path / "broken.yaml")[0]
-    (tmp_path / "broken.yaml").write_text("run: {folder: 2024-13-45}\n")
-    assert "not valid YAML: month must be in 1..12" in problems_of(path=tmp_path / "broken.yaml")[0]
-    assert problems_of("run.folder=2024-13-45") == [
-        "override 'run.folder=2024-13-45': '2024-13-45' is not a YAML value; quote it"
-    ]
+    assert load_config(None, ["run.folder=2024-13-45"]).run.folder == Path("2024-13-45")  # no date
+
+
+HOSTILE = {
+    "not UTF-8": (b"# caf\xe9\ntrain: {steps: 3}\n", r"is not UTF-8 \(byte 5 is 0xe9\)"),
+    "a tag of a date": (b"seed: !!timestamp x", "could not determine a constructor"),
+    "a tag of a set": (b"seed: !!set {1}", "could not determine a constructor"),
+    "an empty integer": (b"seed: !!int ''", "is no integer"),
+    "an integer of text": (b"seed: !!int x", "is no integer"),
+    "a truth of text": (b"seed: !!bool x", "is neither true nor false"),
+    "a number of text": (b"seed: !!float x", "is no number"),
+    "400 digits": (b"seed: " + b"9" * 400, "an integer beyond 64 bits"),
+    "5000 digits": (b"seed: " + b"9" * 5000, "is no integer"),
+    "hexadecimal digits": (b"seed: 0x" + b"f" * 5000, "an integer beyond 64 bits"),
+    "itself": (b"model: {backbone_options: &a {x: *a}}", "holds an alias of itself"),
+    "deep": (b"model: {backbone_options: {x: " + b"[" * 5000 + b"]" * 5000 + b"}}", "nested more than 16 deep"),
+    "deeper than 16": (b"model: {backbone_options: {x: " + b"[" * 17 + b"]" * 17 + b"}}", "nested more than 16 deep"),
+    "aliases": (
+        b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in range(98, 108)),
+        "more than 20,000 values",
+    ),
+    "a long list": (b"seed: [" + b"1234567890," * 19000 + b"]", "expected an integer, got"),
+    "too many values": (b"seed: [" + b"1," * 30000 + b"]", "more than 20,000 values"),
+    "too long": (b"#" * (1 << 21), "is larger than 1 MiB"),
+    "a long key": (b"? " + b"k" * 100_000 + b"\n: 3", "unknown key"),
+    "a key twice": (b"train: {steps: 3}\nseed: 1\ntrain: {steps: 4}", "'train' is a key that stands there twice"),
+    "a key twice below": (b"train: {steps: 3, steps: 4}", "'steps' is a key that stands there twice"),
+    "half a character": (b'run: {folder: "\\ud800"}', "a character that no file can hold"),
+    "a zero byte": (b'run: {folder: "a\\0b"}', "a character that no file can hold"),
+    "a number too large": (b"seed: 1.0e+300", "expected an integer"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_text_that_no_configuration_is_gets_a_short_answer(kind: str, tmp_path: Path) -> None:
+    content, reason = HOSTILE[kind]
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_config(file)
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 4096
+
+
+def test_many_problems_are_told_shortly(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, "".join(f"key_{number}: 3\n" for number in range(500)))
+    with pytest.raises(ConfigError, match=r"500 configuration errors:(?s:.)* and \d+ more$") as caught:
+        load_config(file)
+    assert len(str(caught.value)) < 4096
+    assert len(caught.value.problems) == 500
+    for override in ("." * 100_000 + "=1", "seed=" + "[" * 5000, "seed=" + "9" * 5000, "x" * 100_000):
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, [override])
+        assert len(str(caught.value)) < 4096
+
+
+def test_of_two_overrides_of_a_key_the_last_wins_and_merge_keys_add(tmp_path: Path) -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+    (file,) = write(tmp_path, "model: {backbone_options: &a {x: 1, y: 2}, decoder_options: {<<: *a, y: 3}}\n")
+    assert load_config(file).model.decoder_options == {"x": 1, "y": 3}
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mfm_dist.data.index import DatasetIndex, build_index, scan_tar
+from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.errors import ConfigError, DataError
 from tests.helpers.shards import ShardFolder, flip_bit
 
@@ -111,7 +115,7 @@ def test_the_rest_of_a_manifest_has_its_types_too(shard_folder: ShardFolder) -> 
 def test_an_unfinished_folder_names_the_command_that_ends_it(shard_folder: ShardFolder) -> None:
     folder = shard_folder()
     (folder / "dataset.json").rename(folder / "dataset.unfinished.json")
-    with pytest.raises(DataError, match=f"unfinished.*make test shards --output {folder.parent}"):
+    with pytest.raises(DataError, match=f"unfinished.*python tools/make_shards.py test --output {folder.parent}"):
         DatasetIndex.open(folder)
     (folder / "dataset.unfinished.json").unlink()
     with pytest.raises(DataError, match=r"no dataset\.json"):
@@ -135,7 +139,7 @@ def test_all_damaged_shards_are_named_at_once(shard_folder: ShardFolder) -> None
     assert "000001.tar is missing" in lines[1]
     assert "000002.index.npy is damaged" in lines[2]
     assert "000003.index.npy cannot be read" in lines[3]
-    assert "make test shards --output" in lines[4]
+    assert "python tools/make_shards.py test --output" in lines[4]
 
 
 @pytest.mark.parametrize("offset", [0, 9, 40, 300, -1])
@@ -201,3 +205,84 @@ def test_what_follows_a_truncated_member_is_told_too(shard_folder: ShardFolder) 
     tar = shard_folder(count=4, shard_size=4) / "000000.tar"
     tar.write_bytes(tar.read_bytes()[: int(build_index(tar)["meta"]["offset"][1]) + 5])
     assert [damage.key for damage in scan_tar(tar).bad] == ["sample_0001", ""]
+
+
+def _array(shape: str, dtype: str = "'<i8'", content: bytes = b"") -> bytes:
+    """A file of numpy with this header, whatever follows."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + content
+
+
+def _saved(rows: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, rows)
+    return file.getvalue()
+
+
+def _placed(rows: np.ndarray, member: str, field: str, value: int) -> bytes:
+    rows = rows.copy()
+    rows[member][field][0] = value
+    return _saved(rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda _: b"no array", "is not a readable array"),
+        (lambda _: b"", "is not a readable array"),
+        (lambda _: _array("(1000000000000,)"), "its header claims 8 bytes x"),
+        (lambda _: _array("(-1,)"), "its header claims|is not a readable array"),
+        (lambda _: _array("(" * 90), "is not a readable array"),
+        (lambda _: _array("(1,)", "'|O'", b"x" * 8), "it holds objects"),
+        (lambda _: _saved(np.zeros(4)), "holds float64"),
+        (lambda rows: _saved(rows[:, None]), "is no index of a tar"),
+        (lambda rows: _placed(rows, "image", "size", -5), "places its image outside the tar"),
+        (lambda rows: _placed(rows, "label", "size", 1 << 42), "places its label outside the tar"),
+        (lambda rows: _placed(rows, "meta", "offset", 1 << 42), "places its meta outside the tar"),
+        (lambda rows: _placed(rows, "image", "offset", -2), "places its image outside the tar"),
+    ],
+)
+def test_an_index_that_its_checksum_vouches_for_and_that_is_none(
+    make: Callable[[np.ndarray], bytes], reason: str, shard_folder: ShardFolder
+) -> None:
+    folder = shard_folder(count=4)
+    index = index_path(folder / "000000.tar")
+    content = make(np.load(index))
+    index.write_bytes(content)
+    manifest = Manifest.read(folder / "dataset.json")
+    record = replace(manifest.shards[0], index_sha256=hashlib.sha256(content).hexdigest())
+    (folder / "dataset.json").write_text(replace(manifest, shards=(record, *manifest.shards[1:])).to_json())
+    with pytest.raises(DataError, match=reason):
+        DatasetIndex.open(folder)
+
+
+def test_a_manifest_of_any_content_is_told(shard_folder: ShardFolder) -> None:
+    file = shard_folder(count=4) / "dataset.json"
+    whole = json.loads(file.read_text())
+    for content in ("[" * 100_000, "3", "", '{"format": ' + "9" * 5000 + "}", json.dumps({**whole, "shards": [3]})):
+        file.write_text(content)
+        with pytest.raises(DataError, match="cannot be read as a manifest"):
+            DatasetIndex.open(file.parent)
+    file.write_text(json.dumps({**whole, "shards": []}))
+    with pytest.raises(DataError, match="counts no samples"):
+        DatasetIndex.open(file.parent)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rm -rf ~",
+        "python tools/make_shards.py scenes; rm -rf ~",
+        "python tools/make_shards.py $(rm)",
+        "python x.py",
+        "'",
+    ],
+)
+def test_only_a_command_of_ours_is_passed_on_as_advice(command: str, shard_folder: ShardFolder) -> None:
+    folder = shard_folder(count=4)
+    manifest = replace(Manifest.read(folder / "dataset.json"), command=command)
+    (folder / "dataset.json").write_text(manifest.to_json())
+    (folder / "000000.tar").unlink()
+    with pytest.raises(DataError, match="is none of ours") as caught:
+        DatasetIndex.open(folder)
+    assert command not in str(caught.value)

@@ -21,8 +21,11 @@ from mfm_dist.data.decoding import decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
+from mfm_dist.shards.pictures import read_label
 from mfm_dist.shards.writer import encode_jpeg, encode_label_png, write_index
 from mfm_dist.storage import sha256_of
+from tests.helpers import crafted_pngs
+from tests.helpers.crafted_pngs import SIZE
 from tests.helpers.shards import ShardFolder, flip_bit, raw_sample
 
 JPEG = encode_jpeg(raw_sample(0).image)
@@ -186,8 +189,8 @@ def wrong_label(value: int) -> np.ndarray:
         (lambda _: {"jpg": JPEG}, "it has no label"),
         (lambda _: {"jpg": JPEG, "label.png": b""}, "its label is empty"),
         (lambda _: {"jpg": JPEG, "label.png": b"no png"}, "its label is no readable png"),
-        (lambda tmp: {"jpg": JPEG, "label.png": png(raw_sample(0).image, tmp)}, "3 channels of torch.uint8"),
-        (lambda tmp: {"jpg": JPEG, "label.png": png(GOOD_LABEL.astype(np.uint16), tmp)}, "1 channels of torch.uint16"),
+        (lambda tmp: {"jpg": JPEG, "label.png": png(raw_sample(0).image, tmp)}, "label is 8-bit RGB; 8-bit grey"),
+        (lambda tmp: {"jpg": JPEG, "label.png": png(GOOD_LABEL.astype(np.uint16), tmp)}, "label is 16-bit grey; 8-bit"),
         (lambda _: {"jpg": b"no jpeg", "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable jpg"),
         (lambda _: {"jpg": JPEG[:200], "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable jpg"),
         (lambda _: {"png": JPEG, "label.png": encode_label_png(GOOD_LABEL)}, "its image is no readable png"),
@@ -204,8 +207,7 @@ def test_unusable_samples_are_named_with_the_reason(
 
 
 @pytest.mark.parametrize("kind", ["label", "image"])
-def test_every_flipped_bit_of_a_png_is_noticed_before_it_can_end_the_process(kind: str, tmp_path: Path) -> None:
-    """libpng's errors end the process inside torchvision; nothing of a PNG may get there damaged."""
+def test_every_flipped_bit_of_a_png_is_noticed(kind: str, tmp_path: Path) -> None:
     content = encode_label_png(GOOD_LABEL) if kind == "label" else png(raw_sample(0).image, tmp_path)
     size = header_size(np.frombuffer(content, dtype=np.uint8), "png", kind)
     for at in range(8, len(content), 1 if kind == "label" else 17):
@@ -216,6 +218,26 @@ def test_every_flipped_bit_of_a_png_is_noticed_before_it_can_end_the_process(kin
     for length in range(len(content)):
         with pytest.raises(CorruptFileError):
             decode_label(np.frombuffer(bytearray(content[:length]), dtype=np.uint8), 19, size)
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(8, 0), (8, 3), (8, 2), (8, 4), (8, 6), (16, 0), (16, 2), (16, 6)])
+def test_wrong_pixel_data_under_right_checksums_make_a_bad_sample(depth: int, colour: int) -> None:
+    """libpng ended the process at these; so does any decoder that trusts a checksum."""
+    for seed in range(5):
+        for name, content in crafted_pngs.broken(np.random.default_rng(seed), depth=depth, colour=colour).items():
+            payload = np.frombuffer(content, dtype=np.uint8)
+            for decode in (lambda data: decode_image(data, "png"), lambda data: decode_label(data, 19, SIZE)):
+                with pytest.raises(CorruptFileError, match=r"its (image|label) is "):
+                    pytest.fail(f"{name}: {decode(payload)}")
+            if depth == 16 and colour != 0:
+                with pytest.raises(CorruptFileError):
+                    read_label(content, ["16-bit RGB", "16-bit RGBA"], colours=False)
+
+
+def test_unusual_labels_are_decoded_right() -> None:
+    for name, (content, shown) in crafted_pngs.sound(np.random.default_rng(0)).items():
+        label = decode_label(np.frombuffer(content, dtype=np.uint8), 19, SIZE)
+        assert np.array_equal(label.numpy(), shown), name
 
 
 def test_a_decoder_that_is_not_installed_is_told(shard_folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.transforms import CROP_TRIES, PAD_COLOUR, source_crop, target_crop
+from mfm_dist.data.transforms import CROP_TRIES, PAD_COLOUR, central_crop, source_crop, target_crop
 
 
 def rng(index: int) -> np.random.Generator:
@@ -126,6 +126,24 @@ def test_a_small_image_is_padded_with_the_mean_and_marked_invalid(height: int, w
         assert (padded[2][inside] == 7).all()
     assert (source_label[outside] == IGNORE_INDEX).all()
     assert torch.equal(source_label[inside], source[1][inside] % 19)
+    middle, middle_label, middle_valid = central_crop(image, label, (16, 24))
+    assert torch.equal(middle_valid, ~outside)
+    assert (middle[:, outside] == torch.tensor(PAD_COLOUR)[:, None]).all()
+    assert (middle_label[outside] == IGNORE_INDEX).all()
+    assert torch.equal(middle_label[inside], middle[1][inside] % 19)
+
+
+def test_a_central_crop_has_the_middle_of_image_label_and_margins() -> None:
+    image = coordinates(40, 60)
+    crop, label, valid = central_crop(image, image[1], (16, 24), margins=(13, 0, 0, 20))
+    assert torch.equal(crop, image[:, 12:28, 18:42])
+    assert torch.equal(label, image[1, 12:28, 18:42])
+    expected = torch.ones(16, 24, dtype=torch.bool)
+    expected[0], expected[:, 22:] = False, False  # row 12 and columns from 40 on
+    assert torch.equal(valid, expected)
+    halved, halved_label, _ = central_crop(image, image[1], (16, 24), box=(20, 30))
+    assert torch.equal(halved_label, image[1, ::2, ::2][2:18, 3:27])
+    assert (halved[1].int() - halved_label.int()).abs().max() <= 1
 
 
 def test_padding_is_zero_after_normalisation() -> None:

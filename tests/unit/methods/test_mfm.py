@@ -307,28 +307,43 @@ def test_the_detail_view_classifies_the_window_at_full_resolution() -> None:
     assert value == pytest.approx(cross_entropy(logits, box.crop(inputs.pseudo.label)).item(), rel=1e-5)
 
 
-def test_both_views_are_the_context_and_a_window_with_draws_of_its_own() -> None:
-    """The window is rebuilt at another mask than the context, and lies elsewhere than where it is the only view."""
-    crops = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64"]
-    both = module_with(*crops, "mfm.view=both", "mfm.domain=both")
-    assert both.term_names[-4:] == ("mfm_source", "mfm_source_detail", "mfm", "mfm_detail")
-    context = module_with(*crops, "mfm.domain=both")
-    for name in ("mfm_source", "mfm"):
-        assert value_of(both, name) == value_of(context, name)
-    student, inputs = both.student, both.step_inputs(block())
+def test_the_fused_view_is_hrdas_loss_of_two_rebuilt_resolutions() -> None:
+    """One window for the micro-batch, and a mask for it that is not the context's."""
+    crops = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "hrda.detail_loss_weight=0.3"]
+    module = module_with(*crops, "mfm.view=fused", "mfm.domain=both")
+    assert module.term_names[-2:] == ("mfm_source", "mfm")
+    student, inputs = module.student, module.step_inputs(block())
     assert isinstance(student, HRDASegmentor)
     assert inputs.pseudo is not None
     images = {
-        ForwardKind.MFM_SOURCE_DETAIL: (inputs.source_image, inputs.source_label.long()),
-        ForwardKind.MFM_DETAIL: (inputs.target_image, inputs.pseudo.label),
+        ForwardKind.MFM_SOURCE: (inputs.source_image, inputs.source_label.long()),
+        ForwardKind.MFM: (inputs.target_image, inputs.pseudo.label),
     }
     masks = {kind: keyed_masks(inputs, (4, 4), MFMSection(), kind) for kind in ForwardKind if kind >= ForwardKind.MFM}
     assert len({tuple(mask.flatten().tolist()) for mask in masks.values()}) == 4
+    details = {ForwardKind.MFM_SOURCE: ForwardKind.MFM_SOURCE_DETAIL, ForwardKind.MFM: ForwardKind.MFM_DETAIL}
+    student.eval()
     for kind, (image, label) in images.items():
         box = draw_detail_box(student, inputs, kind)
-        features = student.encode(box.crop(image))
-        logits = student.decode(rebuild(student, both.rebuilder, features, masks[kind]))
-        assert value_of(both, kind.label) == pytest.approx(cross_entropy(logits, box.crop(label)).item(), rel=1e-5)
+        context = rebuild(student, module.rebuilder, student.encode(student.context(image)), masks[kind])
+        window = rebuild(student, module.rebuilder, student.encode(box.crop(image)), masks[details[kind]])
+        detail = student.decode(window)
+        fused = student.fuse_window(student.decode(context), student.attend(context), detail, box)
+        expected = 0.7 * cross_entropy(fused, label) + 0.3 * cross_entropy(detail, box.crop(label))
+        assert value_of(module, kind.label) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_with_nothing_hidden_the_fused_view_is_hrdas_own_loss_of_the_clean_image() -> None:
+    crops = ["method.name=hrda", "hrda.attention_options={width: 8}", "data.crop=64", "mfm.mask_ratio=0"]
+    module = module_with(*crops, "mfm.view=fused")
+    value, inputs = value_of(module), module.step_inputs(block())
+    assert isinstance(module.student, HRDASegmentor)
+    assert inputs.pseudo is not None
+    box = draw_detail_box(module.student, inputs, ForwardKind.MFM)
+    seen = module.student.forward_crops(inputs.target_image, box)
+    label = inputs.pseudo.label
+    expected = 0.9 * cross_entropy(seen.fused, label) + 0.1 * cross_entropy(seen.detail, box.crop(label))
+    assert value == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_contradictions_are_refused() -> None:

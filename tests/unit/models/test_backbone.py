@@ -303,7 +303,7 @@ def test_a_wrong_option_is_named(name: str, options: dict[str, object], named: s
 
 
 def test_own_arguments_are_not_options() -> None:
-    with pytest.raises(ConfigError, match=r"may not set pretrained; use model\.pretrained"):
+    with pytest.raises(ConfigError, match=r"may not set pretrained: .* come by model\.pretrained"):
         Backbone("test_resnet", options={"pretrained": True})
 
 

@@ -159,7 +159,7 @@ def test_a_folder_is_read_with_suspicion(tmp_path: Path) -> None:
     assert (run.gain, run.step, run.environment, run.events) == (1.0, 2, {}, [])
     assert [problem.split()[0] for problem in run.problems] == [
         "eval/step_00000009.json",
-        "events.jsonl",
+        "environment.json",
         "outcome.json",
     ]
 

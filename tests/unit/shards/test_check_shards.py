@@ -117,7 +117,7 @@ def test_what_is_damaged_is_remade_as_the_message_says(
     assert main([str(folder)]) == 3
     (advice,) = (line for line in capsys.readouterr().err.splitlines() if "delete" in line)
     assert advice.startswith(f"{folder}: delete 000001.tar in it, then remake what is missing (the rest is kept): ")
-    assert f"make test shards --output {folder.parent}. Without what it is made of" in advice
+    assert f"python tools/make_shards.py test --output {folder.parent}. Without what it is made of" in advice
     (folder / "000001.tar").unlink(missing_ok=True)
     write_set(folder, count=10, shard_size=4)
     assert files_of(folder) == whole

@@ -15,8 +15,9 @@ from torchvision.io import ImageReadMode, decode_png
 
 from mfm_dist.classes import LabelMapping
 from mfm_dist.data.geometry import fitted
+from mfm_dist.data.png import png_kind
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.shards.pictures import lookup_table, png_kind, read_label, read_picture, resize_pair, to_indices
+from mfm_dist.shards.pictures import lookup_table, read_label, read_picture, resize_pair, to_indices
 from tests.helpers import downloads
 
 

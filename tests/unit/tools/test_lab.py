@@ -134,6 +134,7 @@ def test_runs_are_trained_once_and_a_failure_is_on_record_with_its_reason(
     lines = [json.loads(line) for line in (tmp_path / "lab_stride8.jsonl").read_text().splitlines()]
     trained, failed = sorted(lines, key=lambda line: line["code"])
     assert (trained["code"], trained["seed"], trained["commit"], trained["device"]) == (0, 1, COMMIT, "cpu")
+    assert (trained["probe"]["step"], trained["probe"]["images"], failed["probe"]) == (10, 4, None)
     scores = trained["evaluations"]
     assert sorted(map(int, scores)) == list(range(11))
     assert trained["figure"] == pytest.approx((scores["8"] + scores["9"] + scores["10"]) / 3)

@@ -1,0 +1,40 @@
+"""What ``--check`` finds without training: networks that cannot be built, or cannot take a crop."""
+
+from __future__ import annotations
+
+import pytest
+
+from mfm_dist.config.loader import load_config
+from mfm_dist.errors import ConfigError
+from mfm_dist.train import check
+
+SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.enabled=true", "data.render_scenes=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.backbone_options={drop_path_rate: 5}"], "drop_path_rate=5: must be at least 0 and below 1"),
+        (["model.backbone_options={in_chans: 4}"], "may not set in_chans: images are RGB"),
+        (["model.backbone_options={out_indices: []}"], "at least one, in rising order"),
+        (["model.backbone_options={out_indices: [3, 1]}"], "in rising order"),
+        (["model.backbone_options={out_indices: [-1]}"], "from 0 on"),
+        (["model.backbone=vit_tiny_patch16_224", "model.backbone_options={pyramid: true}"], "cannot take crops of"),
+        (["model.backbone_options={depths: [100000, 2, 2, 2]}"], "more than 20,000 layers"),
+        (["model.decoder_options={width: 100000000}"], "at most 65,536"),
+        (["rebuilder.width=65536", "rebuilder.depth=1000"], "rebuilder.width, depth, mlp_ratio and grid: a network of"),
+    ],
+)  # fmt: skip
+def test_networks_that_would_fail_later_are_refused(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(None, [*SMALL, *overrides]))
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["method.name=hrda", "data.crop=128x128"], ["mfm.reconstruction=pixels"], ["rebuilder.variant=stable"]],
+)
+def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    check(load_config(None, [*SMALL, *overrides]))
+    assert capsys.readouterr().out.startswith("ok: ")
