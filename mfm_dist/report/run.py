@@ -208,10 +208,8 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
         by_class = {name: finite_or_nan(iou.get(name)) for name in classes.names}
-        known = content.get("unlabelled")
-        unlabelled = (
-            {str(name): finite_or_nan(value) for name, value in known.items()} if isinstance(known, dict) else {}
-        )
+        seen = content.get("unlabelled")
+        unlabelled = {name: finite_or_nan(value) for name, value in seen.items()} if isinstance(seen, dict) else {}
         counted = images if isinstance(images, int) else None
         of_source = finite_or_nan(content.get("source_miou"))
         found.append(Evaluation(step, finite_or_nan(miou), by_class, counted, of_source, unlabelled))

@@ -15,6 +15,7 @@ from mfm_dist.build import build_train_module, open_readers
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.errors import ConfigError
 from mfm_dist.inference.evaluation import OneProcess
 from mfm_dist.inference.unlabelled import look_at_unlabelled
 from mfm_dist.report.__main__ import main as report
@@ -22,6 +23,7 @@ from mfm_dist.scenes import render_scene
 from tests.helpers.downloads import save_picture
 from tests.helpers.runs import DEFAULTS, result_of, run_train, tiny_overrides
 from tools.make_shards import main as make_shards
+from tools.probe_rebuilder import probe_run
 from tools.quickstart_summary import main as summarise
 
 LOOKED_AT = 5
@@ -140,6 +142,8 @@ def test_what_comes_after_training(
     assert json.loads((model / "config.json").read_text())["miou"] is None
     assert predict.main(["--run", str(run), "--input", str(pictures), "--output", str(output)]) == 0
     assert len(list((output / "overlays").iterdir())) == 7
+    with pytest.raises(ConfigError, match=r"no target labels \(data\.validation=null\)"):
+        probe_run(run)
     assert summarise(run) == 0
     assert "nothing to score it with" in capsys.readouterr().out
     assert evaluate.main(["--run", str(run)]) == 2
