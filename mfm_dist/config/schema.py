@@ -245,7 +245,7 @@ class MFMSection:
     """Weight of the term, lambda. MFM: 1.0."""
     mask_ratio: Share = 0.4
     """Share of the grid cells to hide. MFM: 0.4."""
-    mask_block_cells: IntFrom1 = 1
+    mask_block_cells: Cells = 1
     """Side, in grid cells, of the squares that are hidden together; must divide `rebuilder.grid`. MFM: 1, a cell of
     32 x 32 pixels and 4 x 4 features. With blocks much smaller than that, averaging the neighbours solves the task."""
     mask: Literal["bernoulli", "exact"] = "bernoulli"
@@ -301,7 +301,7 @@ class RebuilderSection:
     depth_scaling: bool = False
     """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
     the paper's 2 blocks. MFM: false; stable: true."""
-    readout: IntFrom0 = 0
+    readout: Annotated[int, between(0, 1000)] = 0
     """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
     read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
     fill: bool = False
@@ -325,7 +325,7 @@ class OptimSection:
     rebuilder_warmup: Share = 0.0
     """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
     `warmup_steps`. MFM: 0; stable: 0.025."""
-    rebuilder_base_width: IntFrom0 = 0
+    rebuilder_base_width: Annotated[int, between(0, 65_536)] = 0
     """Width that `rebuilder_lr` was chosen at. Matrices of a Rebuilder that is wider learn at the rate times this over
     its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""
     weight_decay: FloatFrom0 = 0.01
