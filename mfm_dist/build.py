@@ -24,21 +24,29 @@ from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.size_limit import limited_size
 from mfm_dist.rng import Stream, keyed_seed
-from mfm_dist.shards.scene_shards import write_scenes
+from mfm_dist.shards.scene_shards import SCENE_SETS, write_scenes
 from mfm_dist.train_module import TrainModule
 
 
 @dataclass(frozen=True)
 class Readers:
-    """The three data sets of a run, and the classes that all of them are labelled with."""
+    """The data sets of a run, and the classes that all of them are labelled with."""
 
     labelled: ShardReader | ShardStream
     """What the student is supervised on."""
     target: ShardReader | ShardStream
-    validation: ShardReader
+    validation: ShardReader | None
+    """None where the target has no labels."""
+    source_validation: ShardReader | None
     classes: ClassSet
     notes: tuple[str, ...] = ()
     """What becomes of classes that are not those of the run, a line for each data set, for people."""
+
+    @property
+    def samples(self) -> int:
+        """Number of all that may be read."""
+        sets = (self.labelled, self.target, self.validation, self.source_validation)
+        return sum(len(reader) for reader in sets if reader is not None)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -174,29 +182,34 @@ def open_readers(config: RunConfig) -> Readers:
     """Open the shard sets of a run, each checked, and find the classes that they share.
 
     Raises:
-        UserError: ConfigError or DataError with what is wrong about each of the three.
+        UserError: ConfigError or DataError with what is wrong about each of them.
     """
     data = config.data
+    named = {key: name for key, name in sets_of(config).items() if name is not None}
     classes = None if data.classes is None else load_class_set(data.classes)
-    labelled = data.source if _supervised_on(config) == "source" else data.target
-    names = dict.fromkeys((labelled, data.target, data.validation))
-    folders: dict[str, ShardReader] = {}
-    errors = []
-    for name in names:
-        try:
-            if not is_stream(name):
-                folders[name] = open_folder(data, name, classes)
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        raise _joined(errors)
-    classes = classes or shared_classes(folders)
+    folders = open_folders(config, {key: name for key, name in named.items() if not is_stream(name)})
+    classes = classes or shared_classes({name: reader.classes for name, reader in folders.items()})
     check_groups(config, classes)
-    streams = {name: open_stream(data, name, classes) for name in names if is_stream(name)}
+    streams = {name: open_stream(data, name, classes) for name in named.values() if is_stream(name)}
     opened: dict[str, ShardReader | ShardStream] = {**folders, **streams}
     notes = _relabelled(folders)
     notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
-    return Readers(opened[labelled], opened[data.target], folders[data.validation], classes, tuple(notes))
+    return Readers(
+        labelled=opened[next(iter(named.values()))],
+        target=opened[data.target],
+        validation=None if data.validation is None else folders[data.validation],
+        source_validation=None if data.source_validation is None else folders[data.source_validation],
+        classes=classes,
+        notes=tuple(notes),
+    )
+
+
+def sets_of(config: RunConfig) -> dict[str, str | None]:
+    """Return the names of a run's shard sets by key of ``data``, first the one that the student is supervised on."""
+    data = config.data
+    source = {"source": data.source} if _supervised_on(config) == "source" else {}
+    scored = {"validation": data.validation, "source_validation": data.source_validation}
+    return {**source, "target": data.target, **scored}
 
 
 def _supervised_on(config: RunConfig) -> str:
@@ -207,6 +220,66 @@ def _supervised_on(config: RunConfig) -> str:
         return "source"  # ``build_train_module`` comes next, and says this with all that is wrong about the networks
 
 
+def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardReader]:
+    """Open folders of shards, by key of ``data``; return them by name.
+
+    Raises:
+        UserError: ConfigError, DataError or StorageError with what is wrong about each; it has no labels, and needs
+            some.
+    """
+    data, labelled = config.data, next(iter(sets_of(config)))
+    classes = None if data.classes is None else load_class_set(data.classes)
+    folders: dict[str, ShardReader] = {}
+    errors: list[UserError] = []
+    for name in dict.fromkeys(sets.values()):
+        try:
+            folders[name] = open_folder(data, name, classes)
+        except UserError as error:
+            errors.append(error)
+    for key, name in sets.items():
+        needs_labels = key != "target" or key == labelled
+        if needs_labels and name in folders and not folders[name].index.manifest.has_labels:
+            errors.append(ConfigError(_without_labels(config, key, name, trains=key == labelled)))
+    if errors:
+        raise _joined(errors)
+    return folders
+
+
+def _without_labels(config: RunConfig, key: str, name: str, *, trains: bool) -> str:
+    """Say what to do about a shard set that should have labels."""
+    pack = "pack it again with its labels (python tools/make_shards.py folder --labels FOLDER --classes NAME|FILE)"
+    said = f"data.{key}={config.data.root / name} has no labels (its dataset.json counts no pixel of a class)"
+    if trains:
+        return f"{said}, and method.name={config.method.name} is supervised on them: name a labelled set, or {pack}"
+    return f"{said} to score against: set data.{key}=null, which trains without that score, or {pack}"
+
+
+def rendered_sets(config: RunConfig) -> list[str]:
+    """Return the names of a run's shard sets that it renders itself."""
+    return [name for name in SCENE_SETS if config.data.render_scenes and name in sets_of(config).values()]
+
+
+def check_data(config: RunConfig) -> tuple[ClassSet, tuple[str, ...]]:
+    """Find what is wrong about the data before a run begins, with what it renders itself taken for done.
+
+    Returns:
+        the classes to train, and notes as in ``Readers``.
+
+    Raises:
+        UserError: as ``open_readers``.
+    """
+    rendered = rendered_sets(config)
+    if not rendered:
+        readers = open_readers(config)
+        return readers.classes, readers.notes
+    others = {key: name for key, name in sets_of(config).items() if name is not None and name not in rendered}
+    folders = open_folders(config, {key: name for key, name in others.items() if not is_stream(name)})
+    scenes = classes_without_data(config)
+    classes = shared_classes({rendered[0]: scenes, **{name: reader.classes for name, reader in folders.items()}})
+    check_groups(config, classes)
+    return classes, tuple(_relabelled(folders))
+
+
 def check_groups(config: RunConfig, classes: ClassSet) -> None:
     """Raise ConfigError where ``eval.class_sets`` names what is no group of the run's classes."""
     if unknown := [name for name in config.eval.class_sets if name not in classes.groups]:
@@ -214,15 +287,15 @@ def check_groups(config: RunConfig, classes: ClassSet) -> None:
         raise ConfigError(f"eval.class_sets names {', '.join(unknown)}; groups of the run's classes: {known}")
 
 
-def shared_classes(folders: Mapping[str, ShardReader]) -> ClassSet:
-    """Return the one class set of all data sets that have labels.
+def shared_classes(sets: Mapping[str, ClassSet | None]) -> ClassSet:
+    """Return the one class set of all data sets that have labels; None stands for those that have none.
 
     Raises:
         ConfigError: they differ, or none has labels.
     """
-    known = {name: reader.classes for name, reader in folders.items() if reader.classes is not None}
+    known = {name: classes for name, classes in sets.items() if classes is not None}
     if not known:
-        raise ConfigError(f"{', '.join(folders)}: no labels, so there are no classes to train")
+        raise ConfigError(f"{', '.join(sets)}: no labels, so there are no classes to train: name them in data.classes")
     first, shared = next(iter(known.items()))
     problems = [
         f"{first} and {name} do not agree, {difference}\n    Name in data.classes the classes to train on, into which "
@@ -271,8 +344,8 @@ def train_pipeline(
 
 
 def render_scenes(config: RunConfig) -> None:
-    """Render the embedded data set, or what is missing of it, where the configuration asks for that."""
-    if config.data.render_scenes:
+    """Render what the run names of the embedded data set, or what is missing of it, where it asks for that."""
+    if rendered := rendered_sets(config):
         scenes = config.scenes
         write_scenes(
             config.data.root,
@@ -282,6 +355,7 @@ def render_scenes(config: RunConfig) -> None:
             seed=scenes.seed,
             gap=scenes.gap,
             report=print,
+            only=rendered,
         )
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import load_class_set
+from mfm_dist.config.schema import DataSection
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
@@ -75,7 +76,7 @@ def what_to_score(arguments: argparse.Namespace) -> Scored:
     else:
         run = open_run(arguments.run)
         name, model, settings = str(run.checkpoint.path), run.model, run.config
-        data = arguments.data or settings.data.root / (arguments.split or settings.data.validation)
+        data = arguments.data or _data_of_run(arguments, settings.data)
         trained_on = run.checkpoint.classes
         mapped_into = mapped_into or (trained_on if settings.data.classes else None)
         class_sets = settings.eval.class_sets if arguments.class_sets is None else class_sets
@@ -92,6 +93,17 @@ def what_to_score(arguments: argparse.Namespace) -> Scored:
         known = ", ".join(classes.groups) or "none"
         raise ConfigError(f"--class-sets {' '.join(unknown)}: groups of these classes: {known}")
     return Scored(name, model, reader, classes, class_sets)
+
+
+def _data_of_run(arguments: argparse.Namespace, data: DataSection) -> Path:
+    """Return the shard set that was named, or that the run was scored on. Raises ConfigError: there is neither."""
+    name = arguments.split or data.validation
+    if name is None:
+        raise ConfigError(
+            f"{arguments.run} was trained without target labels (data.validation=null), so there is nothing to score "
+            "it on: give a folder of labelled shards, --data SHARD_SET"
+        )
+    return data.root / name
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

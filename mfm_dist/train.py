@@ -170,19 +170,14 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: for the first of these that is wrong, with all that is wrong with it.
     """
-    from mfm_dist.build import build_train_module, check_groups, check_shapes, classes_without_data, open_readers
+    from mfm_dist.build import build_train_module, check_data, check_shapes
     from mfm_dist.distributed.trackers import tracker_problems
 
     if problems := tracker_problems(config):
         raise ConfigError(problems)
-    if config.data.render_scenes:
-        classes = classes_without_data(config)
-        check_groups(config, classes)
-    else:
-        readers = open_readers(config)
-        classes = readers.classes
-        for note in readers.notes:
-            print(note)
+    classes, notes = check_data(config)
+    for note in notes:
+        print(note)
     module = build_train_module(config, classes)
     check_shapes(module)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,11 +16,13 @@ from mfm_dist.checkpoint.files import Checkpoint, find_sound
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
+from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.audit import audit
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.trackers import Trackers
-from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, DataError, RankMismatchError, UnstableError
+from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, BadSample, DataError, RankMismatchError, UnstableError
 from mfm_dist.inference.evaluation import Scores, evaluate
+from mfm_dist.inference.unlabelled import look_at_unlabelled
 from mfm_dist.run.bad_samples import BadSamples
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.logging import Console, StepLog
@@ -72,7 +76,7 @@ class Trainer:
         self.step_log = StepLog(engine, images_per_step=2 * config.train.global_batch)
         self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
-            total=len(readers.labelled) + len(readers.target) + len(readers.validation),
+            total=readers.samples,
             limit=config.data.bad_sample_limit,
             engine=engine,
             run=run,
@@ -235,31 +239,72 @@ class Trainer:
         self.console.show(record)
 
     def evaluate(self) -> Scores:
-        """Score the student, save the result and a few overlays."""
-        step, config = self.progress.step, self.config
+        """Score the student, or look at target images where there are no labels; save the result and a few overlays."""
+        step, readers = self.progress.step, self.readers
         path = self.run.evaluation(step)
-        items = EvaluationSet(self.readers.validation, rank=self.engine.rank, world_size=self.engine.world_size)
         with self.phase("evaluation"), self.engine.inference_context(), self.step_log.no_training():
-            scores, bad = evaluate(
-                self.module.student,
-                items,
-                self.engine,
-                step=step,
-                precision="bf16" if config.train.precision == "bf16_weights" else "fp32",
-                classes=self.readers.classes,
-                class_sets=config.eval.class_sets,
-                fit_into=config.eval.resize,
-                overlays=config.eval.overlays,
-                overlay_folder=path.with_suffix(""),
-                before_turn=self._before_turn,
-            )
+            overlays = path.with_suffix("")
+            if readers.validation is not None:
+                scores, bad = self._scored(readers.validation, overlays)
+            else:
+                scores, bad = self._looked_at_target(overlays)
+            if readers.source_validation is not None:
+                of_source, more = self._scored(readers.source_validation)
+                scores, bad = replace(scores, source_miou=of_source.miou), [*bad, *more]
         if self.engine.is_main:
             self._track(scores.numbers())
             scores.save(path)
-        self.bad_samples.record(bad, self.progress.step)
-        self.console.line(f"step {step}: target mIoU {scores.miou:.2f} % on {scores.images} images")
+        self.bad_samples.record(bad, step)
+        self.console.line(f"step {step}: {scores.sentence()}")
         self.scores = scores
         return scores
+
+    def _scored(self, reader: ShardReader, overlay_folder: Path | None = None) -> tuple[Scores, list[BadSample]]:
+        """Score the student on a labelled data set."""
+        config = self.config
+        return evaluate(
+            self.module.student,
+            EvaluationSet(reader, rank=self.engine.rank, world_size=self.engine.world_size),
+            self.engine,
+            step=self.progress.step,
+            precision=self._precision,
+            classes=self.readers.classes,
+            class_sets=config.eval.class_sets,
+            fit_into=config.eval.resize,
+            overlays=config.eval.overlays,
+            overlay_folder=overlay_folder,
+            before_turn=self._before_turn,
+        )
+
+    def _looked_at_target(self, overlay_folder: Path) -> tuple[Scores, list[BadSample]]:
+        """Look at the first target images, and what student and teacher make of them."""
+        config, target, teacher = self.config, self.readers.target, self.module.teacher
+        assert isinstance(target, ShardReader), "validate refuses a stream"
+        return look_at_unlabelled(
+            self.module.student,
+            None if teacher is None else teacher.segmentor,
+            EvaluationSet(
+                target,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                most=config.eval.unlabelled_images,
+                with_label=False,
+            ),
+            self.engine,
+            step=self.progress.step,
+            precision=self._precision,
+            classes=self.readers.classes,
+            threshold=config.self_training.pseudo_threshold,
+            fit_into=config.eval.resize,
+            overlays=config.eval.overlays,
+            overlay_folder=overlay_folder,
+            before_turn=self._before_turn,
+        )
+
+    @property
+    def _precision(self) -> str:
+        """What the forwards of an evaluation run in."""
+        return "bf16" if self.config.train.precision == "bf16_weights" else "fp32"
 
     def _before_turn(self, turn: int) -> None:
         """Keep all ranks in step, and end the evaluation in the same turn when any was asked to stop."""

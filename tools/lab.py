@@ -173,7 +173,7 @@ def device_of(folder: Path) -> dict[str, Any]:
 def scores_of(run: Run, folder: Path) -> dict[str, Any]:
     """Return the target mIoU by step, and the figure; None where one of its evaluations is missing."""
     found = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
-    by_step = {scores["step"]: scores["miou"] for scores in found}
+    by_step = {scores["step"]: scores["miou"] for scores in found if scores["miou"] is not None}
     scored = [by_step[step] for step in run.scored_steps if by_step.get(step) is not None]
     figure = statistics.fmean(scored) if len(scored) == len(SCORED_AT) else None
     return {"evaluations": {str(step): miou for step, miou in by_step.items()}, "figure": figure}

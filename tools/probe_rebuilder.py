@@ -18,7 +18,7 @@ from mfm_dist.build import open_folder
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.inference.evaluation import OneProcess
 from mfm_dist.inference.open_run import open_train_module
-from mfm_dist.inference.probe import probe, read_batches
+from mfm_dist.inference.probe import probe, read_batches, why_no_probe
 from mfm_dist.run.folder import PROBE
 from mfm_dist.storage import write_atomically
 
@@ -31,6 +31,8 @@ def probe_run(run: Path) -> dict[str, Any]:
     """
     module, checkpoint = open_train_module(run)
     data = module.config.data
+    if data.validation is None:
+        raise ConfigError(f"there is nothing to probe: {why_no_probe(module.config)}")
     reader = open_folder(data, data.validation, module.classes if data.classes else None)
     if reader.classes is None or (difference := module.classes.difference(reader.classes)):
         raise ConfigError(f"{data.validation} is not labelled with the classes of {run}: {difference or 'no labels'}")

@@ -93,7 +93,9 @@ def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
                 "score": published.score,
                 "published": {"without": published.without, "with": published.with_mfm},
                 "note": published.note,
-                **ours({form: scores(folders, published.score) for form, folders in finished.items() if folders}),
+                **ours(
+                    {form: found for form, all_of in finished.items() if (found := scores(all_of, published.score))}
+                ),
                 "cost": {form: cost(folders.values()) for form, folders in finished.items() if folders},
                 "other_settings": [line for form in finished for line in other_settings(row, form, finished[form])],
             }
@@ -118,9 +120,10 @@ def finds(run: Run, under: Path) -> bool:
 
 
 def scores(folders: dict[int, Path], score: str) -> dict[int, float]:
-    """Return mIoU by seed, in percent."""
+    """Return mIoU by seed, in percent, of the runs that were scored (not those with data.validation=null)."""
     last = {seed: last_scores(folder) for seed, folder in folders.items()}
-    return {seed: found["miou"] if score == "miou" else found["means"][score] for seed, found in last.items()}
+    scored = {seed: found for seed, found in last.items() if found["miou"] is not None}
+    return {seed: found["miou"] if score == "miou" else found["means"][score] for seed, found in scored.items()}
 
 
 def cost(folders: Iterable[Path]) -> dict[str, float]:
@@ -216,7 +219,8 @@ def run_all(arguments: argparse.Namespace) -> list[str]:
         except (RuntimeError, UserError) as error:
             print(error, file=sys.stderr, flush=True)
             return str(error)
-        print(f"{folder}: {found['miou']:.2f}", flush=True)
+        score = "no target labels" if found["miou"] is None else f"{found['miou']:.2f}"
+        print(f"{folder}: {score}", flush=True)
         return ""
 
     failed = []

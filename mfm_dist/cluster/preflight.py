@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mfm_dist.build import rendered_sets, sets_of
 from mfm_dist.checkpoint.files import read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.cluster.job import PREFLIGHT
@@ -129,7 +130,9 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
             if folder is not None:
                 yield f"writing to {key}={folder}", partial(write_probe, folder, probe), room
         turn = Lock()
-        for key, name in (("source", data.source), ("target", data.target), ("validation", data.validation)):
+        for key, name in sets_of(config).items():
+            if name is None:
+                continue
             advice = f"is it mounted there? python tools/check_shards.py {data.root / name}"
             yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name, turn), advice
 
@@ -249,7 +252,7 @@ def read_samples(config: RunConfig, name: str, turn: Lock) -> None:
         turn: held while an index is opened: numpy does so by Python's parser, which threads confuse (Python 3.11).
     """
     folder, limit = config.data.root / name, config.data.bad_sample_limit
-    if is_stream(name) or config.data.render_scenes:
+    if is_stream(name) or name in rendered_sets(config):
         return  # nothing but reading it all checks a stream; scenes the run makes, finishes or checks itself
     with turn:
         reader = ShardReader(folder, bad_limit=limit)

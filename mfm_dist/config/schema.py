@@ -94,8 +94,11 @@ class DataSection:
     """Shard set with labels that the student is supervised on."""
     target: str = "camera_train"
     """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
-    validation: str = "camera_val"
-    """Labelled shard set that evaluation scores."""
+    validation: str | None = "camera_val"
+    """Labelled shard set of the target that evaluation scores. null: there are no target labels, so no mIoU; evaluation
+    then looks at `eval.unlabelled_images` of `target`."""
+    source_validation: str | None = None
+    """Labelled shard set of the source, scored beside it as `source_miou`, which says little of the target."""
     classes: str | None = None
     """Class set to train on: cityscapes19, cityscapes7, synthia16, synthia13, or a class file. Classes of the shards
     become those of the same name, or those that merge them; the others are ignored. null: that of the shards, which
@@ -107,7 +110,8 @@ class DataSection:
     bad_sample_limit: Share = 0.001
     """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
     render_scenes: bool = False
-    """Render the embedded scenes into `root` at the start if they are not there yet."""
+    """Render those of the sets named above that are embedded scenes (game_train, game_val, camera_train, camera_val)
+    into `root` at the start, where they are not there yet."""
     decoder: Literal["torchvision", "simplejpeg"] = "torchvision"
     """What decodes JPEG. simplejpeg has to be installed."""
     source_resize: tuple[Pixels, Pixels] | None = None
@@ -414,6 +418,9 @@ class CheckpointSection:
 class EvalSection:
     every: IntFrom1 = 4000
     """Steps between evaluations on `data.validation`; also done before step 0 and at the end. UDA: 4000."""
+    unlabelled_images: IntFrom1 = 20
+    """Where `data.validation` is null: look at this many images of `data.target`, the first ones (agreement of student
+    and teacher, pseudo-weight, entropy, confidence; none of them is an accuracy)."""
     resize: tuple[Pixels, Pixels] | None = None
     """Images are predicted fitted into this box (height, width), aspect kept, and the logits enlarged to the stored
     size, where labels are scored; null: as stored. UDA with 512 crops: 512x1024 for Cityscapes, 540x960 for ACDC and
@@ -422,7 +429,7 @@ class EvalSection:
     """Also give the mean IoU over these groups of the run's classes, in both conventions of the literature;
     cityscapes19 has synthia16 and synthia13."""
     overlays: IntFrom0 = 4
-    """Images to save as overlays (image, label, prediction) at each evaluation."""
+    """Images to save as overlays (image, label if there is one, prediction) at each evaluation."""
 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]

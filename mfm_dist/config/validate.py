@@ -134,8 +134,14 @@ def _data_problems(data: DataSection) -> Iterator[str]:
 def _stream_problems(data: DataSection) -> Iterator[str]:
     """Find what a shard set that is a URL cannot give."""
     streams = [name for name in (data.source, data.target) if is_stream(name)]
-    if is_stream(data.validation):
-        yield "data.validation is a URL: evaluation covers each sample once, so it needs a folder of shards"
+    for key, name in (("validation", data.validation), ("source_validation", data.source_validation)):
+        if name is not None and is_stream(name):
+            yield f"data.{key} is a URL: evaluation covers each sample once, so it needs a folder of shards"
+    if data.validation is None and is_stream(data.target):
+        yield (
+            "data.validation=null has evaluation look at the first images of data.target, and a stream cannot be read "
+            "at random: name a folder of shards in one of them"
+        )
     if streams and not data.stream_samples:
         yield "data.stream_samples=0: say how many samples there are behind the URL, if only roughly"
     if streams and data.lanes:

@@ -128,6 +128,11 @@ class Manifest:
         return self.classes if self.pixel_counts else None
 
     @property
+    def has_labels(self) -> bool:
+        """Whether any pixel of any sample carries a class."""
+        return any(record.has_classes for record in self.shards)
+
+    @property
     def samples(self) -> int:
         return sum(record.samples for record in self.shards)
 

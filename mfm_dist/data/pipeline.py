@@ -184,16 +184,25 @@ class EvaluationItem(NamedTuple):
 
 
 class EvaluationSet:
-    """This rank's share of a labelled data set: every sample on exactly one rank, as many turns on each.
+    """This rank's share of a data set: every sample on exactly one rank, as many turns on each.
 
     Turns are equal in number because under ZeRO-3 every forward is collective; in a turn without a sample the rank
     still has to run one.
     """
 
-    def __init__(self, reader: ShardReader, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, reader: ShardReader, *, rank: int, world_size: int, most: int | None = None, with_label: bool = True
+    ) -> None:
+        """
+        Args:
+            most: samples to take, the first ones; None: all.
+        """
         assert 0 <= rank < world_size
         self._reader = reader
-        turns = -(-len(reader) // world_size)
+        self._with_label = with_label
+        self.samples = len(reader) if most is None else min(most, len(reader))
+        """Of all ranks."""
+        turns = -(-self.samples // world_size)
         self._numbers = range(rank, turns * world_size, world_size)
 
     def __len__(self) -> int:
@@ -201,4 +210,5 @@ class EvaluationSet:
 
     def __iter__(self) -> Iterator[EvaluationItem]:
         for number in self._numbers:
-            yield EvaluationItem(number, self._reader.read(number) if number < len(self._reader) else None)
+            there = number < self.samples
+            yield EvaluationItem(number, self._reader.read(number, with_label=self._with_label) if there else None)

@@ -1,4 +1,7 @@
-"""Score the student on a labelled data set, over all ranks, with no image counted twice."""
+"""Score the student on a labelled data set, over all ranks, with no image counted twice.
+
+What is looked at where there are no labels stands in ``unlabelled``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -58,23 +61,27 @@ class Scores:
     """Result of one evaluation; written as eval/step_XXXXXXXX.json."""
 
     step: int
-    miou: float
-    """Mean IoU in percent over the classes that occur in labels or predictions."""
+    miou: float | None
+    """Mean IoU in percent over the classes that occur in labels or predictions; None without labels."""
     iou: dict[str, float]
-    """IoU in percent by class name; NaN (null in JSON) for a class that does not occur."""
+    """IoU in percent by class name; NaN (null in JSON) for a class that does not occur. Empty without labels."""
     images: int
-    """Images scored."""
+    """Images scored, or looked at."""
     bad_samples: list[str]
     """Samples of this rank that could not be read; excluded, never replaced."""
     means: dict[str, float]
     """Mean IoU in percent over the classes of each set that was asked for, in both conventions (``means_over``)."""
     protocol: str
     """How they came about, for people."""
+    source_miou: float | None = None
+    """Mean IoU in percent on labelled images of the source (``data.source_validation``); None if none are scored."""
+    unlabelled: dict[str, float] = field(default_factory=dict)
+    """What there is to say of target images without labels (``unlabelled.FIGURES``); empty where they have some."""
 
     def to_json(self) -> str:
         """Return indented JSON text."""
         values = asdict(self)
-        for part in ("iou", "means"):
+        for part in ("iou", "means", "unlabelled"):
             values[part] = {name: value if value == value else None for name, value in values[part].items()}
         return json.dumps(values, indent=2) + "\n"
 
@@ -84,13 +91,22 @@ class Scores:
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:
-        """Return ``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent; none that is NaN."""
-        values = {**self.means, **{f"iou/{name}": value for name, value in self.iou.items()}}
-        return {"eval/miou": self.miou, **{f"eval/{name}": value for name, value in values.items() if value == value}}
+        """Return what there is of ``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent,
+        ``eval/source_miou``, and ``eval/<name>`` of ``unlabelled``; none that is NaN."""
+        values = {"miou": self.miou, "source_miou": self.source_miou, **self.means, **self.unlabelled}
+        values |= {f"iou/{name}": value for name, value in self.iou.items()}
+        return {f"eval/{name}": value for name, value in values.items() if value is not None and value == value}
+
+    def sentence(self) -> str:
+        """Say the result in a line, for people."""
+        said = f"target mIoU {self.miou:.2f} %" if self.miou is not None else "no target labels"
+        said += "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in self.unlabelled.items())
+        said += f" on {self.images} images"
+        return said if self.source_miou is None else f"{said}; source mIoU {self.source_miou:.2f} %"
 
     def table(self) -> str:
         """Return one line a class, for people."""
-        values = {**self.iou, "mean": self.miou, **self.means}
+        values = {**self.iou, "mean": math.nan if self.miou is None else self.miou, **self.means}
         return "\n".join(f"  {name:<14} {value:6.2f}" for name, value in values.items())
 
 
@@ -157,18 +173,18 @@ def evaluate(
             for key in class_sets
             for name, value in means_over(key, classes.indices(classes.groups[key]), confusion).items()
         },
-        protocol=protocol_of(student, fit_into, precision),
+        protocol=f"{protocol_of(student, fit_into, precision)}; label at its stored size; 255 not counted",
     )
     return scores, bad
 
 
 def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
-    """Say how the scores came about, for people."""
+    """Say how the student predicts, for people."""
     window = student.window
     seen = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     if fit_into is not None:
         seen += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
-    return f"student, eval mode, {precision}, {seen}, single scale, no flip; label at its stored size; 255 not counted"
+    return f"student, eval mode, {precision}, {seen}, single scale, no flip"
 
 
 def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:

@@ -50,18 +50,20 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
-def save_overlay(path: Path, image: Tensor, label: Tensor, prediction: Tensor, palette: Sequence[Colour]) -> None:
-    """Write a PNG of three panels side by side: the image, its label, the prediction, the latter two laid over it.
+def save_overlay(
+    path: Path, image: Tensor, label: Tensor | None, prediction: Tensor, palette: Sequence[Colour]
+) -> None:
+    """Write a PNG of panels side by side: the image, its label if there is one, the prediction, these laid over it.
 
     Args:
         image: uint8 [3, H, W]; label and prediction: integer [H, W].
     """
     picture = image.permute(1, 2, 0).numpy()
     gap = np.full((picture.shape[0], GAP, 3), 255, dtype=np.uint8)
-    panels = np.concatenate(
-        [picture, gap, overlay(picture, label, palette), gap, overlay(picture, prediction, palette)], axis=1
-    )
-    save_picture(path, Image.fromarray(panels))
+    panels = [picture]
+    for ids in (prediction,) if label is None else (label, prediction):
+        panels += [gap, overlay(picture, ids, palette)]
+    save_picture(path, Image.fromarray(np.concatenate(panels, axis=1)))
 
 
 LARGEST_IMAGE = 1 << 30

@@ -14,7 +14,6 @@ from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 
 
-@torch.no_grad()
 def predict_labels(
     segmentor: Segmentor,
     image: Tensor,
@@ -25,11 +24,28 @@ def predict_labels(
 ) -> Tensor:
     """Return the most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
 
+    Args:
+        scale, at_least, fit_into: as in ``predict_logits``.
+    """
+    return predict_logits(segmentor, image, device, scale, at_least, fit_into).argmax(dim=1).squeeze(0)
+
+
+@torch.no_grad()
+def predict_logits(
+    segmentor: Segmentor,
+    image: Tensor,
+    device: torch.device,
+    scale: Callable[[Tensor], Tensor] = normalise,
+    at_least: int = 1,
+    fit_into: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return the logits of one uint8 RGB image [3, H, W] at its own size: fp32 [1, C, H, W] on ``device``.
+
     The image is taken whole, in one forward, unless the segmentor has a window: then in windows that overlap by half,
     one forward each, whose logits are averaged.
 
     Args:
-        scale: makes uint8 [1, 3, H, W] what the segmentor expects.
+        scale: makes uint8 [1, 3, H, W] what the segmentor expects. A batch of several gives logits of as many.
         at_least: forwards to run, for ranks that have to run as many; what is too many is not used.
         fit_into: sides of a box that the image is resized into first, aspect kept, as published for crops of 512; the
             logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
@@ -43,7 +59,7 @@ def predict_labels(
     logits = patches[0].float()
     if len(boxes) > 1:
         logits = average_windows(patches, boxes, size)
-    return resize(logits, image.shape[-2:]).argmax(dim=1).squeeze(0)
+    return resize(logits, image.shape[-2:])
 
 
 def seen_size(image: Tensor, fit_into: tuple[int, int] | None) -> tuple[int, int]:

@@ -62,6 +62,8 @@ def why_no_probe(config: RunConfig) -> str | None:
         return "this run has no Rebuilder (mfm.use_rebuilder=false)"
     if config.mfm.reconstruction != "classes":
         return f"rebuilt features are not classified in this run (mfm.reconstruction={config.mfm.reconstruction})"
+    if config.data.validation is None:
+        return "this run has no target labels (data.validation=null)"
     return None
 
 

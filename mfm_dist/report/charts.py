@@ -22,6 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mfm_dist.inference.unlabelled import FIGURES
 from mfm_dist.report.run import Floats, Run
 
 MOST_LINES = 8
@@ -114,6 +115,30 @@ def miou_chart(runs: Sequence[Run], labels: Sequence[str], height: int) -> list[
     ]
     charts = _chart("Target mIoU over training", "%, on the validation images", _by_run(series, labels), "from_zero")
     return [replace(chart, markers=True, height=height) for chart in charts]
+
+
+def unlabelled_charts(runs: Sequence[Run], labels: Sequence[str]) -> list[Chart]:
+    """Return what evaluations without target labels saw: one chart of one run, or one a figure of several."""
+
+    def series(run: Run, name: str) -> tuple[Floats, Floats]:
+        found = [(float(one.step), one.unlabelled[name]) for one in run.evaluations if name in one.unlabelled]
+        return np.array([step for step, _ in found]), np.array([value for _, value in found])
+
+    caption = "on target images without labels, 0 to 1; no accuracy"
+    if len(runs) == 1:
+        lines = _by_run([series(runs[0], name) for name in FIGURES], list(map(spoken, FIGURES)))
+        charts = _chart("Without target labels", caption, lines, "from_zero")
+    else:
+        charts = []
+        for name, words in FIGURES.items():
+            lines = _by_run([series(run, name) for run in runs], labels)
+            charts += _chart(f"Without target labels: {spoken(name)}", f"{words}; {caption}", lines, "from_zero")
+    return [replace(chart, markers=True, height=300 if len(runs) == 1 else chart.height) for chart in charts]
+
+
+def spoken(name: str) -> str:
+    """Return the name of a figure for people."""
+    return name.replace("_", "-")
 
 
 def _by_run(series: Sequence[tuple[Floats, Floats]], labels: Sequence[str]) -> list[Line]:

@@ -1,4 +1,7 @@
-"""Rows of validation images: what each shows, and what the networks of a run, or of several, make of it."""
+"""Rows of validation images: what each shows, and what the networks of a run, or of several, make of it.
+
+Where the target has no labels, they are the images of its training set that evaluation looks at.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Subject:
-    """One validation image."""
+    """One image."""
 
     number: int
     sample: Sample
@@ -73,10 +76,9 @@ class Subject:
         return self.sample.image.permute(1, 2, 0).numpy()
 
     @property
-    def truth(self) -> Pixels:
-        """Indices of classes [H, W]."""
-        assert self.sample.label is not None
-        return self.sample.label.numpy().astype(np.uint8)
+    def truth(self) -> Pixels | None:
+        """Indices of classes [H, W]; None where it has no label."""
+        return None if self.sample.label is None else self.sample.label.numpy().astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """One validation image in several views."""
+    """One image in several views."""
 
     key: str
     panels: list[Panel]
@@ -126,18 +128,24 @@ View = Callable[[Networks, Subject], list[Panel]]
 
 
 def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> Gallery:
-    """Show ``count`` validation images, evenly spread over the set, in these views or all; say what cannot be read."""
+    """Show ``count`` images, evenly spread over those that evaluation sees, in these views or all.
+
+    Say what cannot be read.
+    """
     if run.config is None:
         return Gallery(notes=["There are no pictures, because the configuration of the run cannot be read."])
     try:
         into = run.classes if run.config.data.classes else None
-        reader = ShardReader(run.config.data.root / run.config.data.validation, classes=into)
+        data = run.config.data
+        reader = ShardReader(data.root / (data.validation or data.target), classes=into)
     except Exception as error:  # nor is a foreign shard set trusted to be whole
         return Gallery(notes=[f"There are no pictures, because the validation images cannot be read: {error}"])
     networks = load_networks(run, run.config)
     gallery = Gallery(notes=list(dict.fromkeys(networks.notes)))
-    for number in np.linspace(0, len(reader) - 1, min(count, len(reader))).round().astype(int).tolist():
-        sample = reader.read(number)
+    labelled = data.validation is not None
+    seen = len(reader) if labelled else min(len(reader), run.config.eval.unlabelled_images)
+    for number in np.linspace(0, seen - 1, min(count, seen)).round().astype(int).tolist():
+        sample = reader.read(number, with_label=labelled)
         if isinstance(sample, BadSample):
             gallery.note(f"One image is left out: {sample}")
             continue
@@ -205,11 +213,11 @@ def first_student(config: RunConfig, classes: ClassSet) -> Segmentor | None:
 
 
 def image_and_truth(networks: Networks, subject: Subject) -> list[Panel]:
-    """Show the image and its label."""
-    return [
-        Panel("Image", photograph(subject.photo)),
-        Panel("Truth", label_map(subject.truth, networks.classes.palette), "label of the validation set"),
-    ]
+    """Show the image and its label, if it has one."""
+    panels = [Panel("Image", photograph(subject.photo))]
+    if subject.truth is not None:
+        panels.append(Panel("Truth", label_map(subject.truth, networks.classes.palette), "label of the validation set"))
+    return panels
 
 
 def first_prediction(networks: Networks, subject: Subject) -> list[Panel]:
@@ -224,9 +232,7 @@ def first_prediction(networks: Networks, subject: Subject) -> list[Panel]:
     if label is None and networks.first is not None:
         label, note = _predicted(networks.first, networks.config, subject), "step 0, from the seed"
     if label is not None:
-        return [
-            Panel("First prediction", label_map(label, networks.classes.palette), f"{note}: {_right(label, subject)}")
-        ]
+        return [Panel("First prediction", label_map(label, networks.classes.palette), note + _right(label, subject))]
     if networks.overlays.is_dir():
         return [Panel("First prediction", "", f"not saved (eval.overlays={networks.config.eval.overlays})")]
     raise AbsentError(
@@ -241,16 +247,13 @@ def last_prediction(networks: Networks, subject: Subject) -> list[Panel]:
 
 
 def prediction_and_mistakes(networks: Networks, subject: Subject) -> list[Panel]:
-    """Show the same, and where it differs from the truth."""
+    """Show the same, and where it differs from the truth, if that is known."""
     label = _predicted(networks.trained.student, networks.config, subject)
-    return [
-        Panel(
-            "Last prediction",
-            label_map(label, networks.classes.palette),
-            f"step {networks.step:,}: {_right(label, subject)}",
-        ),
-        Panel(MISTAKES, mistakes(subject.truth, label), "of the last prediction"),
-    ]
+    note = f"step {networks.step:,}{_right(label, subject)}"
+    panels = [Panel("Last prediction", label_map(label, networks.classes.palette), note)]
+    if subject.truth is not None:
+        panels.append(Panel(MISTAKES, mistakes(subject.truth, label), "of the last prediction"))
+    return panels
 
 
 @torch.no_grad()
@@ -296,7 +299,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
         Panel(
             "From rebuilt features",
             label_map(label, networks.classes.palette, outside=outside),
-            f"where hidden: {_right(label, subject, hidden)}",
+            f"where hidden{_right(label, subject, hidden)}",
         ),
     ]
 
@@ -317,13 +320,15 @@ def _predicted(segmentor: Segmentor, config: RunConfig, subject: Subject) -> Pix
 
 
 def _right(prediction: Pixels, subject: Subject, where: Mask | None = None) -> str:
-    """Say the share of labelled pixels with the right class."""
+    """Say the share of labelled pixels with the right class, behind a colon; nothing of an image without a label."""
+    if subject.truth is None:
+        return ""
     counts = subject.truth != IGNORE_INDEX
     if where is not None:
         counts &= where
     if not counts.any():
-        return "no labelled pixels"
-    return f"{_percent((prediction == subject.truth)[counts].mean())} of pixels right"
+        return ": no labelled pixels"
+    return f": {_percent((prediction == subject.truth)[counts].mean())} of pixels right"
 
 
 def _percent(share: float) -> str:

@@ -18,7 +18,8 @@ from mfm_dist.config.loader import to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
 from mfm_dist.inference.probe import why_no_probe
-from mfm_dist.report.charts import Chart, compared_charts, draw, miou_chart, run_charts
+from mfm_dist.inference.unlabelled import FIGURES
+from mfm_dist.report.charts import Chart, compared_charts, draw, miou_chart, run_charts, spoken, unlabelled_charts
 from mfm_dist.report.gallery import Gallery, compare_galleries, make_gallery
 from mfm_dist.report.picture import RIGHT_COLOUR, WRONG_COLOUR, hexadecimal
 from mfm_dist.report.run import Run, finite_or_nan
@@ -104,6 +105,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
     gallery = Gallery(notes=["There are no pictures, because --images was 0."])
     if images:
         gallery = make_gallery(runs[0], images) if single else compare_galleries(runs, images)
+    scores = miou_chart(runs, ["mIoU"], 300) if single else miou_chart(runs, letters, 236)
     context: dict[str, Any] = {
         "heads": [_headline(run, letter) for run, letter in zip(runs, letters, strict=True)],
         "classes": _classes(runs),
@@ -112,7 +114,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
         "events": [(run, group_events(run.events)) for run in runs],
         "environments": [environment(run) for run in runs],
         "made": datetime.now(timezone.utc),
-        "miou_chart": _drawn(miou_chart(runs, ["mIoU"], 300) if single else miou_chart(runs, letters, 236), "miou"),
+        "miou_chart": _drawn([*scores, *unlabelled_charts(runs, letters)], "miou"),
     }
     if single:
         run = runs[0]
@@ -121,6 +123,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
             "charts": _drawn(run_charts(run), "curve"),
             "settings": settings(run.config) if run.config else [],
             "gains": _gains(run),
+            "unlabelled": _unlabelled(run),
             "probe": probe_of(run),
         }
     else:
@@ -153,6 +156,7 @@ def _templates() -> Environment:
     filters: dict[str, Callable[..., Any]] = {
         "score": lambda value: f"{value:.1f}" if math.isfinite(value) else DASH,
         "change": _change,
+        "of_one": lambda value: f"{value:.3f}" if math.isfinite(value) else DASH,
         "share": lambda value: 0.0 if not math.isfinite(value) else min(max(value, 0.0), 100.0),
         "grouped": lambda value: DASH if value is None else f"{value:,}",
         "breakable": _breakable,
@@ -207,6 +211,17 @@ def _gains(run: Run) -> list[tuple[str, float]]:
         return []
     changes = [(name, last.iou[name] - first.iou[name]) for name in run.classes.names]
     return sorted((one for one in changes if math.isfinite(one[1])), key=lambda one: -one[1])
+
+
+def _unlabelled(run: Run) -> list[tuple[str, str, float, float]]:
+    """Return what was seen without target labels: name, words, first and last value."""
+    last = run.last.unlabelled if run.last else {}
+    first = run.first.unlabelled if run.first else {}
+    return [
+        (spoken(name).capitalize(), words, first.get(name, math.nan), last[name])
+        for name, words in FIGURES.items()
+        if name in last
+    ]
 
 
 def probe_of(run: Run) -> Probe | None:

@@ -34,6 +34,10 @@ class Evaluation(NamedTuple):
     iou: dict[str, float]
     """Percent by class name; NaN for a class that does not occur."""
     images: int | None
+    source_miou: float
+    """Percent; NaN if no labelled source images were scored."""
+    unlabelled: dict[str, float]
+    """What there is to say of target images without labels, by name; empty where they have some."""
 
     def score(self, name: str) -> float:
         """Return the IoU of a class; NaN for one that is none of the run's."""
@@ -61,6 +65,13 @@ class Run:
     """When the newest of the small files was last changed, UTC."""
     problems: list[str] = field(default_factory=list)
     """What is missing or could not be read, a sentence each."""
+
+    @property
+    def unlabelled(self) -> bool:
+        """True where the target has no labels, by the last evaluation, or by the settings before there is one."""
+        if self.last is not None:
+            return bool(self.last.unlabelled)
+        return self.config is not None and self.config.data.validation is None
 
     @property
     def first(self) -> Evaluation | None:
@@ -197,7 +208,11 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
             problems.append(f"eval/{path.name} cannot be read ({type(error).__name__}: {error}).")
             continue
         by_class = {name: finite_or_nan(iou.get(name)) for name in classes.names}
-        found.append(Evaluation(step, finite_or_nan(miou), by_class, images if isinstance(images, int) else None))
+        seen = content.get("unlabelled")
+        unlabelled = {name: finite_or_nan(value) for name, value in seen.items()} if isinstance(seen, dict) else {}
+        counted = images if isinstance(images, int) else None
+        of_source = finite_or_nan(content.get("source_miou"))
+        found.append(Evaluation(step, finite_or_nan(miou), by_class, counted, of_source, unlabelled))
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")
     return sorted(found, key=lambda one: one.step)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # imported where needed, because it loads torch
     from mfm_dist.shards.writer import RawSample
 
 ALL_CAUSES = tuple(asdict(Gap()))
+SCENE_SETS = tuple(f"{domain}_{split}" for domain, split in product(DOMAINS, SPLITS))
+"""Folders that can be written."""
 BYTES_PER_PIXEL = 1.0
 """Room asked for before packing; scenes take about half of it."""
 
@@ -70,18 +72,18 @@ def write_scenes(
     shard_size: int = 100,
     workers: int | None = None,
     overwrite: bool = False,
+    only: Collection[str] = SCENE_SETS,
 ) -> None:
     """Write ``game_train``, ``game_val``, ``camera_train`` and ``camera_val`` below ``output``, or what is missing.
 
     Args:
-        train: images of each ``*_train``.
-        val: images of each ``*_val``.
+        train, val: images of each ``*_train`` and of each ``*_val``.
         size: height and width in pixels.
         gap: causes of the difference between the domains, of ``ALL_CAUSES``.
         classes: name or file of the class set; scenes are drawn in those of ``DEFAULT`` and mapped by name.
-        shard_size: images a shard.
-        workers: processes; None is one a core.
+        shard_size, workers: images a shard; processes, None is one a core.
         overwrite: replace folders that hold other shards.
+        only: folders to write, of ``SCENE_SETS``.
 
     Raises:
         ConfigError, StorageError: as ``pack`` does.
@@ -97,7 +99,7 @@ def write_scenes(
         file = classes if classes in shipped_class_sets() else str(Path(classes).absolute())
         command += f" --classes {shlex.quote(file)}"
     sets = []
-    for domain, split in product(DOMAINS, SPLITS):
+    for domain, split in (name.split("_") for name in SCENE_SETS if name in only):
         arguments: dict[str, Any] = {
             "domain": domain,
             "split": split,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -244,8 +245,14 @@ def test_shards_without_labels_agree_with_any_classes(shard_folder: ShardFolder,
         shard_folder(name)
     where = [f"data.root={tmp_path}", "data.source=source", "data.target=target", "data.validation=validation"]
     assert open_readers(load_config(None, where)).classes == CLASSES
-    with pytest.raises(ConfigError, match="no labels, so there are no classes"):
+    with pytest.raises(ConfigError) as caught:
         open_readers(load_config(None, [*where, "data.source=target", "data.validation=target"]))
+    first, second = caught.value.problems
+    assert re.search(r"^data\.source=\S+target has no labels .* name a labelled set, or pack it again", first)
+    assert re.search(r"^data\.validation=\S+target has no labels .* set data\.validation=null", second)
+    with pytest.raises(ConfigError, match=r"method\.name=oracle is supervised on them"):
+        open_readers(load_config(None, [*where, "method.name=oracle", "data.validation=null"]))
+    assert open_readers(load_config(None, [*where, "data.validation=null"])).validation is None
 
 
 def test_feature_distance_needs_things() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mfm_dist.build import rendered_sets
 from mfm_dist.config.loader import load_config
 from mfm_dist.train import parse_arguments
 from tools.make_shards import build_parser
@@ -26,13 +27,14 @@ def test_the_guide_packs_what_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> N
         if "tools/make_shards.py" in words:
             arguments = build_parser().parse_args(words[2:])
             packed.add(arguments.name if "folder" in words else arguments.card.name)
-    trained = [words for words in COMMANDS if "mfm_dist.train" in words]
+    trained = [words for words in COMMANDS if "mfm_dist.train" in words and "configs/own_data.yaml" not in words]
     assert len(trained) == 2
     for words in trained:
         assert Path(words[words.index("--config_file") + 1]).is_file()
         given = parse_arguments(words[words.index("mfm_dist.train") + 1 :])
         config = load_config(given.config, given.overrides)
         data = config.data
+        assert data.validation is not None
         assert {str(Path(name).parent) for name in (data.source, data.target, data.validation)} <= packed
         assert data.root == Path("data")
         assert not data.render_scenes
@@ -40,3 +42,14 @@ def test_the_guide_packs_what_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> N
         assert config.model.pretrained
         assert config.run.folder != Path("runs/quickstart")
         assert config.train.steps == 40_000
+
+
+def test_pictures_without_labels_are_packed_where_the_run_looks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pack, train, predict = (words for words in COMMANDS if "own" in words or "own_data" in " ".join(words))
+    arguments = build_parser().parse_args(pack[2:])
+    config = load_config(Path(train[-1]))
+    assert config.data.root / config.data.target == Path("data") / arguments.name / arguments.split
+    assert (arguments.labels, config.data.validation) == (None, None)
+    assert rendered_sets(config) == [config.data.source, config.data.source_validation]
+    assert predict[predict.index("--run") + 1] == str(config.run.folder)
