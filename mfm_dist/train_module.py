@@ -213,8 +213,9 @@ class MapGradients:
             features[-1].register_hook(partial(self._add, place))
 
     def _add(self, place: int, gradient: Tensor) -> None:
-        square = gradient.detach().float().square().sum()
-        self.squares = self.squares.to(square.device).index_add(0, torch.tensor([place]), square[None])
+        # A copy: what was popped may still be in use. An index that is a number, for a tensor would be on the CPU.
+        self.squares = self.squares.to(gradient.device, copy=True)
+        self.squares[place] += gradient.detach().float().square().sum()
 
 
 class Teacher(nn.Module):
