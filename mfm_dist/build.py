@@ -247,7 +247,7 @@ def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardR
 
 def _without_labels(config: RunConfig, key: str, name: str, *, trains: bool) -> str:
     """Say what to do about a shard set that should have labels."""
-    pack = "pack it again with its labels (python tools/make_shards.py folder --labels FOLDER --classes NAME|FILE)"
+    pack = "pack it again with its labels (mfm-shards make folder --labels FOLDER --classes NAME|FILE)"
     said = f"data.{key}={config.data.root / name} has no labels (its dataset.json counts no pixel of a class)"
     if trains:
         return f"{said}, and method.name={config.method.name} is supervised on them: name a labelled set, or {pack}"

@@ -20,9 +20,9 @@ from mfm_dist.inference.evaluation import OneProcess
 from mfm_dist.inference.unlabelled import look_at_unlabelled
 from mfm_dist.report.__main__ import main as report
 from mfm_dist.scenes import render_scene
+from mfm_dist.shards.make import main as make_shards
 from tests.helpers.downloads import save_picture
 from tests.helpers.runs import DEFAULTS, result_of, run_train, tiny_overrides
-from tools.make_shards import main as make_shards
 from tools.probe_rebuilder import probe_run
 from tools.quickstart_summary import main as summarise
 

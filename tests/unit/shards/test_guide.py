@@ -9,8 +9,8 @@ import pytest
 
 from mfm_dist.build import rendered_sets
 from mfm_dist.config.loader import load_config
+from mfm_dist.shards.make import build_parser
 from mfm_dist.train import parse_arguments
-from tools.make_shards import build_parser
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [
