@@ -15,7 +15,7 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
-from mfm_dist.errors import ConfigError, UserError, first_line
+from mfm_dist.errors import ConfigError, UserError, first_line, joined
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks, recompute
@@ -241,7 +241,7 @@ def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardR
         if needs_labels and name in folders and not folders[name].index.manifest.has_labels:
             errors.append(ConfigError(_without_labels(config, key, name, trains=key == labelled)))
     if errors:
-        raise _joined(errors)
+        raise joined(errors)
     return folders
 
 
@@ -384,10 +384,3 @@ def open_folder(data: DataSection, name: str, classes: ClassSet | None) -> Shard
 def open_stream(data: DataSection, url: str, classes: ClassSet) -> ShardStream:
     """Open shards behind a URL, whose labels are in these classes. Raises ConfigError."""
     return ShardStream(url, samples=data.stream_samples, num_classes=len(classes), decoder=data.decoder)
-
-
-def _joined(errors: list[UserError]) -> UserError:
-    """Join several errors into one, of the kind of the first."""
-    if isinstance(errors[0], ConfigError):
-        return ConfigError([text for error in errors for text in getattr(error, "problems", [str(error)])])
-    return type(errors[0])("\n".join(str(error) for error in errors))
