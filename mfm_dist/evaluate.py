@@ -103,6 +103,11 @@ def _data_of_run(arguments: argparse.Namespace, data: DataSection) -> Path:
             f"{arguments.run} was trained without target labels (data.validation=null), so there is nothing to score "
             "it on: give a folder of labelled shards, --data SHARD_SET"
         )
+    if not data.root.is_dir():
+        raise ConfigError(
+            f"the data of {arguments.run}, data.root={data.root}, is neither in the working folder nor in the one that "
+            "the run was started in: call this from the folder that has it, or give --data SHARD_SET"
+        )
     return data.root / name
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mfm_dist.config.arguments import config_arguments
 from mfm_dist.config.class_files import DEFAULT, load_class_set
@@ -242,5 +242,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run the console command: ``main``, and an end that no thread of gloo disturbs."""
     end_process(main())
+
+
+if __name__ == "__main__":
+    command()
