@@ -1,7 +1,7 @@
 """Score a trained segmentor.
 
-python -m mfm_dist.evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
-python -m mfm_dist.evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
+mfm-evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
+mfm-evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
 
 Images are predicted as the run's evaluation does, or as the export's config.json says (`resize`).
 """
