@@ -109,12 +109,24 @@ class TrainModule(nn.Module):
         return StepOutput(total=torch.stack(weighted).sum(), losses=logged, measured=measured, inputs=inputs)
 
     def terms(self, mfm_weight: float, measured: dict[str, Tensor] | None = None) -> dict[str, Term]:
-        """List the terms by name: those of the method, L_sup + L_uda, then L_mfm, which adds what it measures."""
+        """List the terms by name: those of the method, L_sup + L_uda, the cross-entropy on labelled target images where
+        there are any, then L_mfm, which adds what it measures."""
         terms = dict(self.method.terms())
+        if self.config.data.target_labelled:
+            terms[ForwardKind.TARGET_LABELLED.label] = self.target_labelled_term
         if self.config.mfm.enabled:
             for kind in passes_of(self.config.mfm):
                 terms[kind.label] = partial(self.masked_features_term, kind=kind, weight=mfm_weight, measured=measured)
         return terms
+
+    def target_labelled_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+        """Compute cross-entropy on labelled target images, as the method classifies, at a weight of its own."""
+        assert inputs.labelled_target_image is not None
+        assert inputs.labelled_target_label is not None
+        weight, kind = self.config.method.target_labelled_weight, ForwardKind.TARGET_LABELLED
+        image, label = inputs.labelled_target_image, inputs.labelled_target_label
+        losses = self.method.classify(student, inputs, kind, image, label).losses
+        return {name: loss._replace(weight=weight * loss.weight) for name, loss in losses.items()}
 
     def masked_features_term(
         self,
@@ -160,11 +172,13 @@ class TrainModule(nn.Module):
     def step_inputs(self, batch: UDABatch) -> StepInputs:
         """Prepare what the terms look at, the teacher's targets included."""
         source_image, target_image = normalise(batch.source_image), normalise(batch.target_image)
-        source_whole = self.student.context(source_image)
+        source_whole, few = self.student.context(source_image), batch.labelled_target_image
         return StepInputs(
             source_image=source_image,
             source_label=batch.source_label,
             target_image=target_image,
+            labelled_target_image=few if few is None else normalise(few),
+            labelled_target_label=batch.labelled_target_label,
             pseudo=self.pseudo_target(target_image, batch.target_valid),
             initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
             classes=self.classes,

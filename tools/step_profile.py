@@ -156,6 +156,7 @@ class Blocks:
         pipeline = TrainPipeline(
             source=readers.labelled,
             target=readers.target,
+            target_labelled=readers.target_labelled,
             seed=config.seed,
             data=config.data,
             micro_batch=config.train.micro_batch,

@@ -26,6 +26,10 @@ class StepInputs:
     """uint8 [B, H, W]."""
     target_image: Tensor
     """float32 [B, 3, H, W], normalised, neither mixed nor augmented."""
+    labelled_target_image: Tensor | None = None
+    """float32 [B, 3, H, W], normalised: of ``data.target_labelled``; None where there are none."""
+    labelled_target_label: Tensor | None = None
+    """uint8 [B, H, W], their label."""
     pseudo: PseudoTarget | None
     """The teacher's answer to ``target_image``; None where nothing asks for it."""
     initial_feature: Tensor | None = None
@@ -50,6 +54,7 @@ class ForwardKind(IntEnum):
     MFM_SOURCE = 4
     MFM_DETAIL = 5
     MFM_SOURCE_DETAIL = 6
+    TARGET_LABELLED = 7
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mfm_dist.config.loader import to_tree
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import RunConfig, Sets, names_of
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
 from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.inference.unlabelled import FIGURES
@@ -160,10 +160,18 @@ def _templates() -> Environment:
         "share": lambda value: 0.0 if not math.isfinite(value) else min(max(value, 0.0), 100.0),
         "grouped": lambda value: DASH if value is None else f"{value:,}",
         "breakable": _breakable,
+        "sets": _sets,
         "moment": lambda value: f"{value.day} {value:%B %Y}, {value:%H:%M} UTC",
     }
     templates.filters |= filters
     return templates
+
+
+def _sets(sets: Sets) -> str:
+    """Name shard sets, with the shares that were given."""
+    if not isinstance(sets, dict):
+        return " + ".join(names_of(sets))
+    return " + ".join(f"{name} ({100 * share / sum(sets.values()):.0f} %)" for name, share in sets.items())
 
 
 def _drawn(charts: Sequence[Chart], word: str) -> list[tuple[Chart, Markup]]:
