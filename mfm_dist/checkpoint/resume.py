@@ -14,8 +14,8 @@ from mfm_dist.errors import ConfigError, StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
 _SHARDS = (
-    "shards, or their shares, are not those that {path} was trained on, so its place in them means nothing: put the "
-    "former ones back"
+    "shards are not those that {path} was trained on, or not in the same shares, so its place in them means nothing: "
+    "put the former shards back"
 )
 
 IMMUTABLE_KEYS = {

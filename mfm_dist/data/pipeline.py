@@ -24,7 +24,7 @@ from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.data.order import LaneOrder, MixedOrder, Order, RareClassOrder, SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
-from mfm_dist.errors import BadSample, DataError
+from mfm_dist.errors import BadSample, ConfigError, DataError
 from mfm_dist.rng import Stream, keyed_seed
 
 PREFETCHED_BLOCKS = 4
@@ -144,10 +144,13 @@ def _order(
     """Make the order that the configuration asks for; with shares, each set has one of its own."""
     rare = data.rare_class_sampling
     if isinstance(reader, ConcatenatedReader) and reader.shares:
-        orders = [
-            _order(one, stream, seed=keyed_seed(seed, Stream.SET_SEED, number), data=data, micro_batch=micro_batch)
-            for number, one in enumerate(reader.readers)
-        ]
+        orders = []
+        for number, one in enumerate(reader.readers):
+            own_seed = keyed_seed(seed, Stream.SET_SEED, number)
+            try:
+                orders.append(_order(one, stream, seed=own_seed, data=data, micro_batch=micro_batch))
+            except ConfigError as error:
+                raise ConfigError([f"{one.index.folder}: {text}" for text in error.problems]) from error
         return MixedOrder(orders, reader.shares, seed=seed, stream=stream)
     if rare.enabled and stream is Stream.SOURCE_ORDER:
         return RareClassOrder(
