@@ -89,6 +89,9 @@ class Repeated(NamedTuple):
     names: list[str]
     seeds: list[int]
     mean: float
+    """Of the last evaluations, as are the three below."""
+    mean_best: float
+    """Of the best evaluation of each."""
     deviation: float
     lowest: float
     highest: float
@@ -325,17 +328,17 @@ def _example(event: Mapping[str, Any]) -> str:
 
 def repeated(runs: Sequence[Run]) -> list[Repeated]:
     """Group two runs or more with a final mIoU that differ in nothing but ``NOT_COMPARED``, the best first."""
-    groups: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, int, float, float]]] = defaultdict(list)
     for run in runs:
-        if run.config is not None and run.last is not None and math.isfinite(run.last.miou):
+        if run.config is not None and run.last is not None and math.isfinite(run.last.miou) and run.best is not None:
             same = {key: value for key, value in _by_key(run.config).items() if key not in NOT_COMPARED}
-            groups[repr((same, run.last.step))].append((run.name, run.config.seed, run.last.miou))
+            groups[repr((same, run.last.step))].append((run.name, run.config.seed, run.last.miou, run.best.miou))
     found = []
     for group in groups.values():
         if len(group) > 1:
-            names, seeds, scores = (list(column) for column in zip(*group, strict=True))
+            names, seeds, scores, best = (list(column) for column in zip(*group, strict=True))
             mean, spread = statistics.mean(scores), statistics.stdev(scores)
-            found.append(Repeated(names, seeds, mean, spread, min(scores), max(scores)))
+            found.append(Repeated(names, seeds, mean, statistics.mean(best), spread, min(scores), max(scores)))
     return sorted(found, key=lambda one: -one.mean)
 
 
