@@ -97,6 +97,14 @@ def test_the_strong_source_is_drawn_by_size() -> None:
     assert sources == {name: card.splits[0].samples for name, card in cards.items()}
 
 
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_a_paper_run_has_its_data_packed_without_loss(path: Path) -> None:
+    """Published code reads PNG."""
+    packing = [line for line in path.read_text().splitlines() if "--input DIR" in line]
+    assert len(packing) >= 2
+    assert [line for line in packing if not line.endswith(" --format png")] == []
+
+
 SIZES = {
     # published boxes of source and target by benchmark: at 512, at full size (UDA_FACTS 7.3; None: as stored)
     "gta2cs": (((720, 1280), (512, 1024)), ((1440, 2560), None)),
