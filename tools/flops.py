@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import MFMSection, RunConfig
-from mfm_dist.methods.base import Loss, Method, StepInputs, Term
+from mfm_dist.methods.base import ForwardKind, Method, Term
 from mfm_dist.methods.mfm import mask_of
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -230,11 +230,14 @@ def count_step(config: RunConfig) -> dict[str, TermCost]:
     pixels = (config.train.micro_batch, height, width)
     with torch.device("meta"):
         images = torch.zeros(pixels[0], 3, height, width, dtype=torch.uint8)
+        label = torch.zeros(pixels, dtype=torch.uint8)
         batch = UDABatch(
             source_image=images,
-            source_label=torch.zeros(pixels, dtype=torch.uint8),
+            source_label=label,
             target_image=images,
             target_valid=torch.ones(pixels, dtype=torch.bool),
+            labelled_target_image=images if config.data.target_labelled else None,
+            labelled_target_label=label if config.data.target_labelled else None,
             block=0,
         )
     with counter:
@@ -253,6 +256,9 @@ class _StepMeter(Method):
     def __init__(self, module: TrainModule, counter: FlopCounterMode) -> None:
         self.method = module.method
         module.method = self
+        self.classify = partial(
+            self._run, ForwardKind.TARGET_LABELLED.label, self.method.classify
+        )  # of that term alone
         self.counter = counter
         self.term = "teacher"  # the first to run; what follows the method's own terms is MFM's
         self.costs: dict[str, TermCost] = {}
@@ -269,9 +275,9 @@ class _StepMeter(Method):
     def terms(self) -> Mapping[str, Term]:
         return {name: partial(self._run, name, term) for name, term in self.method.terms().items()}
 
-    def _run(self, name: str, term: Term, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+    def _run(self, name: str, term: Callable[..., Any], *inputs: Any) -> Any:
         self.term = name
-        losses = term(student, inputs)
+        losses = term(*inputs)
         self.term = "mfm"
         return losses
 

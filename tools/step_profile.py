@@ -253,7 +253,7 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
         if number >= warmup:
             for name in settings:
                 rounds[name].append({"engine": seconds[name, "engine"], "bare": seconds[name, "bare"]})
-    images = 2 * config.train.global_batch
+    images = config.images_per_step
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
