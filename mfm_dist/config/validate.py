@@ -168,6 +168,11 @@ def _stream_problems(data: DataSection) -> Iterator[str]:
             yield f"data.{key} is a URL: evaluation covers each sample once, so it needs a folder of shards"
     if data.target_labelled is not None and is_stream(data.target_labelled):
         yield "data.target_labelled is a URL: these are few images, name a folder of shards"
+    if data.target_labelled is not None and data.target_labelled == data.validation:
+        yield (
+            f"data.target_labelled and data.validation are both {data.validation}: a run cannot be scored on labels "
+            "that it trains on, name another set in one of them"
+        )
     if data.validation is None and any(map(is_stream, target)):
         yield (
             "data.validation=null has evaluation look at the first images of data.target, and a stream cannot be read "

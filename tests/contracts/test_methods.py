@@ -34,7 +34,7 @@ def batches(scenes: Path) -> dict[str, list[UDABatch]]:
         return iter(
             TrainPipeline(
                 source=ShardReader(scenes / labelled), target=ShardReader(scenes / "camera_train"),
-                target_labelled=ShardReader(scenes / "camera_val"), seed=0,
+                target_labelled=ShardReader(scenes / "camera_train"), seed=0,
                 data=config.data, micro_batch=2, rank=0, world_size=1, blocks_per_step=1,
             )
         )  # fmt: skip

@@ -14,7 +14,7 @@ from tests.helpers.runs import DEFAULTS, metrics_of, run_train, tiny_overrides
 MIXED = [
     "data.source={game_train: 2, game_val: 1, camera_val: 1}",
     "data.target=[camera_train, camera_val]",
-    "data.target_labelled=camera_val",
+    "data.target_labelled=camera_train",
     "train.steps=20",
     "checkpoint.every=10",
     "eval.every=20",

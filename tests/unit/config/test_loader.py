@@ -209,6 +209,7 @@ def test_shard_sets_are_a_name_a_list_or_shares(tmp_path: Path) -> None:
         (["data.source=[a, 's3://b']", "data.stream_samples=9"], "data.source names s3://b among others"),
         (["data.target={a: 1, b: 1}", "data.lanes=2"], "name the sets in a list, which is one sequence"),
         (["data.target_labelled='s3://b'"], "data.target_labelled is a URL"),
+        (["data.target_labelled=a", "data.validation=a"], "cannot be scored on labels that it trains on"),
     ],
 )
 def test_shard_sets_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:
