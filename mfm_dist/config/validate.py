@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -118,8 +119,8 @@ def _set_problems(key: str, sets: Sets, data: DataSection) -> Iterator[str]:
     names = names_of(sets)
     if not names or not all(names):
         yield f"data.{key} names no shard set"
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
+    for name, times in Counter(names).items():
+        if times > 1:
             yield f"data.{key} names {name} twice: give it a share instead, data.{key}={{{name}: 2, ...}}"
     if len(names) > 1 and (streams := [name for name in names if is_stream(name)]):
         yield (

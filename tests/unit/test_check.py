@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mfm_dist.build import open_readers
 from mfm_dist.config.loader import load_config
+from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.train import check
 from tests.helpers.shards import ShardFolder
@@ -65,3 +67,16 @@ def test_several_sets_are_checked_and_their_shares_said(
     # What a run renders itself counts as it will be.
     check(load_config(None, [*SMALL, "data.source=[game_train, game_val]", f"data.root={tmp_path}", "scenes.train=30"]))
     assert "data.source: game_train 23.1 % (30), game_val 76.9 % (100)" in capsys.readouterr().out
+
+
+def test_the_oracle_is_supervised_on_all_targets_in_their_shares(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shard_folder(name, count=3)
+    shard_folder("val")
+    sets = [f"data.root={tmp_path}", "method.name=oracle", "data.target={one: 2, two: 1}", "data.validation=val"]
+    readers = open_readers(load_config(None, [*SMALL, *sets, "data.render_scenes=false", "data.source=gone"]))
+    assert isinstance(readers.labelled, ConcatenatedReader)
+    assert readers.labelled.shares == (2.0, 1.0)
+    assert readers.labelled.fingerprint == readers.target.fingerprint
+    assert len(readers.first_target) == 3
+    assert readers.samples == 6 + 6 + len(readers.validation or ())
