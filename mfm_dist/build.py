@@ -207,7 +207,7 @@ def open_readers(config: RunConfig) -> Readers:
     notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
     notes += _shares(config, {name: len(reader) for name, reader in folders.items()})
     labelled, target = (
-        streams[names_of(sets)[0]] if is_stream(names_of(sets)[0]) else joined(sets, folders)
+        streams[names_of(sets)[0]] if is_stream(names_of(sets)[0]) else reader_of(sets, folders)
         for sets in (data.source if "source" in named else data.target, data.target)
     )
     return Readers(
@@ -221,7 +221,7 @@ def open_readers(config: RunConfig) -> Readers:
     )
 
 
-def joined(sets: Sets, folders: Mapping[str, ShardReader]) -> ShardReader | ConcatenatedReader:
+def reader_of(sets: Sets, folders: Mapping[str, ShardReader]) -> ShardReader | ConcatenatedReader:
     """Return the reader of these sets, out of readers by name."""
     if isinstance(sets, str):
         return folders[sets]
