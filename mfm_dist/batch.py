@@ -27,6 +27,10 @@ class UDABatch:
     """uint8 [B, 3, H, W], RGB."""
     target_valid: Tensor
     """bool [B, H, W]; False on padding, where a pseudo-label means nothing."""
+    labelled_target_image: Tensor | None = None
+    """uint8 [B, 3, H, W], RGB: as many labelled target images (``data.target_labelled``)."""
+    labelled_target_label: Tensor | None = None
+    """uint8 [B, H, W], their label."""
     block: int
     """Global index of this block; the key of every random draw that is made once per micro-batch."""
     draws: Mapping[str, Tensor] = field(default_factory=dict)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
-from mfm_dist.config.schema import DataSection, RunConfig, is_stream
-from mfm_dist.data.pipeline import TrainPipeline
+from mfm_dist.config.schema import DataSection, RunConfig, Sets, is_stream, names_of
+from mfm_dist.data.concatenated import ConcatenatedReader
+from mfm_dist.data.pipeline import TrainingSet, TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
@@ -32,9 +34,11 @@ from mfm_dist.train_module import TrainModule, why_not_once
 class Readers:
     """The data sets of a run, and the classes that all of them are labelled with."""
 
-    labelled: ShardReader | ShardStream
+    labelled: TrainingSet
     """What the student is supervised on."""
-    target: ShardReader | ShardStream
+    target: TrainingSet
+    target_labelled: ShardReader | None
+    """None where no labelled target images are trained on beside it."""
     validation: ShardReader | None
     """None where the target has no labels."""
     source_validation: ShardReader | None
@@ -45,16 +49,24 @@ class Readers:
     @property
     def samples(self) -> int:
         """Number of all that may be read."""
-        sets = (self.labelled, self.target, self.validation, self.source_validation)
+        sets = (self.labelled, self.target, self.target_labelled, self.validation, self.source_validation)
         return sum(len(reader) for reader in sets if reader is not None)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the shards that the run trains on and what becomes of their labels; what it is scored on may change."""
         found = {"labelled": self.labelled.fingerprint, "target": self.target.fingerprint}
-        if isinstance(self.labelled, ShardReader) and self.labelled.relabelling is not None:
-            found["relabelling"] = self.labelled.relabelling.fingerprint
+        if not isinstance(self.labelled, ShardStream) and (relabelling := self.labelled.relabelling_fingerprint):
+            found["relabelling"] = relabelling
+        if few := self.target_labelled:
+            found["target_labelled"] = few.fingerprint + few.relabelling_fingerprint
         return found
+
+    @property
+    def first_target(self) -> ShardReader:
+        """The target's set, the first named of several, which evaluation looks at where there are no labels."""
+        assert not isinstance(self.target, ShardStream), "validate refuses a stream"
+        return self.target.readers[0] if isinstance(self.target, ConcatenatedReader) else self.target
 
 
 def build_student(config: RunConfig, classes: ClassSet) -> Segmentor:
@@ -187,19 +199,24 @@ def open_readers(config: RunConfig) -> Readers:
     Raises:
         UserError: ConfigError or DataError with what is wrong about each of them.
     """
-    data = config.data
-    named = {key: name for key, name in sets_of(config).items() if name is not None}
+    data, named = config.data, sets_of(config)
     classes = None if data.classes is None else load_class_set(data.classes)
-    folders = open_folders(config, {key: name for key, name in named.items() if not is_stream(name)})
+    folders = open_folders(config, named)
     classes = classes or shared_classes({name: reader.classes for name, reader in folders.items()})
     check_groups(config, classes)
-    streams = {name: open_stream(data, name, classes) for name in named.values() if is_stream(name)}
-    opened: dict[str, ShardReader | ShardStream] = {**folders, **streams}
+    urls = [name for names in named.values() for name in names if is_stream(name)]
+    streams = {url: open_stream(data, url, classes) for url in urls}
     notes = _relabelled(folders)
     notes += [f"{name}: its labels, if any are read, are taken for the run's classes ({classes})" for name in streams]
+    notes += _shares(config, {name: len(reader) for name, reader in folders.items()})
+    labelled, target = (
+        streams[names_of(sets)[0]] if is_stream(names_of(sets)[0]) else reader_of(sets, folders)
+        for sets in (data.source if "source" in named else data.target, data.target)
+    )
     return Readers(
-        labelled=opened[next(iter(named.values()))],
-        target=opened[data.target],
+        labelled=labelled,
+        target=target,
+        target_labelled=None if data.target_labelled is None else folders[data.target_labelled],
         validation=None if data.validation is None else folders[data.validation],
         source_validation=None if data.source_validation is None else folders[data.source_validation],
         classes=classes,
@@ -207,12 +224,35 @@ def open_readers(config: RunConfig) -> Readers:
     )
 
 
-def sets_of(config: RunConfig) -> dict[str, str | None]:
-    """Return the names of a run's shard sets by key of ``data``, first the one that the student is supervised on."""
-    data = config.data
-    source = {"source": data.source} if _supervised_on(config) == "source" else {}
-    scored = {"validation": data.validation, "source_validation": data.source_validation}
-    return {**source, "target": data.target, **scored}
+def reader_of(sets: Sets, folders: Mapping[str, ShardReader]) -> ShardReader | ConcatenatedReader:
+    """Return the reader of these sets, out of readers by name."""
+    if isinstance(sets, str):
+        return folders[sets]
+    shares = list(sets.values()) if isinstance(sets, dict) else None
+    return ConcatenatedReader([folders[name] for name in sets], shares)
+
+
+def sets_of(config: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the names of a run's shard sets by key of ``data``, first those that the student is supervised on."""
+    keys = ("target", "target_labelled", "validation", "source_validation")
+    source = ("source",) if _supervised_on(config) == "source" else ()
+    return {key: names for key in (*source, *keys) if (names := names_of(getattr(config.data, key)))}
+
+
+def _shares(config: RunConfig, counts: Mapping[str, int]) -> list[str]:
+    """Say how much of each of several sets is drawn.
+
+    Args:
+        counts: samples by name of a set.
+    """
+    said = []
+    for key, names in sets_of(config).items():
+        if len(names) > 1 and all(name in counts for name in names):
+            sets = getattr(config.data, key)
+            shares = sets if isinstance(sets, dict) else {name: counts[name] for name in names}
+            parts = [f"{name} {100 * shares[name] / sum(shares.values()):.1f} % ({counts[name]:,})" for name in names]
+            said.append(f"data.{key}: {', '.join(parts)}")
+    return said
 
 
 def _supervised_on(config: RunConfig) -> str:
@@ -223,8 +263,8 @@ def _supervised_on(config: RunConfig) -> str:
         return "source"  # ``build_train_module`` comes next, and says this with all that is wrong about the networks
 
 
-def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardReader]:
-    """Open folders of shards, by key of ``data``; return them by name.
+def open_folders(config: RunConfig, sets: Mapping[str, Sequence[str]]) -> dict[str, ShardReader]:
+    """Open the folders of shards among these sets, by key of ``data``; return them by name.
 
     Raises:
         UserError: ConfigError, DataError or StorageError with what is wrong about each; it has no labels, and needs
@@ -234,12 +274,12 @@ def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardR
     classes = None if data.classes is None else load_class_set(data.classes)
     folders: dict[str, ShardReader] = {}
     errors: list[UserError] = []
-    for name in dict.fromkeys(sets.values()):
+    for name in dict.fromkeys(name for names in sets.values() for name in names if not is_stream(name)):
         try:
             folders[name] = open_folder(data, name, classes)
         except UserError as error:
             errors.append(error)
-    for key, name in sets.items():
+    for key, name in [(key, name) for key, names in sets.items() for name in names]:
         needs_labels = key != "target" or key == labelled
         if needs_labels and name in folders and not folders[name].index.manifest.has_labels:
             errors.append(ConfigError(_without_labels(config, key, name, trains=key == labelled)))
@@ -252,6 +292,8 @@ def _without_labels(config: RunConfig, key: str, name: str, *, trains: bool) -> 
     """Say what to do about a shard set that should have labels."""
     pack = "pack it again with its labels (mfm-shards make folder --labels FOLDER --classes NAME|FILE)"
     said = f"data.{key}={config.data.root / name} has no labels (its dataset.json counts no pixel of a class)"
+    if key == "target_labelled":
+        return f"{said} to train on: set data.target_labelled=null, or {pack}"
     if trains:
         return f"{said}, and method.name={config.method.name} is supervised on them: name a labelled set, or {pack}"
     return f"{said} to score against: set data.{key}=null, which trains without that score, or {pack}"
@@ -259,7 +301,7 @@ def _without_labels(config: RunConfig, key: str, name: str, *, trains: bool) -> 
 
 def rendered_sets(config: RunConfig) -> list[str]:
     """Return the names of a run's shard sets that it renders itself."""
-    return [name for name in SCENE_SETS if config.data.render_scenes and name in sets_of(config).values()]
+    return [name for name in SCENE_SETS if config.data.render_scenes and name in {*chain(*sets_of(config).values())}]
 
 
 def check_data(config: RunConfig) -> tuple[ClassSet, tuple[str, ...]]:
@@ -275,12 +317,15 @@ def check_data(config: RunConfig) -> tuple[ClassSet, tuple[str, ...]]:
     if not rendered:
         readers = open_readers(config)
         return readers.classes, readers.notes
-    others = {key: name for key, name in sets_of(config).items() if name is not None and name not in rendered}
-    folders = open_folders(config, {key: name for key, name in others.items() if not is_stream(name)})
+    named = sets_of(config)
+    others = {key: [name for name in names if name not in rendered] for key, names in named.items()}
+    folders = open_folders(config, others)
+    counts = {name: getattr(config.scenes, name.rsplit("_")[-1]) for name in rendered}
     scenes = classes_without_data(config)
     classes = shared_classes({rendered[0]: scenes, **{name: reader.classes for name, reader in folders.items()}})
     check_groups(config, classes)
-    return classes, tuple(_relabelled(folders))
+    counts |= {name: len(reader) for name, reader in folders.items()}
+    return classes, (*_relabelled(folders), *_shares(config, counts))
 
 
 def check_groups(config: RunConfig, classes: ClassSet) -> None:
@@ -336,6 +381,7 @@ def train_pipeline(
     return TrainPipeline(
         source=readers.labelled,
         target=readers.target,
+        target_labelled=readers.target_labelled,
         seed=config.seed,
         data=config.data,
         micro_batch=config.train.micro_batch,

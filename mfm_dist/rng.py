@@ -37,6 +37,12 @@ class Stream(IntEnum):
     MIC_AUGMENT = 15
     DETAIL_BOX = 16
     BOOTSTRAP = 17
+    SET_SEED = 18
+    """The seed of each of several shard sets."""
+    SET_DRAW = 19
+    """Which of them stands at a position."""
+    TARGET_LABELLED_ORDER = 20
+    TARGET_LABELLED_CROP = 21
 
 
 class Keyed(Protocol):

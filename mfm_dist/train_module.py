@@ -113,7 +113,7 @@ class TrainModule(nn.Module):
             with self.pass_of(name, seen, inputs, mfm_weight):
                 maps = iter(encoded[name]) if self.encodes_once else self.encode_alone(name, seen, inputs)
                 if self.config.mfm.enabled and (measure or self.config.mfm.gradient_budget):
-                    maps = self.map_gradients.watched(maps, of_mfm=name not in self.method.terms())
+                    maps = self.map_gradients.watched(maps, of_mfm=self.is_of_mfm(name))
                 for part, loss in seen.losses(maps).items():
                     losses[part] = loss.value
                     weighted.append(loss.weight * loss.value)
@@ -124,12 +124,24 @@ class TrainModule(nn.Module):
         return StepOutput(total=torch.stack(weighted).sum(), losses=logged, measured=measured, inputs=inputs)
 
     def terms(self, mfm_weight: float, measured: dict[str, Tensor] | None = None) -> dict[str, Term]:
-        """List the terms by name: those of the method, L_sup + L_uda, then L_mfm, which adds what it measures."""
+        """List the terms by name: those of the method, L_sup + L_uda, the cross-entropy on labelled target images where
+        there are any, then L_mfm, which adds what it measures."""
         terms = dict(self.method.terms())
+        if self.config.data.target_labelled:
+            terms[ForwardKind.TARGET_LABELLED.label] = self.target_labelled_term
         if self.config.mfm.enabled:
             for kind in passes_of(self.config.mfm):
                 terms[kind.label] = partial(self.masked_features_term, kind=kind, weight=mfm_weight, measured=measured)
         return terms
+
+    def target_labelled_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
+        """Compute cross-entropy on labelled target images, as the method classifies, at a weight of its own."""
+        assert inputs.labelled_target_image is not None
+        assert inputs.labelled_target_label is not None
+        weight, kind = self.config.method.target_labelled_weight, ForwardKind.TARGET_LABELLED
+        image, label = inputs.labelled_target_image, inputs.labelled_target_label
+        seen = self.method.classify(student, inputs, kind, image, label)
+        return seen.weighted(weight)
 
     def masked_features_term(
         self,
@@ -152,6 +164,10 @@ class TrainModule(nn.Module):
             kind=kind,
             measured=measured,
         )
+
+    def is_of_mfm(self, name: str) -> bool:
+        """Tell whether this term is a pass of L_mfm."""
+        return self.config.mfm.enabled and name in {kind.label for kind in passes_of(self.config.mfm)}
 
     def encode_together(self, passes: Mapping[str, Pass], inputs: StepInputs) -> dict[str, list[list[Tensor]]]:
         """Encode the images of all passes, those of one size in one call; return the maps of each by pass."""
@@ -181,7 +197,7 @@ class TrainModule(nn.Module):
         """Span a pass: its draws are its own, and L_mfm counts in BatchNorm's running statistics only if it is to."""
         # What is drawn without a given mask, in the encoder's attention for example, depends on block and pass alone.
         torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, self.term_names.index(name)))
-        tracked = name in self.method.terms() or (self.config.mfm.update_bn and mfm_weight > 0)
+        tracked = not self.is_of_mfm(name) or (self.config.mfm.update_bn and mfm_weight > 0)
         with nullcontext() if tracked else batch_norm_untracked(self.student):
             self.student.head_masks = [
                 self.dropout_masks(inputs, name, number, len(image))[1] for number, image in enumerate(seen.images)
@@ -226,11 +242,13 @@ class TrainModule(nn.Module):
         source_image, target_image = (
             normalise_by(image, self.image_mean, self.image_std) for image in (batch.source_image, batch.target_image)
         )
-        source_whole = self.student.context(source_image)
+        source_whole, few = self.student.context(source_image), batch.labelled_target_image
         return StepInputs(
             source_image=source_image,
             source_label=batch.source_label,
             target_image=target_image,
+            labelled_target_image=None if few is None else normalise_by(few, self.image_mean, self.image_std),
+            labelled_target_label=batch.labelled_target_label,
             pseudo=self.pseudo_target(target_image, batch.target_valid),
             initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
             classes=self.classes,

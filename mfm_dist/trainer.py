@@ -73,7 +73,7 @@ class Trainer:
         self.asked_to_stop = asked_to_stop
         self.progress = Progress()
         self.console = Console(enabled=engine.is_main, steps=config.train.steps)
-        self.step_log = StepLog(engine, images_per_step=2 * config.train.global_batch)
+        self.step_log = StepLog(engine, images_per_step=config.images_per_step)
         self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
             total=readers.samples,
@@ -278,13 +278,12 @@ class Trainer:
 
     def _looked_at_target(self, overlay_folder: Path) -> tuple[Scores, list[BadSample]]:
         """Look at the first target images, and what student and teacher make of them."""
-        config, target, teacher = self.config, self.readers.target, self.module.teacher
-        assert isinstance(target, ShardReader), "validate refuses a stream"
+        config, teacher = self.config, self.module.teacher
         return look_at_unlabelled(
             self.module.student,
             None if teacher is None else teacher.segmentor,
             EvaluationSet(
-                target,
+                self.readers.first_target,
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 most=config.eval.unlabelled_images,

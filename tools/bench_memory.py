@@ -53,11 +53,14 @@ def random_batch(config: RunConfig, number: int) -> UDABatch:
     generator = torch.Generator().manual_seed(number)
     size = (config.train.micro_batch, *config.data.crop)
     images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
+    label = torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8)
     return UDABatch(
         source_image=images[0],
-        source_label=torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8),
+        source_label=label,
         target_image=images[1],
         target_valid=torch.ones(size, dtype=torch.bool),
+        labelled_target_image=images[0] if config.data.target_labelled else None,
+        labelled_target_label=label if config.data.target_labelled else None,
         block=number,
     )
 

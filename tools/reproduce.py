@@ -30,7 +30,7 @@ from mfm_dist.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from tools.paper_rows import FORMS, SCENES, SCENES_ABLATIONS, Row, paper_rows
-from tools.seeds import MOST_SEEDS, is_finished, last_scores, mean_of, refuse_other_settings, save_record, shown, train
+from tools.seeds import MOST_SEEDS, all_scores, is_finished, mean_of, refuse_other_settings, save_record, shown, train
 
 GPU = Path("configs/accelerate/gpu_single.yaml")
 """How the papers' rows were trained: on one GPU."""
@@ -93,9 +93,11 @@ def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
                 "score": published.score,
                 "published": {"without": published.without, "with": published.with_mfm},
                 "note": published.note,
-                **ours(
-                    {form: found for form, all_of in finished.items() if (found := scores(all_of, published.score))}
-                ),
+                **ours(of_runs(finished, published.score)),
+                "best": {
+                    form: mean_of(list(found.values()))
+                    for form, found in of_runs(finished, published.score, best=True).items()
+                },
                 "cost": {form: cost(folders.values()) for form, folders in finished.items() if folders},
                 "other_settings": [line for form in finished for line in other_settings(row, form, finished[form])],
             }
@@ -119,11 +121,25 @@ def finds(run: Run, under: Path) -> bool:
     return is_finished(run.folder(under))
 
 
-def scores(folders: dict[int, Path], score: str) -> dict[int, float]:
-    """Return mIoU by seed, in percent, of the runs that were scored (not those with data.validation=null)."""
-    last = {seed: last_scores(folder) for seed, folder in folders.items()}
-    scored = {seed: found for seed, found in last.items() if found["miou"] is not None}
-    return {seed: found["miou"] if score == "miou" else found["means"][score] for seed, found in scored.items()}
+def of_runs(finished: dict[str, dict[int, Path]], score: str, *, best: bool = False) -> dict[str, dict[int, float]]:
+    """Return ``scores`` by form, of those that have some."""
+    return {form: found for form, folders in finished.items() if (found := scores(folders, score, best=best))}
+
+
+def scores(folders: dict[int, Path], score: str, *, best: bool = False) -> dict[int, float]:
+    """Return mIoU by seed, in percent, of the runs that were scored (not those with data.validation=null).
+
+    Args:
+        best: of all evaluations, and not of the last step's.
+    """
+    found = {}
+    for seed, folder in folders.items():
+        evaluations = all_scores(folder)
+        if evaluations[-1]["miou"] is not None:
+            scored = [one for one in evaluations if one["miou"] is not None]
+            values = [one["miou"] if score == "miou" else one["means"][score] for one in scored]
+            found[seed] = max(values) if best else values[-1]
+    return found
 
 
 def cost(folders: Iterable[Path]) -> dict[str, float]:
@@ -147,14 +163,15 @@ def other_settings(row: Row, form: str, folders: dict[int, Path]) -> list[str]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return Markdown, one line a row and class set."""
-    columns = ["row", "classes", "published", "with MFM", "ours (mean ± 95 %)", "with MFM", "gain, paired", "seeds"]
-    columns += ["time a step", "memory"]
+    columns = ["row", "classes", "published", "with MFM", "ours, last step (mean ± 95 %)", "with MFM"]
+    columns += ["best evaluation", "with MFM", "gain, paired", "seeds", "time a step", "memory"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for result in results:
         classes = "19" if result["score"] == "miou" else result["score"].removeprefix("miou_synthia")
         published = [("" if value is None else f"{value:.1f}") for value in result["published"].values()]
         published[-1] += MARK if result["note"] else ""
         ours = [shown(result["ours"][form], ".2f") if form in result["ours"] else "" for form in FORMS]
+        ours += [format(result["best"][form]["mean"], ".2f") if form in result["best"] else "" for form in FORMS]
         gain = "" if result["gain"] is None else shown(result["gain"], "+.2f")
         seeds = ", ".join(str(len(result["ours"][form]["by_seed"])) for form in FORMS if form in result["ours"])
         cells = [result["row"], classes, *published, *ours, gain, seeds, *relative_cost(result["cost"])]

@@ -28,13 +28,17 @@ def is_finished(run: Path) -> bool:
     return outcome.exists() and json.loads(outcome.read_text())["code"] == 0
 
 
-def last_scores(run: Path) -> dict[str, Any]:
-    """Read what the last evaluation of a run wrote. Raises RuntimeError: there is none."""
+def all_scores(run: Path) -> list[dict[str, Any]]:
+    """Read what the evaluations of a run wrote, by step. Raises RuntimeError: there is none."""
     written = sorted((run / "eval").glob("step_*.json"))
     if not written:
         raise RuntimeError(f"{run} has no evaluation")
-    scores: dict[str, Any] = json.loads(written[-1].read_text())
-    return scores
+    return [json.loads(path.read_text()) for path in written]
+
+
+def last_scores(run: Path) -> dict[str, Any]:
+    """Read what the last evaluation of a run wrote. Raises RuntimeError: there is none."""
+    return all_scores(run)[-1]
 
 
 def refuse_other_settings(files: Sequence[Path], run: Path, overrides: Sequence[str]) -> None:

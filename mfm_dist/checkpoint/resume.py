@@ -14,7 +14,8 @@ from mfm_dist.errors import ConfigError, StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
 _SHARDS = (
-    "shards are not those that {path} was trained on, so its place in them means nothing: put the former shards back"
+    "shards are not those that {path} was trained on, or not in the same shares, so its place in them means nothing: "
+    "put the former shards back"
 )
 
 IMMUTABLE_KEYS = {
@@ -91,6 +92,7 @@ def check_resumable(
 FINGERPRINT_MISMATCH = {
     "labelled": "the labelled " + _SHARDS,
     "target": "the target " + _SHARDS,
+    "target_labelled": "the labelled target " + _SHARDS,
     "relabelling": "data.classes makes other classes of the labels than {path} was trained on: put the former back",
     "initial_encoder": "the encoder does not start from the weights that {path} keeps close to: give model.weights or "
     "model.pretrained as before",

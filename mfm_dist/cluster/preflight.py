@@ -130,9 +130,7 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
             if folder is not None:
                 yield f"writing to {key}={folder}", partial(write_probe, folder, probe), room
         turn = Lock()
-        for key, name in sets_of(config).items():
-            if name is None:
-                continue
+        for key, name in [(key, name) for key, names in sets_of(config).items() for name in names]:
             advice = f"is it mounted there? mfm-shards check {data.root / name}"
             yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name, turn), advice
 

@@ -16,6 +16,7 @@ import re
 import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -241,8 +242,10 @@ def _convert(value: Any, hint: Any) -> Any:
     """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        return None if value is None else _convert(value, options[0])
+        for option in get_args(hint):
+            with suppress(TypeError, ValueError, OverflowError):
+                return _convert(value, option)
+        raise TypeError
     if origin is Literal and value in get_args(hint):
         return value
     if origin is tuple:
@@ -250,7 +253,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise TypeError
-        return dict(value)
+        of = get_args(hint)[1]
+        return {key: one if of is Any else _convert(one, of) for key, one in value.items()}
     if hint is float:
         if isinstance(value, bool) or not math.isfinite(float(value)):
             raise ValueError
@@ -286,7 +290,8 @@ def _type_name(hint: Any) -> str:
         of = _type_name(get_args(hint)[0])
         return f"a list, each {of}" if get_args(hint)[-1] is Ellipsis else f"{len(get_args(hint))} x {of}"
     if origin is dict:
-        return "a mapping"
+        of = get_args(hint)[1]
+        return "a mapping" if of is Any else f"a mapping, each {_type_name(of)}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}[hint]
 
 

@@ -64,6 +64,15 @@ class RunSection:
     """Where everything of this run is written. The same folder again resumes the run."""
 
 
+Sets = str | tuple[str, ...] | dict[str, FloatAbove0]
+"""One shard set by its name; several as if they were one; several by name, each with its share of what is drawn."""
+
+
+def names_of(sets: Sets | None) -> tuple[str, ...]:
+    """Return the names of shard sets."""
+    return () if sets is None else (sets,) if isinstance(sets, str) else tuple(sets)
+
+
 STREAM_SCHEMES = ("pipe:", "s3:", "hf:", "http:", "https:")
 
 
@@ -90,13 +99,18 @@ class RareClassSection:
 class DataSection:
     root: Path = Path("data/scenes")
     """Folder that holds the shard sets named below."""
-    source: str = "game_train"
-    """Shard set with labels that the student is supervised on."""
-    target: str = "camera_train"
-    """Shard set to adapt to. Its labels, if any, are read by `method.name: oracle` alone."""
+    source: Sets = "game_train"
+    """Shard set with labels that the student is supervised on, or several: a list is one large set, of which an epoch
+    holds each sample once; `{gta/train: 0.5, synthia/train: 0.25, urbansyn/train: 0.25}` gives each its share of the
+    images, relative to their sum."""
+    target: Sets = "camera_train"
+    """Shard set to adapt to, or several likewise. Its labels, if any, are read by `method.name: oracle` alone."""
+    target_labelled: str | None = None
+    """Shard set of a few labelled target images, which the student is supervised on beside the source: one more term,
+    with as many images in a micro-batch. null: none."""
     validation: str | None = "camera_val"
     """Labelled shard set of the target that evaluation scores. null: there are no target labels, so no mIoU; evaluation
-    then looks at `eval.unlabelled_images` of `target`."""
+    then looks at `eval.unlabelled_images` of `target` (of several: of the first that is named)."""
     source_validation: str | None = None
     """Labelled shard set of the source, scored beside it as `source_miou`, which says little of the target."""
     classes: str | None = None
@@ -173,6 +187,8 @@ class ModelSection:
 class MethodSection:
     name: str = "dacs"
     """A file of mfm_dist/methods: source_only, oracle, dacs, daformer, hrda, mic."""
+    target_labelled_weight: FloatFrom0 = 1.0
+    """Weight of the cross-entropy on `data.target_labelled`; that on the source has 1."""
 
 
 @dataclass(kw_only=True)
@@ -488,6 +504,11 @@ class RunConfig:
     def blocks_per_step(self) -> int:
         """Micro-batches in one global batch, over all ranks."""
         return self.train.global_batch // self.train.micro_batch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in one global batch: of source and target and, where there are any, labelled ones of the target."""
+        return (3 if self.data.target_labelled else 2) * self.train.global_batch
 
     def world_problems(self, world_size: int) -> list[str]:
         """List what does not fit this many ranks. The micro-batch is never changed to make it fit."""

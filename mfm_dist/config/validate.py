@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from mfm_dist.config.schema import DataSection, MFMSection, Range, RunConfig, is_stream
+from mfm_dist.config.schema import DataSection, MFMSection, Range, RunConfig, Sets, is_stream, names_of
 
 MOST_CROP_PIXELS = 1 << 26
 """As many as the largest picture that is decoded."""
@@ -19,6 +20,8 @@ def problems(config: RunConfig) -> list[str]:
         *_training_problems(config),
         *_mfm_problems(config.mfm, two_resolutions=config.two_resolutions),
         *_rebuilder_problems(config),
+        *_set_problems("source", config.data.source, config.data),
+        *_set_problems("target", config.data.target, config.data),
         *_data_problems(config.data),
         *_stream_problems(config.data),
     ]
@@ -38,9 +41,15 @@ def range_problems(section: Any, prefix: str = "") -> Iterator[str]:
         if is_dataclass(value):
             yield from range_problems(value, f"{prefix}{name}.")
         elif value is not None and (allowed := range_of(hint)):
-            for number in dict.fromkeys(value if isinstance(value, tuple) else (value,)):
-                if not allowed.allows(number):
-                    yield f"{prefix}{name}={number}: must {allowed.rule}"
+            key = f"{prefix}{name}"
+            several = value.items() if isinstance(value, dict) else ((None, one) for one in _tuple(value))
+            for place, number in dict.fromkeys(several):
+                if not isinstance(number, str) and not allowed.allows(number):
+                    yield f"{key if place is None else f'{key}.{place}'}={number}: must {allowed.rule}"
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _training_problems(config: RunConfig) -> Iterator[str]:
@@ -105,6 +114,26 @@ def _rebuilder_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _set_problems(key: str, sets: Sets, data: DataSection) -> Iterator[str]:
+    """Find what several shard sets together cannot be."""
+    names = names_of(sets)
+    if not names or not all(names):
+        yield f"data.{key} names no shard set"
+    for name, times in Counter(names).items():
+        if times > 1:
+            yield f"data.{key} names {name} twice: give it a share instead, data.{key}={{{name}: 2, ...}}"
+    if len(names) > 1 and (streams := [name for name in names if is_stream(name)]):
+        yield (
+            f"data.{key} names {streams[0]} among others, and a stream has no order in which its share could be drawn: "
+            "name it alone, or folders of shards"
+        )
+    if data.lanes and isinstance(sets, dict):
+        yield (
+            f"data.lanes reads shards in sequence, and data.{key} draws from several sets at once: set data.lanes=0, "
+            f"or name the sets in a list, which is one sequence, data.{key}=[{', '.join(names)}]"
+        )
+
+
 def _data_problems(data: DataSection) -> Iterator[str]:
     """Find sizes and sampling rules that do not go together."""
     rare, (low, high) = data.rare_class_sampling, data.scale_range
@@ -118,7 +147,7 @@ def _data_problems(data: DataSection) -> Iterator[str]:
         return
     if data.lanes:
         yield "data.rare_class_sampling needs samples in any order, and data.lanes reads them in sequence: turn one off"
-    if is_stream(data.source):
+    if any(map(is_stream, names_of(data.source))):
         yield (
             "data.rare_class_sampling needs any sample at any time, and a stream cannot be read at random: turn it "
             "off, or download the shards and name their folder in data.source"
@@ -133,11 +162,19 @@ def _data_problems(data: DataSection) -> Iterator[str]:
 
 def _stream_problems(data: DataSection) -> Iterator[str]:
     """Find what a shard set that is a URL cannot give."""
-    streams = [name for name in (data.source, data.target) if is_stream(name)]
+    source, target = names_of(data.source), names_of(data.target)
+    streams = [name for name in (*source, *target) if is_stream(name)]
     for key, name in (("validation", data.validation), ("source_validation", data.source_validation)):
         if name is not None and is_stream(name):
             yield f"data.{key} is a URL: evaluation covers each sample once, so it needs a folder of shards"
-    if data.validation is None and is_stream(data.target):
+    if data.target_labelled is not None and is_stream(data.target_labelled):
+        yield "data.target_labelled is a URL: these are few images, name a folder of shards"
+    if data.target_labelled is not None and data.target_labelled == data.validation:
+        yield (
+            f"data.target_labelled and data.validation are both {data.validation}: a run cannot be scored on labels "
+            "that it trains on, name another set in one of them"
+        )
+    if data.validation is None and any(map(is_stream, target)):
         yield (
             "data.validation=null has evaluation look at the first images of data.target, and a stream cannot be read "
             "at random: name a folder of shards in one of them"
@@ -146,5 +183,5 @@ def _stream_problems(data: DataSection) -> Iterator[str]:
         yield "data.stream_samples=0: say how many samples there are behind the URL, if only roughly"
     if streams and data.lanes:
         yield "data.lanes orders shards that have an index, and a URL has none: leave it 0"
-    if len(streams) == 2 and data.source == data.target:
+    if streams and source == target:
         yield "data.source and data.target are the same URL"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
+from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.data.order import Order
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.transforms import RareClassTarget, Resize, source_crop, target_crop
@@ -23,6 +25,8 @@ REPLACEMENT_TRIES = 8
 """Samples looked at for one place of a block, the first included, before the data is given up."""
 BYTES_PER_PIXEL = 3 + 1 + 3 + 1
 """Source image and label, target image and validity."""
+BYTES_PER_LABELLED = 3 + 1
+"""Labelled target image and label, where there are any."""
 
 
 class DrawnSample(NamedTuple):
@@ -43,7 +47,7 @@ class Samples(Protocol):
 class IndexedSamples:
     """Samples that can be read by number, in a given order."""
 
-    reader: ShardReader
+    reader: ShardReader | ConcatenatedReader
     order: Order
     with_label: bool
 
@@ -70,7 +74,7 @@ class PackedBlock:
     """A block as it travels between processes: all pixels in one piece of memory."""
 
     pixels: Tensor | int
-    """uint8 [B * h * w * ``BYTES_PER_PIXEL``], or the slot of a ``BlockPool`` that holds it."""
+    """uint8 [bytes], or the slot of a ``BlockPool`` that holds it."""
     shape: tuple[int, int, int]
     """B, h, w."""
     block: int
@@ -90,13 +94,17 @@ def unpacked(
     """View the pixels of a block; images are [B, 3, h, w] with their channels innermost in memory."""
     size, height, width = shape
     plane = math.prod(shape)
-    source_image, source_label, target_image, target_valid = pixels.split([3 * plane, plane, 3 * plane, plane])
-    images = (one.view(size, height, width, 3).permute(0, 3, 1, 2) for one in (source_image, target_image))
+    pairs = pixels.view(-1, (3 + 1) * plane)  # of an image and one byte more a pixel
+    images = [pair[: 3 * plane].view(size, height, width, 3).permute(0, 3, 1, 2) for pair in pairs]
+    others = [pair[3 * plane :].view(shape) for pair in pairs]
+    has_labelled = len(pairs) > BYTES_PER_PIXEL // (3 + 1)
     return UDABatch(
-        source_image=next(images),
-        source_label=source_label.view(shape),
-        target_image=next(images),
-        target_valid=target_valid.view(torch.bool).view(shape),
+        source_image=images[0],
+        source_label=others[0],
+        target_image=images[1],
+        target_valid=others[1].view(torch.bool),
+        labelled_target_image=images[2] if has_labelled else None,
+        labelled_target_label=others[2] if has_labelled else None,
         block=block,
         bad_samples=bad_samples,
     )
@@ -109,18 +117,31 @@ class BlockViews(NamedTuple):
     """uint8 [3, h, w] and uint8 [h, w], its label."""
     target: list[tuple[Tensor, Tensor]]
     """uint8 [3, h, w] and bool [h, w], what is valid."""
+    labelled_target: list[tuple[Tensor, Tensor]]
+    """As source; empty where there are none."""
 
 
 class Blocks(Dataset["PackedBlock | DataError"]):
     """Any block by its number."""
 
-    def __init__(self, *, source: Samples, target: Samples, seed: int, data: DataSection, micro_batch: int) -> None:
+    def __init__(
+        self,
+        *,
+        source: Samples,
+        target: Samples,
+        target_labelled: Samples | None = None,
+        seed: int,
+        data: DataSection,
+        micro_batch: int,
+    ) -> None:
         self.source = source
         self.target = target
+        self.target_labelled = target_labelled
         self.seed = seed
         self.crop = data.crop
         self.shape = (micro_batch, *data.crop)
-        self.size = math.prod(self.shape) * BYTES_PER_PIXEL
+        bytes_per_pixel = BYTES_PER_PIXEL + (BYTES_PER_LABELLED if target_labelled else 0)
+        self.size = math.prod(self.shape) * bytes_per_pixel
         """Bytes of a block."""
         self._pool: BlockPool | None = None
         self._places_of: dict[int, BlockViews] = {}
@@ -157,11 +178,14 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         return PackedBlock(slot, self.shape, block, bad)
 
     def _places(self, pixels: Tensor) -> BlockViews:
-        """View the memory of a block, uint8 [B * h * w * ``BYTES_PER_PIXEL``]."""
+        """View the memory of a block, uint8 [``size``]."""
         batch = unpacked(pixels, self.shape, block=0)
         return BlockViews(
             source=list(zip(batch.source_image, batch.source_label, strict=True)),
             target=list(zip(batch.target_image, batch.target_valid, strict=True)),
+            labelled_target=[]
+            if batch.labelled_target_image is None or batch.labelled_target_label is None
+            else list(zip(batch.labelled_target_image, batch.labelled_target_label, strict=True)),
         )
 
     def _fill(self, block: int, places: BlockViews) -> tuple[BadSample, ...]:
@@ -170,11 +194,8 @@ class Blocks(Dataset["PackedBlock | DataError"]):
         first = block * self.shape[0]
         for position, into in enumerate(places.source, first):
             sample, train_id = self.source.take(position, bad)
-            assert sample.label is not None
-            source_crop(
-                sample.image,
-                sample.label,
-                self.crop,
+            self._crop_labelled(
+                sample,
                 keyed_generator(self.seed, Stream.SOURCE_CROP, position),
                 resize=self.source_resize,
                 wanted=None if train_id is None else RareClassTarget(train_id, self.wanted_pixels),
@@ -189,7 +210,28 @@ class Blocks(Dataset["PackedBlock | DataError"]):
                 margins=self.target_margins,
                 into=into,
             )
+        for position, into in enumerate(places.labelled_target, first):
+            assert self.target_labelled is not None
+            self._crop_labelled(
+                self.target_labelled.take(position, bad).sample,
+                keyed_generator(self.seed, Stream.TARGET_LABELLED_CROP, position),
+                resize=self.target_resize,
+                wanted=None,
+                into=into,
+            )
         return tuple(bad)
+
+    def _crop_labelled(
+        self,
+        sample: Sample,
+        draws: np.random.Generator,
+        *,
+        resize: Resize,
+        wanted: RareClassTarget | None,
+        into: tuple[Tensor, Tensor],
+    ) -> None:
+        assert sample.label is not None
+        source_crop(sample.image, sample.label, self.crop, draws, resize=resize, wanted=wanted, into=into)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None, "_places_of": {}}  # memory shared by a fork cannot be sent

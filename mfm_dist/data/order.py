@@ -6,6 +6,8 @@ Any position costs the same, so a run resumes at step 1,000,000 as fast as it st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from mfm_dist.rng import Stream, keyed_generator
 PERMUTE_UP_TO = 10_000_000
 """Up to this many samples an epoch's order is held as an array (80 MB, half a second); above, it is computed."""
 FEISTEL_ROUNDS = 6
+CYCLE = 1000
+"""Positions over which shares of several sets are exact, but for rounding."""
 _WORD = 2**64 - 1
 
 
@@ -154,6 +158,53 @@ class LaneOrder(Order):
         shard = self._shards[which]
         size = int(self._starts[shard + 1] - self._starts[shard])
         return int(self._starts[shard]) + laid - (int(self._ends[which]) - size)
+
+
+class MixedOrder(Order):
+    """An endless stream over several sets with a given share of each, which stays in an order of its own.
+
+    A cycle of about ``CYCLE`` positions holds a fixed number of each set, scattered anew in every cycle. So the shares
+    are exact, and the place in each set's own order is known at any position without a walk.
+    """
+
+    def __init__(self, orders: Sequence[Order], shares: Sequence[float], *, seed: int, stream: Stream) -> None:
+        """
+        Args:
+            orders: of each set, of the numbers from 0; the stream numbers the samples of all sets one after another.
+            shares: of each set, relative to their sum; they are rounded to a thousandth of it, and at least one.
+        """
+        self.count = sum(order.count for order in orders)
+        self.seed = seed
+        self.stream = stream
+        self._orders = orders
+        self._firsts = [0, *accumulate(order.count for order in orders)]
+        self.per_cycle = [max(1, round(CYCLE * share / sum(shares))) for share in shares]
+        """Positions of each set in a cycle."""
+        self._cycle = -1
+        self._sets = np.empty(0, dtype=np.int64)
+        self._turns = np.empty(0, dtype=np.int64)
+
+    def sample_at(self, position: int, attempt: int) -> int:
+        """Return the sample; every further ``attempt`` is another of the same set, as its own order has it."""
+        number, place = self.place_at(position)
+        return self._firsts[number] + self._orders[number].sample_at(place, attempt)
+
+    def wanted(self, position: int, attempt: int) -> int | None:
+        number, place = self.place_at(position)
+        return self._orders[number].wanted(place, attempt)
+
+    def place_at(self, position: int) -> tuple[int, int]:
+        """Return which set stands at a position, and how many of its samples stand before."""
+        cycle, place = divmod(position, sum(self.per_cycle))
+        if cycle != self._cycle:
+            sets = np.repeat(np.arange(len(self.per_cycle)), self.per_cycle)
+            self._sets = keyed_generator(self.seed, Stream.SET_DRAW, cycle, self.stream).permutation(sets)
+            self._turns = np.empty_like(self._sets)
+            for number, turns in enumerate(self.per_cycle):
+                self._turns[self._sets == number] = np.arange(turns)
+            self._cycle = cycle
+        number = int(self._sets[place])
+        return number, cycle * self.per_cycle[number] + int(self._turns[place])
 
 
 def class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:

@@ -20,17 +20,20 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.block_pool import BlockPool
 from mfm_dist.data.blocks import Blocks, IndexedSamples, PackedBlock, Samples
-from mfm_dist.data.order import LaneOrder, Order, RareClassOrder, SampleOrder
+from mfm_dist.data.concatenated import ConcatenatedReader
+from mfm_dist.data.order import LaneOrder, MixedOrder, Order, RareClassOrder, SampleOrder
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.data.streaming import ShardStream, StreamedSamples
-from mfm_dist.errors import BadSample, DataError
-from mfm_dist.rng import Stream
+from mfm_dist.errors import BadSample, ConfigError, DataError
+from mfm_dist.rng import Stream, keyed_seed
 
 PREFETCHED_BLOCKS = 4
 """Blocks each worker keeps ready."""
 _KEPT_BY_THE_HEAP = 24 << 20
 """Bytes; several decoded images, and below the 32 MiB from which on glibc learns nothing."""
 _ENDLESS = sys.maxsize
+
+TrainingSet = ShardReader | ConcatenatedReader | ShardStream
 
 
 class TrainPipeline:
@@ -43,8 +46,9 @@ class TrainPipeline:
     def __init__(
         self,
         *,
-        source: ShardReader | ShardStream,
-        target: ShardReader | ShardStream,
+        source: TrainingSet,
+        target: TrainingSet,
+        target_labelled: ShardReader | None = None,
         seed: int,
         data: DataSection,
         micro_batch: int,
@@ -57,6 +61,7 @@ class TrainPipeline:
         Args:
             source: labelled samples.
             target: samples whose labels, if there are any, are never read.
+            target_labelled: labelled samples of the target; None: blocks hold none.
             seed: key of the order and of the crops.
             data: crop, resize, rare class sampling, lanes and the number of worker processes.
             micro_batch: source images, and as many target images, of a block.
@@ -73,9 +78,9 @@ class TrainPipeline:
         assert blocks_per_step % world_size == 0
         workers = data.workers
 
-        def samples(origin: ShardReader | ShardStream, stream: Stream) -> Samples:
-            labelled = stream is Stream.SOURCE_ORDER
-            if isinstance(origin, ShardReader):
+        def samples(origin: TrainingSet, stream: Stream) -> Samples:
+            labelled = stream is not Stream.TARGET_ORDER
+            if not isinstance(origin, ShardStream):
                 order = _order(origin, stream, seed=seed, data=data, micro_batch=micro_batch)
                 return IndexedSamples(reader=origin, order=order, with_label=labelled)
             return StreamedSamples(
@@ -91,6 +96,7 @@ class TrainPipeline:
         self._blocks = Blocks(
             source=samples(source, Stream.SOURCE_ORDER),
             target=samples(target, Stream.TARGET_ORDER),
+            target_labelled=None if target_labelled is None else samples(target_labelled, Stream.TARGET_LABELLED_ORDER),
             seed=seed,
             data=data,
             micro_batch=micro_batch,
@@ -132,20 +138,31 @@ class TrainPipeline:
         )
 
 
-def _order(reader: ShardReader, stream: Stream, *, seed: int, data: DataSection, micro_batch: int) -> Order:
-    """Make the order that the configuration asks for."""
+def _order(
+    reader: ShardReader | ConcatenatedReader, stream: Stream, *, seed: int, data: DataSection, micro_batch: int
+) -> Order:
+    """Make the order that the configuration asks for; with shares, each set has one of its own."""
     rare = data.rare_class_sampling
+    if isinstance(reader, ConcatenatedReader) and reader.shares:
+        orders = []
+        for number, one in enumerate(reader.readers):
+            own_seed = keyed_seed(seed, Stream.SET_SEED, number)
+            try:
+                orders.append(_order(one, stream, seed=own_seed, data=data, micro_batch=micro_batch))
+            except ConfigError as error:
+                raise ConfigError([f"{one.index.folder}: {text}" for text in error.problems]) from error
+        return MixedOrder(orders, reader.shares, seed=seed, stream=stream)
     if rare.enabled and stream is Stream.SOURCE_ORDER:
         return RareClassOrder(
             reader.class_statistics(),
-            class_names=reader.index.manifest.class_names,
+            class_names=reader.classes.names if reader.classes else (),
             temperature=rare.temperature,
             min_pixels=rare.min_pixels,
             seed=seed,
         )
-    if data.lanes:
+    if data.lanes and stream is not Stream.TARGET_LABELLED_ORDER:
         return LaneOrder(
-            reader.index.starts,
+            reader.starts,
             lanes=data.lanes,
             window=data.lane_window,
             micro_batch=micro_batch,

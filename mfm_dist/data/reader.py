@@ -151,6 +151,16 @@ class ShardReader:
         """Two data sets share it if every number is the same sample."""
         return self.index.manifest.fingerprint
 
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [shards + 1], number of the first sample of each shard, and the count of all."""
+        return self.index.starts
+
+    @property
+    def relabelling_fingerprint(self) -> str:
+        """Of what becomes of the stored labels; "" where they stay."""
+        return "" if self.relabelling is None else self.relabelling.fingerprint
+
     def class_statistics(self) -> np.ndarray:
         """Count the pixels of each class: uint32 [samples, classes]. Raises what ``read_statistics`` raises."""
         counts = read_statistics(self.index.folder, self.index.manifest)

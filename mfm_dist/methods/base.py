@@ -27,6 +27,10 @@ class StepInputs:
     """uint8 [B, H, W]."""
     target_image: Tensor
     """float32 [B, 3, H, W], normalised, neither mixed nor augmented."""
+    labelled_target_image: Tensor | None = None
+    """float32 [B, 3, H, W], normalised: of ``data.target_labelled``; None where there are none."""
+    labelled_target_label: Tensor | None = None
+    """uint8 [B, H, W], their label."""
     pseudo: PseudoTarget | None
     """The teacher's answer to ``target_image``; None where nothing asks for it."""
     initial_feature: Tensor | None = None
@@ -68,6 +72,7 @@ class ForwardKind(IntEnum):
     MFM_SOURCE = 4
     MFM_DETAIL = 5
     MFM_SOURCE_DETAIL = 6
+    TARGET_LABELLED = 7
 
     @property
     def label(self) -> str:
@@ -99,6 +104,14 @@ class Pass(NamedTuple):
     """Each [B, 3, h, w], normalised."""
     losses: Callable[[Maps], dict[str, Loss]]
     """From the encoder maps of each of these images to losses by name."""
+
+    def weighted(self, weight: float) -> Pass:
+        """Return the same pass with all of its losses weighed by this, too."""
+
+        def losses(maps: Maps) -> dict[str, Loss]:
+            return {name: Loss(loss.value, weight * loss.weight) for name, loss in self.losses(maps).items()}
+
+        return self._replace(losses=losses)
 
 
 class Term(Protocol):

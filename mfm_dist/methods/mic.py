@@ -11,7 +11,7 @@ from torch import Tensor
 from mfm_dist.config.schema import MICSection, RunConfig, SelfTrainingSection
 from mfm_dist.methods import dacs, daformer, hrda, source_only
 from mfm_dist.methods.augment import Shipped, augmentation_tensors, strong_augment
-from mfm_dist.methods.base import ForwardKind, Loss, Maps, Method, Pass, StepInputs, Term, named
+from mfm_dist.methods.base import ForwardKind, Method, Pass, StepInputs, Term, named
 from mfm_dist.methods.self_training import pseudo_weight
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.rng import Keyed, Stream, keyed_generator, torch_generator
@@ -40,14 +40,9 @@ class MIC(Method):
     def masked_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_mask, over all pixels, masked or not."""
         image, label, weight = masked_batch(inputs, self.settings, self.self_training)
+        # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
         seen = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight)
-
-        def losses(maps: Maps) -> dict[str, Loss]:
-            # The published code leaves HRDA's detail loss out of the weight; at the published 1 that is the same.
-            found = seen.losses(maps)
-            return {name: Loss(loss.value, loss.weight * self.settings.loss_weight) for name, loss in found.items()}
-
-        return seen._replace(losses=losses)
+        return seen.weighted(self.settings.loss_weight)
 
 
 def masked_draws(

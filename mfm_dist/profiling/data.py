@@ -25,7 +25,7 @@ from webdataset import WebDataset
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.class_files import load_class_set
-from mfm_dist.config.schema import RunConfig, SelfTrainingSection
+from mfm_dist.config.schema import RunConfig, SelfTrainingSection, names_of
 from mfm_dist.data import blocks as blocks_module
 from mfm_dist.data import reader as reader_module
 from mfm_dist.data.blocks import IndexedSamples
@@ -51,7 +51,9 @@ class Source:
         self.config = config
         data = config.data
         classes = None if data.classes is None else load_class_set(data.classes)
-        names = (data.source, data.target)
+        names = (*names_of(data.source), *names_of(data.target))
+        if len(names) > 2 or data.target_labelled:
+            raise ConfigError("this measures one source and one target: data.source=NAME data.target=NAME")
         self.readers = [ShardReader(data.root / name, classes=classes, decoder=data.decoder) for name in names]
         self.decode = jpeg_decoder(data.decoder)
         self.images_per_block = 2 * config.train.micro_batch
@@ -97,9 +99,11 @@ class BareDecoder:
 
     @staticmethod
     def _members(samples: IndexedSamples, position: int) -> tuple[Tensor, Tensor | None]:
-        shard, row = samples.reader.index.locate(samples.order.sample_at(position, 0))
-        _, _, image, label, _ = samples.reader.index.rows[shard][row].item()
-        read = partial(read_member, partial(samples.reader.read_into, shard))
+        reader = samples.reader
+        assert isinstance(reader, ShardReader)
+        shard, row = reader.index.locate(samples.order.sample_at(position, 0))
+        _, _, image, label, _ = reader.index.rows[shard][row].item()
+        read = partial(read_member, partial(reader.read_into, shard))
         encoded = torch.from_numpy(read(image, "image"))
         return encoded, torch.from_numpy(read(label, "label")) if samples.with_label else None
 

@@ -156,6 +156,7 @@ class Blocks:
         pipeline = TrainPipeline(
             source=readers.labelled,
             target=readers.target,
+            target_labelled=readers.target_labelled,
             seed=config.seed,
             data=config.data,
             micro_batch=config.train.micro_batch,
@@ -252,7 +253,7 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
         if number >= warmup:
             for name in settings:
                 rounds[name].append({"engine": seconds[name, "engine"], "bare": seconds[name, "bare"]})
-    images = 2 * config.train.global_batch
+    images = config.images_per_step
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),

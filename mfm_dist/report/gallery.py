@@ -17,7 +17,7 @@ from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint.contents import load_modules
 from mfm_dist.checkpoint.files import find_latest
 from mfm_dist.classes import IGNORE_INDEX, ClassSet
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import RunConfig, names_of
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.predict_labels import predict_labels
@@ -137,7 +137,7 @@ def make_gallery(run: Run, count: int, views: Sequence[View] | None = None) -> G
     try:
         into = run.classes if run.config.data.classes else None
         data = run.config.data
-        reader = ShardReader(data.root / (data.validation or data.target), classes=into)
+        reader = ShardReader(data.root / (data.validation or names_of(data.target)[0]), classes=into)
     except Exception as error:  # nor is a foreign shard set trusted to be whole
         return Gallery(notes=[f"There are no pictures, because the validation images cannot be read: {error}"])
     networks = load_networks(run, run.config)

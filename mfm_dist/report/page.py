@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mfm_dist.config.loader import to_tree
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import RunConfig, Sets, names_of
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED
 from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.inference.unlabelled import FIGURES
@@ -89,6 +89,9 @@ class Repeated(NamedTuple):
     names: list[str]
     seeds: list[int]
     mean: float
+    """Of the last evaluations, as are the three below."""
+    mean_best: float
+    """Of the best evaluation of each."""
     deviation: float
     lowest: float
     highest: float
@@ -160,10 +163,18 @@ def _templates() -> Environment:
         "share": lambda value: 0.0 if not math.isfinite(value) else min(max(value, 0.0), 100.0),
         "grouped": lambda value: DASH if value is None else f"{value:,}",
         "breakable": _breakable,
+        "sets": _sets,
         "moment": lambda value: f"{value.day} {value:%B %Y}, {value:%H:%M} UTC",
     }
     templates.filters |= filters
     return templates
+
+
+def _sets(sets: Sets) -> str:
+    """Name shard sets, with the shares that were given."""
+    if not isinstance(sets, dict):
+        return " + ".join(names_of(sets))
+    return " + ".join(f"{name} ({100 * share / sum(sets.values()):.0f} %)" for name, share in sets.items())
 
 
 def _drawn(charts: Sequence[Chart], word: str) -> list[tuple[Chart, Markup]]:
@@ -317,17 +328,17 @@ def _example(event: Mapping[str, Any]) -> str:
 
 def repeated(runs: Sequence[Run]) -> list[Repeated]:
     """Group two runs or more with a final mIoU that differ in nothing but ``NOT_COMPARED``, the best first."""
-    groups: dict[str, list[tuple[str, int, float]]] = defaultdict(list)
+    groups: dict[str, list[tuple[str, int, float, float]]] = defaultdict(list)
     for run in runs:
-        if run.config is not None and run.last is not None and math.isfinite(run.last.miou):
+        if run.config is not None and run.last is not None and math.isfinite(run.last.miou) and run.best is not None:
             same = {key: value for key, value in _by_key(run.config).items() if key not in NOT_COMPARED}
-            groups[repr((same, run.last.step))].append((run.name, run.config.seed, run.last.miou))
+            groups[repr((same, run.last.step))].append((run.name, run.config.seed, run.last.miou, run.best.miou))
     found = []
     for group in groups.values():
         if len(group) > 1:
-            names, seeds, scores = (list(column) for column in zip(*group, strict=True))
+            names, seeds, scores, best = (list(column) for column in zip(*group, strict=True))
             mean, spread = statistics.mean(scores), statistics.stdev(scores)
-            found.append(Repeated(names, seeds, mean, spread, min(scores), max(scores)))
+            found.append(Repeated(names, seeds, mean, statistics.mean(best), spread, min(scores), max(scores)))
     return sorted(found, key=lambda one: -one.mean)
 
 

@@ -83,6 +83,11 @@ class Run:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the highest mIoU, the first of equals."""
+        return max((one for one in self.evaluations if one.miou == one.miou), key=lambda one: one.miou, default=None)
+
+    @property
     def gain(self) -> float:
         """Change of the mIoU from the first to the last evaluation, in points; NaN if there are not two."""
         return self.last.miou - self.first.miou if self.first and self.last else math.nan

@@ -96,6 +96,15 @@ class RunFolder:
         """Return the JSON file of the evaluation at a step; its overlays lie in the folder of the same name."""
         return self.path / "eval" / f"step_{step:08d}.json"
 
+    def best_evaluation(self) -> tuple[int, float] | None:
+        """Return step and mIoU, in percent, of the best evaluation, the first of equals; None where none has a mIoU."""
+        found: list[tuple[int, float]] = []
+        for path in sorted((self.path / "eval").glob("step_*.json")):
+            with suppress(OSError, CorruptFileError, KeyError, TypeError, ValueError):
+                content = read_json(path)
+                found.append((int(content["step"]), float(content["miou"])))
+        return max(found, key=lambda one: one[1], default=None)
+
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """Note something out of the ordinary: a skipped step, a bad sample, a signal."""
         if self.writes:
@@ -115,8 +124,11 @@ class RunFolder:
         if not self.writes:
             return
         if code == EXIT_DONE:
-            score = None if miou is None else round(miou, 4)
-            print("RESULT " + json.dumps({"run": str(self.path), "step": step, "miou": score}))
+            last = None if miou is None else round(miou, 4)
+            best_step, best = self.best_evaluation() or (None, None)
+            best = None if best is None else round(best, 4)
+            scores = {"miou": last, "best_miou": best, "best_step": best_step}
+            print("RESULT " + json.dumps({"run": str(self.path), "step": step, **scores}))
         else:
             print(f"{reason}; the same command goes on from step {step}")
         write_outcome(self.path, code=code, reason=reason, step=step, owned=True)

@@ -63,7 +63,12 @@ def read_label(content: bytes, kinds: Sequence[str], *, colours: bool) -> np.nda
             codes: np.ndarray = red << 16 | green << 8 | blue
             return codes
         ids = np.array(picture)
-    assert ids.ndim == 2
+    if ids.ndim == 3:
+        if (ids[..., :1] != ids[..., 1:3]).any():
+            raise CorruptFileError(
+                "holds colours, not an id that is the same in all channels: is it a picture of labels?"
+            )
+        ids = ids[..., 0]
     return ids.astype(np.uint16 if kind == "16-bit grey" else np.uint8)
 
 

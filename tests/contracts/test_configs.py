@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from mfm_dist.build import build_train_module, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.shards.card import read_card
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
 
@@ -88,10 +89,27 @@ def test_there_is_a_run_for_each_method_on_each_benchmark() -> None:
     assert found == [(folder, method) for folder in folders for method in methods]
 
 
+def test_the_strong_source_is_drawn_by_size() -> None:
+    """As published code that concatenates its sources and samples rare classes in each of them (VFM-UDA++)."""
+    sources = load_config(REPOSITORY / "configs" / "strong2cs" / "mic.yaml").data.source
+    assert isinstance(sources, dict)
+    cards = {f"{name}/train": read_card(name) for name in ("gta", "synthia", "urbansyn")}
+    assert sources == {name: card.splits[0].samples for name, card in cards.items()}
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
+def test_a_paper_run_has_its_data_packed_without_loss(path: Path) -> None:
+    """Published code reads PNG."""
+    packing = [line for line in path.read_text().splitlines() if "--input DIR" in line]
+    assert len(packing) >= 2
+    assert [line for line in packing if not line.endswith(" --format png")] == []
+
+
 SIZES = {
     # published boxes of source and target by benchmark: at 512, at full size (UDA_FACTS 7.3; None: as stored)
     "gta2cs": (((720, 1280), (512, 1024)), ((1440, 2560), None)),
     "syn2cs": ((None, (512, 1024)), ((1520, 2560), None)),
+    "strong2cs": (None, ((1440, 2560), None)),
     "cs2acdc": (((512, 1024), (540, 960)), (None, None)),
     "cs2dz": (((512, 1024), (540, 960)), (None, None)),
 }
@@ -104,12 +122,12 @@ def test_paper_run_keeps_the_published_recipe(path: Path) -> None:
     assert path.stem == config.method.name
     assert config.data.crop == ((1024, 1024) if large else (512, 512))
     assert (config.data.source_resize, config.data.target_resize) == SIZES[path.parent.name][large]
-    test_box = (512, 1024) if path.parent.name in ("gta2cs", "syn2cs") else (540, 960)  # UDA_FACTS 7.3 and 8
+    to_cityscapes = path.parent.name.endswith("2cs")
+    test_box = (512, 1024) if to_cityscapes else (540, 960)  # UDA_FACTS 7.3 and 8
     assert config.eval.resize == (None if large else test_box)
     assert config.two_resolutions == large
     assert config.data.rare_class_sampling.enabled == (path.stem != "dacs")
     assert config.self_training.ema_decay == (0.99 if path.stem == "dacs" else 0.999)
-    to_cityscapes = path.parent.name in ("gta2cs", "syn2cs")
     assert config.data.target_margins == ((30, 240, 30, 30) if large and to_cityscapes else (0, 0, 0, 0))
     tells = config.self_training
     rows = (tells.pseudo_weight_ignore_top, tells.pseudo_weight_ignore_bottom)
@@ -219,7 +237,7 @@ def test_run_says_only_what_differs_from_the_defaults(path: Path) -> None:
         names = []
         for key, value in tree.items():
             there = getattr(default, key)
-            if isinstance(value, dict) and not isinstance(there, dict):
+            if is_dataclass(there):
                 names += repeated(value, there, f"{prefix}{key}.")
             elif prefix + key != "method.name" and value == there:  # a run may well name its method
                 names.append(prefix + key)

@@ -33,7 +33,8 @@ def batches(scenes: Path) -> dict[str, list[UDABatch]]:
         config = load_config(None, tiny_overrides(scenes, Path("unused")))
         return iter(
             TrainPipeline(
-                source=ShardReader(scenes / labelled), target=ShardReader(scenes / "camera_train"), seed=0,
+                source=ShardReader(scenes / labelled), target=ShardReader(scenes / "camera_train"),
+                target_labelled=ShardReader(scenes / "camera_train"), seed=0,
                 data=config.data, micro_batch=2, rank=0, world_size=1, blocks_per_step=1,
             )
         )  # fmt: skip

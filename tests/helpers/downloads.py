@@ -78,7 +78,7 @@ def slow_ids(path: Path) -> list[list[int]]:
         elif kind == b"IDAT":
             data += body
         at += 12 + length
-    channels = {0: 1, 2: 3, 3: 1}[colour]
+    channels = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
     step = max(1, channels * depth // 8)
     line = -(-width * channels * depth // 8)
     stream = zlib.decompress(data)
@@ -116,6 +116,7 @@ def _first_sample(line: list[int], column: int, depth: int, channels: int) -> in
 CITYSCAPES_IDS = [*range(34)]
 SYNTHIA_IDS = [*range(23)]
 TRAIN_IDS = [*range(19), 255]
+URBANSYN_IDS = [*range(20)]
 
 
 def gta(root: Path, numbers: tuple[int, ...] = (1, 2, 3), size: tuple[int, int] = SIZE) -> Path:
@@ -142,6 +143,17 @@ def cityscapes(root: Path) -> Path:
         save_grey(root / f"gtFine/{name}_gtFine_labelIds.png", blocks(seed, CITYSCAPES_IDS))
         save_grey(root / f"gtFine/{name}_gtFine_instanceIds.png", blocks(seed + 9, CITYSCAPES_IDS))
         (root / f"gtFine/{name}_gtFine_polygons.json").write_text("{}")
+    return root
+
+
+def urbansyn(root: Path, numbers: tuple[int, ...] = (1, 2, 3)) -> Path:
+    for number in numbers:
+        ids = blocks(number, URBANSYN_IDS).astype(np.uint8)
+        opaque = np.full_like(ids, 255)
+        label = {1: np.stack([ids, ids, ids], axis=-1), 2: np.stack([ids, ids, ids, opaque], axis=-1)}.get(number, ids)
+        save_picture(root / f"rgb/rgb_{number:04d}.png", picture(number))
+        save_picture(root / f"ss/ss_{number:04d}.png", label)
+        save_picture(root / f"ss_colour/ss_colour_{number:04d}.png", picture(number + 1))
     return root
 
 

@@ -15,6 +15,7 @@ METHODS = {
     "mic on daformer": ["method.name=mic", "mic.base_method=daformer", "mic.mode=separate"],
     "mic on dacs": ["method.name=mic", "mic.base_method=dacs", "mic.augment=false"],
     "hrda, fused view": ["method.name=hrda", "mfm.view=fused", "mfm.domain=both"],
+    "hrda, few target labels": ["method.name=hrda", "data.target_labelled=camera_train"],
     "mic on source_only": ["method.name=mic", "mic.base_method=source_only", "mic.mode=separatesrc"],
 }
 ABLATIONS = [

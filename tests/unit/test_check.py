@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mfm_dist.build import open_readers
 from mfm_dist.config.loader import load_config
-from mfm_dist.errors import ConfigError
+from mfm_dist.data.concatenated import ConcatenatedReader
+from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.train import check
+from tests.helpers.shards import ShardFolder
 
 SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.enabled=true", "data.render_scenes=true"]
 
@@ -61,3 +64,40 @@ def test_everything_is_told_at_once_and_weights_that_cannot_be_fetched_in_one_li
 def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(load_config(None, [*SMALL, *overrides]))
     assert capsys.readouterr().out.startswith("ok: ")
+
+
+def test_several_sets_are_checked_and_their_shares_said(
+    shard_folder: ShardFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("one", 6), ("two", 2), ("few", 3)):
+        shard_folder(name, count=count)
+    shard_folder("target", labelled=False)
+    sets = [f"data.root={tmp_path}", "data.render_scenes=false", "data.target=target", "data.validation=null"]
+    for text, said in [
+        ("{one: 1, two: 3}", "data.source: one 25.0 % (6), two 75.0 % (2)"),
+        ("[one, two]", "data.source: one 75.0 % (6), two 25.0 % (2)"),
+    ]:
+        check(load_config(None, [*SMALL, *sets, f"data.source={text}", "data.target_labelled=few"]))
+        assert said in capsys.readouterr().out.splitlines()
+    with pytest.raises(UserError) as caught:
+        check(load_config(None, [*SMALL, *sets, "data.source={one: 1, target: 1}", "data.target_labelled=target"]))
+    assert "data.source=" in str(caught.value)
+    assert "set data.target_labelled=null, or pack it again" in str(caught.value)
+    with pytest.raises(UserError, match="gone"):
+        check(load_config(None, [*SMALL, *sets, "data.source=[one, gone]"]))
+    # What a run renders itself counts as it will be.
+    check(load_config(None, [*SMALL, "data.source=[game_train, game_val]", f"data.root={tmp_path}", "scenes.train=30"]))
+    assert "data.source: game_train 23.1 % (30), game_val 76.9 % (100)" in capsys.readouterr().out
+
+
+def test_the_oracle_is_supervised_on_all_targets_in_their_shares(shard_folder: ShardFolder, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shard_folder(name, count=3)
+    shard_folder("val")
+    sets = [f"data.root={tmp_path}", "method.name=oracle", "data.target={one: 2, two: 1}", "data.validation=val"]
+    readers = open_readers(load_config(None, [*SMALL, *sets, "data.render_scenes=false", "data.source=gone"]))
+    assert isinstance(readers.labelled, ConcatenatedReader)
+    assert readers.labelled.shares == (2.0, 1.0)
+    assert readers.labelled.fingerprint == readers.target.fingerprint
+    assert len(readers.first_target) == 3
+    assert readers.samples == 6 + 6 + len(readers.validation or ())

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student, build_train_module
@@ -182,3 +183,30 @@ def test_inference_costs_the_flops_of_the_plain_segmentor() -> None:
 def test_source_only_needs_no_teacher_unless_mfm_asks_for_one() -> None:
     assert build_train_module(config_with("method.name=source_only", "mfm.enabled=false"), CLASSES).teacher is None
     assert build_train_module(config_with("method.name=source_only"), CLASSES).teacher is not None
+
+
+@pytest.mark.parametrize("method", ["dacs", "hrda"])
+def test_labelled_target_images_are_one_more_supervised_term_of_a_weight_of_its_own(method: str) -> None:
+    """As the source's of the same method: the same images and labels give the same loss, but for what is drawn."""
+    plain = ["model.decoder_options={width: 16, dropout: 0}", f"method.name={method}", "data.crop=128x128"]
+    module = build_train_module(
+        config_with(*plain, "data.target_labelled=few", "method.target_labelled_weight=3"), CLASSES
+    )
+    batch, few = block(3, 128), block(4, 128)
+    batch = replace(batch, labelled_target_image=few.source_image, labelled_target_label=few.source_label)
+    assert module.term_names[-2:] == ("target_labelled", "mfm")
+    output = module(batch, 1.0, only="target_labelled")
+    details = {"target_labelled": 0.9, "target_labelled_detail": 0.1} if method == "hrda" else {"target_labelled": 1.0}
+    assert set(output.losses) == {*details, "pseudo_weight"}
+    expected = sum(3 * weight * output.losses[name] for name, weight in details.items())
+    assert float(output.total.detach()) == pytest.approx(float(expected))
+    if method == "dacs":
+        logits = F.interpolate(module.student(normalise(few.source_image)), size=(128, 128), mode="bilinear")
+        assert float(F.cross_entropy(logits, few.source_label.long())) == pytest.approx(
+            float(output.losses["target_labelled"])
+        )
+    output.total.backward()
+    assert all(p.grad is not None for p in module.student.parameters())
+    assert all(p.grad is None for p in module.rebuilder.parameters())  # type: ignore[union-attr]
+    without = build_train_module(config_with(*plain), CLASSES)
+    assert "target_labelled" not in without.term_names

@@ -141,6 +141,14 @@ def test_data_is_known_by_content_not_by_name(config: RunConfig) -> None:
     assert resume_problems(trained(config), config, {"labelled": "c"}, CLASSES) == []  # before data was recorded
 
 
+def test_labelled_target_images_may_come_and_go_but_not_change(config: RunConfig) -> None:
+    with_some, without = trained(config, labelled="aaa", target_labelled="bbb"), trained(config, labelled="aaa")
+    (problem,) = resume_problems(with_some, config, {"labelled": "aaa", "target_labelled": "ccc"}, CLASSES)
+    assert problem.startswith("the labelled target shards are not those")
+    assert resume_problems(with_some, config, {"labelled": "aaa"}, CLASSES) == []
+    assert resume_problems(without, config, {"labelled": "aaa", "target_labelled": "bbb"}, CLASSES) == []
+
+
 def test_a_run_keeps_its_classes_and_what_it_made_of_its_labels(config: RunConfig) -> None:
     checkpoint = trained(config, labelled="aaa", relabelling="of one file")
     (problem,) = resume_problems(checkpoint, config, {"labelled": "aaa", "relabelling": "of another"}, CLASSES)

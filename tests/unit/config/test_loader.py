@@ -27,6 +27,8 @@ def hints_by_key(kind: type = RunConfig, prefix: str = "") -> dict[str, Any]:
 
 KEYS = hints_by_key()
 RANGED = [key for key, hint in KEYS.items() if range_of(hint)]
+SHARES = ("data.source", "data.target")
+"""Keys that name shard sets, and a number for each."""
 
 
 def value_of(config: RunConfig, key: str) -> object:
@@ -148,7 +150,7 @@ def test_the_command_takes_several_files_anywhere_and_none() -> None:
 
 
 ON_TOP = """
-data: {lanes: 0, rare_class_sampling: {enabled: yes}}
+data: {lanes: 0, rare_class_sampling: {enabled: yes}, source: {gta/train: 3, synthia/train: 1}}
 model: {weights: null, pretrained: on}
 mfm: {reconstruction: pixels, view: context, trained_parts: both, use_rebuilder: on}
 rebuilder: {fill: off}
@@ -185,6 +187,34 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
 
 def test_one_number_means_a_square() -> None:
     assert load_config(None, ["rebuilder.grid=8"]).rebuilder.grid == (8, 8)
+
+
+def test_shard_sets_are_a_name_a_list_or_shares(tmp_path: Path) -> None:
+    for text, expected in [("a/b", "a/b"), ("[a, b]", ("a", "b")), ("{a: 2, b: 1e0}", {"a": 2.0, "b": 1.0})]:
+        config = load_config(None, [f"data.source={text}"])
+        assert config.data.source == expected
+        assert load_config(write(tmp_path, dump_config(config))) == config
+    assert load_config(None, ["data.source={a: 2, b: 1}", "data.source.a=3"]).data.source == {"a": 3.0, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.source=3"], "data.source: expected text or a list, each text or a mapping, each a number, got 3"),
+        (["data.source=null"], "data.source: expected text"),
+        (["data.target={a: much}"], "data.target: expected text"),
+        (["data.source={a: 0, b: 1}"], "data.source.a=0.0: must be above 0"),
+        (["data.source=[]"], "data.source names no shard set"),
+        (["data.target=[a, b, a]"], "data.target names a twice: give it a share instead"),
+        (["data.source=[a, 's3://b']", "data.stream_samples=9"], "data.source names s3://b among others"),
+        (["data.target={a: 1, b: 1}", "data.lanes=2"], "name the sets in a list, which is one sequence"),
+        (["data.target_labelled='s3://b'"], "data.target_labelled is a URL"),
+        (["data.target_labelled=a", "data.validation=a"], "cannot be scored on labels that it trains on"),
+    ],
+)
+def test_shard_sets_that_cannot_be_are_refused(overrides: list[str], said: str) -> None:
+    (problem,) = problems_of(*overrides)
+    assert said in problem
 
 
 def test_unknown_keys_are_named_with_the_nearest_valid_one() -> None:
@@ -228,13 +258,14 @@ def test_every_number_has_a_range() -> None:
 
 @pytest.mark.parametrize("key", RANGED)
 def test_a_number_out_of_its_range_is_refused(key: str) -> None:
+    key += ".some" if key in SHARES else ""
     found = problems_of(f"{key}=-1")
     assert [text for text in found if text.startswith(f"{key}=-1") and ": must " in text and "(command line)" in text]
 
 
 def test_no_number_is_without_end() -> None:
     """Seeds have 64 bits, and no larger integer is read at all."""
-    limited = [key for key in RANGED if not key.endswith("seed")]
+    limited = [f"{key}.some" if key in SHARES else key for key in RANGED if not key.endswith("seed")]
     text = "\n".join(problems_of(*(f"{key}=10000000000" for key in limited)))
     assert [key for key in limited if f"{key}=10000000000" not in text] == []
 

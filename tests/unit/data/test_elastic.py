@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.config.schema import DataSection, RareClassSection
+from mfm_dist.config.schema import DataSection, RareClassSection, Sets
+from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
 from tests.helpers.shards import assert_equal, damage, write_set
@@ -20,29 +21,45 @@ SETTINGS = {
     "plain": PLAIN,
     "rare classes": replace(PLAIN, rare_class_sampling=RareClassSection(enabled=True, temperature=0.1, min_pixels=100)),
     "lanes": replace(PLAIN, lanes=8, lane_window=3),
+    "lanes over a list": replace(PLAIN, lanes=8, lane_window=3, source=("source", "target_labelled")),
+    "shares": replace(PLAIN, source={"source": 0.7, "target_labelled": 0.3}, target={"source": 1, "target": 2}),
+    "rare classes by shares": replace(
+        PLAIN,
+        source={"source": 0.5, "target_labelled": 0.5},
+        rare_class_sampling=RareClassSection(enabled=True, temperature=0.1, min_pixels=50),
+    ),
+    "few labelled": replace(PLAIN, target_labelled="target_labelled"),
     "resized": replace(PLAIN, source_resize=(28, 40), scale_range=(0.7, 1.5), target_margins=(2, 3, 4, 5)),
 }
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("elastic")
     source = write_set(root / "source", count=23, shard_size=5)
     target = write_set(root / "target", count=11, shard_size=4, labelled=False)
+    few = write_set(root / "target_labelled", count=6, shard_size=4)
     damage(source, 3, 11)
     damage(target, 7)
-    return source, target
+    damage(few, 2)
+    return root
 
 
-def blocks(
-    folders: tuple[Path, Path], data: DataSection, *, steps: range, world_size: int, workers: int = 0
-) -> list[UDABatch]:
+def blocks(folders: Path, data: DataSection, *, steps: range, world_size: int, workers: int = 0) -> list[UDABatch]:
     """The blocks of some steps, of all ranks, by their number."""
+
+    def reader(name: str, sets: Sets) -> ShardReader | ConcatenatedReader:
+        if isinstance(sets, str):  # the default
+            return ShardReader(folders / name)
+        shares = list(sets.values()) if isinstance(sets, dict) else None
+        return ConcatenatedReader([ShardReader(folders / name) for name in sets], shares)
+
     found = []
     for rank in range(world_size):
         pipeline = TrainPipeline(
-            source=ShardReader(folders[0]),
-            target=ShardReader(folders[1]),
+            source=reader("source", data.source),
+            target=reader("target", data.target),
+            target_labelled=ShardReader(folders / data.target_labelled) if data.target_labelled else None,
             seed=5,
             data=replace(data, workers=workers),
             micro_batch=2,
@@ -64,7 +81,7 @@ CASES += [(name, (4, 2), (1, 3)) for name in SETTINGS]
 
 @pytest.mark.parametrize(("name", "world_sizes", "workers"), CASES)
 def test_blocks_are_equal_for_every_world_size_and_workers_and_a_resume_that_changes_both(
-    folders: tuple[Path, Path], name: str, world_sizes: tuple[int, int], workers: tuple[int, int]
+    folders: Path, name: str, world_sizes: tuple[int, int], workers: tuple[int, int]
 ) -> None:
     data = SETTINGS[name]
     expected = blocks(folders, data, steps=range(4), world_size=1)

@@ -130,12 +130,13 @@ def test_settings_say_what_differs_from_the_defaults_and_between_runs(tmp_path: 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
     for seed, miou in enumerate((20.0, 22.0, 27.0)):
-        make_run(tmp_path / "mfm" / str(seed), f"seed={seed}", "mfm.enabled=true", miou=(0.0, miou))
-    make_run(tmp_path / "plain", miou=(0.0, 10.0))
+        make_run(tmp_path / "mfm" / str(seed), f"seed={seed}", "mfm.enabled=true", miou=(0.0, 24.0, miou))
+    make_run(tmp_path / "plain", miou=(0.0, 24.0, 10.0))
     runs = read_runs([*(tmp_path / "mfm" / str(seed) for seed in range(3)), tmp_path / "plain"])
     (group,) = repeated(runs)
     assert (group.names, group.seeds) == (["mfm/0", "mfm/1", "mfm/2"], [0, 1, 2])
     assert (group.mean, group.lowest, group.highest) == (23.0, 20.0, 27.0)
+    assert group.mean_best == (24.0 + 24.0 + 27.0) / 3
     assert group.deviation == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
 
 

@@ -66,6 +66,7 @@ LABELS = {
         ],
         CITYSCAPES,
     ),
+    "urbansyn": ("train", [f"ss/ss_000{i}.png" for i in (1, 2, 3)], SAME),
     "acdc": (
         "train",
         [

@@ -27,6 +27,7 @@ def test_the_guide_packs_what_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> N
         if words[:2] == ["mfm-shards", "make"]:
             arguments = build_parser().parse_args(words[2:])
             packed.add(arguments.name if "folder" in words else arguments.card.name)
+            assert "folder" in words or arguments.format == "png"
     trained = [words for words in COMMANDS if words[0] == "mfm-train" and "configs/own_data.yaml" not in words]
     assert len(trained) == 2
     for words in trained:

@@ -176,3 +176,11 @@ def test_damage_to_what_a_camera_noted_is_nothing_worse_than_unusable() -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         with contextlib.suppress(CorruptFileError):
             read_picture(bytes(damaged))
+
+
+def test_an_id_in_all_channels_is_read_and_colours_in_its_place_are_refused() -> None:
+    ids = downloads.blocks(0, [*range(20)]).astype(np.uint8)
+    same = encoded(Image.fromarray(np.stack([ids] * 3, axis=-1)), "PNG")
+    assert read_label(same, ["8-bit RGB"], colours=False).tolist() == ids.tolist()
+    with pytest.raises(CorruptFileError, match="not an id that is the same in all channels"):
+        read_label(encoded(Image.fromarray(downloads.picture(1)), "PNG"), ["8-bit RGB"], colours=False)

@@ -75,7 +75,7 @@ def finish(run: Run, under: Path, miou: float, *overrides: str) -> None:
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "outcome.json").write_text('{"code": 0, "reason": "done", "step": 400}')
     means = {"miou_synthia16": miou + 1, "miou_synthia13": miou + 2}
-    for step, value in ((0, 1.0), (400, miou)):
+    for step, value in ((0, 1.0), (200, miou + 5), (400, miou)):
         (folder / "eval" / f"step_{step:08}.json").write_text(json.dumps({"miou": value, "means": means}))
     speed = 2.0 if run.form == "with" else 3.0
     line = {"images_per_second": speed, "memory_gib": 1.5}
@@ -92,7 +92,7 @@ def test_gains_are_paired_and_stand_beside_what_was_published(tmp_path: Path, ca
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("| gta2cs/daformer |"))
     assert "| 68.3 | 70.3 | 65.00 ± " in line
-    assert line.endswith("| +1.00 ± 0.00 | 2, 3 | x 1.50 | x 1.00 |")
+    assert line.endswith("| 70.00 | 82.33 | +1.00 ± 0.00 | 2, 3 | x 1.50 | x 1.00 |")
     assert "other settings" not in shown
     found = {result["row"]: result for result in json.loads(json_file.read_text())["results"]}
     assert len(found) == len(list(paper_rows()))
