@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.models.backbone import Backbone
@@ -53,4 +54,16 @@ class Segmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""
-        return resize(self.decode(self.encode(image)).float(), image.shape[-2:])
+        height, width = image.shape[-2:]
+        padded = pad_to_multiple(image, self.backbone.multiple)
+        logits = resize(self.decode(self.encode(padded)).float(), padded.shape[-2:])
+        return logits if padded is image else logits[..., :height, :width]
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Extend a normalised image [B, 3, H, W] at the bottom and the right to multiples of a side; 0 is the mean colour.
+
+    Where it stays as it is, the tensor itself comes back.
+    """
+    bottom, right = (-side % multiple for side in image.shape[-2:])
+    return F.pad(image, (0, right, 0, bottom)) if multiple > 1 and (bottom or right) else image

@@ -23,7 +23,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[float],
         num_classes: int,
         *,
         width: int,
@@ -65,7 +65,7 @@ class DeepLabV3Plus(nn.Module):
 
 def build(
     channels: Sequence[int],
-    strides: Sequence[int],
+    strides: Sequence[float],
     num_classes: int,
     *,
     width: int = 512,
