@@ -47,6 +47,7 @@ DOORS = {
     "torch.distributed": ("mfm_dist/distributed/", "mfm_dist/cluster/preflight.py", "tools/raw_loops.py"),
     "webdataset": ("mfm_dist/data/", "mfm_dist/shards/", "tools/data_profile.py"),
     "timm": ("mfm_dist/models/",),
+    "peft": ("mfm_dist/models/lora.py",),
     "yaml": ("mfm_dist/config/yaml_text.py",),
     "fvcore": ("tools/",),
     "jinja2": ("mfm_dist/report/",),

@@ -10,6 +10,8 @@ from mfm_dist.train import check
 
 SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.enabled=true", "data.render_scenes=true"]
 
+DINO14 = "{pyramid: true, dynamic_img_size: true, depth: 1}"
+
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
@@ -20,6 +22,10 @@ SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.en
         (["model.backbone_options={out_indices: [3, 1]}"], "in rising order"),
         (["model.backbone_options={out_indices: [-1]}"], "from 0 on"),
         (["model.backbone=vit_tiny_patch16_224", "model.backbone_options={pyramid: true}"], "cannot take crops of"),
+        (["model.backbone=vit_small_patch14_dinov2"], "of 14, as 70x70 is; or resample patches of 14 by"),
+        (["model.freeze=true", "model.lora.rank=2"], "encoder is called attn.qkv; their names end in attn.q, attn.kv"),
+        ([f"model.backbone_options={DINO14}", "model.backbone=vit_small_patch14_dinov2", "method.name=hrda",
+          "data.crop=112x112"], "a whole number of pixels, this one has 3.5"),
         (["model.backbone_options={depths: [100000, 2, 2, 2]}"], "more than 20,000 layers"),
         (["model.decoder_options={width: 100000000}"], "at most 65,536"),
         (["rebuilder.width=65536", "rebuilder.depth=1000"], "rebuilder.width, depth, mlp_ratio and grid: a network of"),
@@ -33,7 +39,13 @@ def test_networks_that_would_fail_later_are_refused(overrides: list[str], reason
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["method.name=hrda", "data.crop=128x128"], ["mfm.reconstruction=pixels"], ["rebuilder.variant=stable"]],
+    [
+        [],
+        ["method.name=hrda", "data.crop=128x128"],
+        ["mfm.reconstruction=pixels"],
+        ["rebuilder.variant=stable"],
+        ["model.backbone=vit_small_patch14_dinov2", f"model.backbone_options={DINO14}", "data.crop=518x518"],
+    ],
 )
 def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(load_config(None, [*SMALL, *overrides]))
