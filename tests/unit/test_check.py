@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.errors import ConfigError
 from mfm_dist.train import check
+from tests.helpers.runs import REPOSITORY
 
 SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.enabled=true", "data.render_scenes=true"]
 
@@ -37,9 +40,18 @@ def test_networks_that_would_fail_later_are_refused(overrides: list[str], reason
     assert reason in str(caught.value)
 
 
+README = (REPOSITORY / "README.md").read_text().replace("model.backbone=vit_large", "model.backbone=vit_small")
+ENCODERS = [list(found) for found in re.findall(r"(model\.backbone=\w+) (model\.backbone_options=\{[^}]*\})", README)]
+
+
+def test_the_readme_has_encoders_to_try() -> None:
+    assert len(ENCODERS) == 2
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
+        *([*encoder, "data.crop=512x512", "rebuilder.grid=32"] for encoder in ENCODERS),
         [],
         ["method.name=hrda", "data.crop=128x128"],
         ["mfm.reconstruction=pixels"],
