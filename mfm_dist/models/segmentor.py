@@ -57,13 +57,15 @@ class Segmentor(nn.Module):
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image, self.backbone.multiple)
         logits = resize(self.decode(self.encode(padded)).float(), padded.shape[-2:])
-        return logits if padded is image else logits[..., :height, :width]
+        return logits if self.backbone.multiple == 1 else logits[..., :height, :width]
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Extend a normalised image [B, 3, H, W] at the bottom and the right to multiples of a side; 0 is the mean colour.
 
-    Where it stays as it is, the tensor itself comes back.
+    Where any size will do, the tensor itself comes back.
     """
+    if multiple == 1:
+        return image
     bottom, right = (-side % multiple for side in image.shape[-2:])
-    return F.pad(image, (0, right, 0, bottom)) if multiple > 1 and (bottom or right) else image
+    return F.pad(image, (0, right, 0, bottom))
