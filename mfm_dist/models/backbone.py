@@ -16,6 +16,7 @@ from timm.models._features import FeatureGetterNet  # timm.models has the other 
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.dropout import replace_drop_path
 
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
 """What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
@@ -103,6 +104,7 @@ class Backbone(nn.Module):
             raise
         except Exception as error:  # timm raises nearly every kind
             raise ConfigError(_explain(architecture, arguments, error, weights=weights, state=state)) from error
+        replace_drop_path(net)
         self.net = net
         self.channels: tuple[int, ...] = tuple(net.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(net.feature_info.reduction())
