@@ -81,7 +81,7 @@ def test_a_frozen_encoder_gets_no_gradient_and_its_teacher_computes_as_it_does()
                 buffer += 0.5  # no longer what any batch has
     assert module.teacher is not None
     module.teacher.segmentor.load_state_dict(module.student.state_dict())
-    image = inputs_of(module, block()).target_image
+    image = normalise(block().target_image)
     for ours, teachers in zip(module.student.encode(image), module.teacher_features(image), strict=True):
         assert torch.equal(ours, teachers)
     module(block(), 1.0).total.backward()
