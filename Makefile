@@ -4,9 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two processes are for the CPU, also where there is a GPU.
-# torchrun passes these signals on to the ranks, which save and end, instead of dying of them; and gives them time to.
-SIGNALS := PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=300
-LAUNCH := CUDA_VISIBLE_DEVICES= $(SIGNALS) $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero2.yaml
+TRAIN := CUDA_VISIBLE_DEVICES= $(BIN)/python -m mfm_dist.train --launch configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 SEVERAL := tests/distributed tests/end_to_end tests/faults tests/slurm
 
@@ -29,17 +27,17 @@ $(STAMP): setup.py constraints.txt
 	touch $@
 
 scenes: $(STAMP)
-	$(BIN)/python tools/make_shards.py scenes --output data/scenes --height 128 --width 256
+	$(BIN)/python -m mfm_dist.shards make scenes --output data/scenes --height 128 --width 256
 
 quickstart: $(STAMP)
-	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml
+	$(TRAIN) --config configs/quickstart.yaml
 	$(BIN)/python -m mfm_dist.evaluate --run $(RUN)
 	$(BIN)/python -m mfm_dist.report $(RUN)
 	@echo
 	@$(BIN)/python tools/quickstart_summary.py $(RUN)
 
 quickstart-source-only: $(STAMP)
-	$(LAUNCH) -m mfm_dist.train --config configs/quickstart.yaml method.name=source_only mfm.enabled=false run.folder=runs/source_only
+	$(TRAIN) --config configs/quickstart.yaml method.name=source_only mfm.enabled=false run.folder=runs/source_only
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

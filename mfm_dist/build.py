@@ -15,7 +15,7 @@ from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
 from mfm_dist.data.staging import Scratch
 from mfm_dist.data.streaming import ShardStream
-from mfm_dist.errors import ConfigError, UserError, first_line
+from mfm_dist.errors import ConfigError, UserError, first_line, joined
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, recompute
@@ -277,13 +277,13 @@ def open_folders(config: RunConfig, sets: Mapping[str, str]) -> dict[str, ShardR
         if needs_labels and name in folders and not folders[name].index.manifest.has_labels:
             errors.append(ConfigError(_without_labels(config, key, name, trains=key == labelled)))
     if errors:
-        raise _joined(errors)
+        raise joined(errors)
     return folders
 
 
 def _without_labels(config: RunConfig, key: str, name: str, *, trains: bool) -> str:
     """Say what to do about a shard set that should have labels."""
-    pack = "pack it again with its labels (python tools/make_shards.py folder --labels FOLDER --classes NAME|FILE)"
+    pack = "pack it again with its labels (mfm-shards make folder --labels FOLDER --classes NAME|FILE)"
     said = f"data.{key}={config.data.root / name} has no labels (its dataset.json counts no pixel of a class)"
     if trains:
         return f"{said}, and method.name={config.method.name} is supervised on them: name a labelled set, or {pack}"
@@ -420,10 +420,3 @@ def open_folder(data: DataSection, name: str, classes: ClassSet | None) -> Shard
 def open_stream(data: DataSection, url: str, classes: ClassSet) -> ShardStream:
     """Open shards behind a URL, whose labels are in these classes. Raises ConfigError."""
     return ShardStream(url, samples=data.stream_samples, num_classes=len(classes), decoder=data.decoder)
-
-
-def _joined(errors: list[UserError]) -> UserError:
-    """Join several errors into one, of the kind of the first."""
-    if isinstance(errors[0], ConfigError):
-        return ConfigError([text for error in errors for text in getattr(error, "problems", [str(error)])])
-    return type(errors[0])("\n".join(str(error) for error in errors))

@@ -106,6 +106,13 @@ class RankMismatchError(UserError):
     exit_code = EXIT_MISMATCH
 
 
+def joined(errors: Sequence[UserError]) -> UserError:
+    """Join several errors into one, of the kind of the first; what two of them say is said once."""
+    said = [text for error in errors for text in getattr(error, "problems", [str(error)])]
+    problems = list(dict.fromkeys(said))
+    return ConfigError(problems) if isinstance(errors[0], ConfigError) else type(errors[0])("\n".join(problems))
+
+
 def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Have a command print a ``UserError`` to stderr, without a traceback, and return its exit code.
 

@@ -1,7 +1,7 @@
 """Score a trained segmentor.
 
-python -m mfm_dist.evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
-python -m mfm_dist.evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
+mfm-evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
+mfm-evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
 
 Images are predicted as the run's evaluation does, or as the export's config.json says (`resize`).
 """
@@ -102,6 +102,11 @@ def _data_of_run(arguments: argparse.Namespace, data: DataSection) -> Path:
         raise ConfigError(
             f"{arguments.run} was trained without target labels (data.validation=null), so there is nothing to score "
             "it on: give a folder of labelled shards, --data SHARD_SET"
+        )
+    if not data.root.is_dir():
+        raise ConfigError(
+            f"the data of {arguments.run}, data.root={data.root}, is neither in the working folder nor in the one that "
+            "the run was started in: call this from the folder that has it, or give --data SHARD_SET"
         )
     return data.root / name
 

@@ -1,4 +1,4 @@
-"""Take the trained segmentor out of a run: python -m mfm_dist.export --run RUN --output FOLDER
+"""Take the trained segmentor out of a run: mfm-export --run RUN --output FOLDER
 
 The folder holds model.safetensors and config.json, without the Rebuilder; `mfm_dist.load(FOLDER)` gives the network.
 It appears whole or not at all, and takes the place of an earlier export only.
@@ -104,7 +104,7 @@ def refuse_what_is_no_export(output: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m mfm_dist.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mfm-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder; its newest checkpoint is taken")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder, or an earlier export")

@@ -1,4 +1,4 @@
-"""Segment photographs: python -m mfm_dist.predict (--run RUN | --model EXPORT) --input FILE_OR_FOLDER --output FOLDER
+"""Segment photographs: mfm-predict (--run RUN | --model EXPORT) --input FILE_OR_FOLDER --output FOLDER
 
 Writes FOLDER/ids/NAME.png, whose pixel values are the indices of the model's classes (train ids, for those of
 Cityscapes) and which shows them in class colours, FOLDER/overlays/NAME.png, and FOLDER/predictions.json, which names

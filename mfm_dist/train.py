@@ -1,9 +1,10 @@
-"""Train: accelerate launch [--config_file LAUNCH.yaml] -m mfm_dist.train [--config RUN.yaml] [section.key=value ...]
+"""Train: mfm-train [--launch LAUNCH.yaml] [--config RUN.yaml ...] [section.key=value ...]
 
-The same command again resumes the run in run.folder. Without arguments it runs the quickstart. Exit codes: 0 done,
-2 configuration, 3 bad data, 4 storage, 5 training that does not get past a step, 75 stopped by a signal after saving,
-76 hung, 77 a weight is not the same in all the places that hold it (75 to 77: run the same command again);
-outcome.json says the same.
+One process, or those of a launch file, which `accelerate launch --config_file LAUNCH.yaml -m mfm_dist.train ...` starts
+alike. The same command again resumes the run in run.folder. Without arguments it runs the quickstart. Files are those
+of the working folder, or what is shipped under that name. Exit codes: 0 done, 2 configuration, 3 bad data, 4 storage,
+5 training that does not get past a step, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the same in
+all the places that hold it (75 to 77: run the same command again); outcome.json says the same.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from mfm_dist.config.class_files import load_class_set
+from mfm_dist.config.arguments import config_arguments
+from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.launcher import start_processes
 from mfm_dist.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -29,6 +33,7 @@ from mfm_dist.errors import (
     StorageError,
     UserError,
     first_line,
+    joined,
 )
 from mfm_dist.run.folder import OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
@@ -53,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.check:
             check(config)
             return EXIT_DONE
+        if arguments.launch:
+            return start_processes(arguments.launch, "mfm_dist.train", arguments.of_each_process)
         folder = config.run.folder
         end_with_launcher(launch)
         with StopRequested(folder, launch.rank) as stop, start_run(config, stop) as trainer:
@@ -165,21 +172,36 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
 
 
 def check(config: RunConfig) -> None:
-    """Find what can be found wrong without training: configuration, trackers, networks, shards.
+    """Find what can be found wrong without training: configuration, trackers, weights, networks, shards.
 
     Raises:
-        UserError: for the first of these that is wrong, with all that is wrong with it.
+        UserError: for all of it, of the kind of the first.
     """
     from mfm_dist.build import build_train_module, check_data, check_shapes
     from mfm_dist.distributed.trackers import tracker_problems
+    from mfm_dist.models.backbone import pretrained_problem
 
+    errors: list[UserError] = []
+    module = None
     if problems := tracker_problems(config):
-        raise ConfigError(problems)
-    classes, notes = check_data(config)
-    for note in notes:
-        print(note)
-    module = build_train_module(config, classes)
-    check_shapes(module)
+        errors.append(ConfigError(problems))
+    try:
+        classes, notes = check_data(config)
+        for note in notes:
+            print(note)
+    except UserError as error:
+        errors.append(error)
+        classes = load_class_set(DEFAULT)  # the networks differ in their last layer alone
+    try:
+        if config.model.pretrained and (problem := pretrained_problem(config.model.backbone)):
+            errors.append(ConfigError(problem))
+            config = replace(config, model=replace(config.model, pretrained=False))
+        module = build_train_module(config, classes)
+        check_shapes(module)
+    except UserError as error:
+        errors.append(error)
+    if errors or module is None:
+        raise joined(errors)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
@@ -203,19 +225,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; ``--help`` lists every key of the configuration."""
     keys = "\n".join(f"  {line}" for line in describe())
     parser = argparse.ArgumentParser(
-        prog="python -m mfm_dist.train",
+        prog="mfm-train",
         description=__doc__,
         epilog=f"keys, defaults and meaning:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     files = f"the run; given again, later files win key by key (default: {QUICKSTART})"
     parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=files)
+    processes = "a launch file: how many processes, on what, at which ZeRO stage (without: one process)"
+    parser.add_argument("--launch", type=Path, metavar="FILE", help=processes)
     parser.add_argument("--check", action="store_true", help="find mistakes without training, then end")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
     arguments.config = arguments.config or [QUICKSTART]
+    arguments.of_each_process = [*config_arguments(arguments.config), *arguments.overrides]
     return arguments
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run the console command: ``main``, and an end that no thread of gloo disturbs."""
     end_process(main())
+
+
+if __name__ == "__main__":
+    command()

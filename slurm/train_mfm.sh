@@ -4,9 +4,9 @@
 #   sbatch slurm/train_mfm.sh [CONFIG.yaml ...] [section.key=value ...]      (the quickstart if nothing is said)
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 slurm/train_mfm.sh configs/scenes/dacs.yaml train.global_batch=64
 #
-# Of several files later ones win. Submit it from the repository's folder. What differs between clusters stands in
-# slurm/site.env (a copy of slurm/site.env.example); none of it is needed to try. docs/slurm.md tells the rest. It takes
-# bash 4.4 or newer.
+# Of several files later ones win. Submit it from a clone, or from any folder with a copy of slurm/ where mfm_dist is
+# installed. What differs between clusters stands in slurm/site.env (a copy of slurm/site.env.example); none of it is
+# needed to try. docs/slurm.md tells the rest. It takes bash 4.4 or newer.
 #
 #SBATCH --job-name=mfm
 #SBATCH --requeue
@@ -17,7 +17,7 @@
 
 set -u
 cd "${MFM_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}" || exit 2
-usage="submit this from the repository's folder: sbatch slurm/train_mfm.sh [CONFIG.yaml ...] [section.key=value ...]"
+usage="sbatch slurm/train_mfm.sh [CONFIG.yaml ...] [section.key=value ...], from a clone, or where python3 has mfm_dist"
 if [ -z "${SLURM_JOB_ID:-}" ]; then echo "$usage" >&2; exit 2; fi
 # How Slurm's commands call this job. The bare number of an array's last task is that of the whole array.
 me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -61,7 +61,7 @@ python=("${MFM_PREFIX[@]}" "$MFM_PYTHON")
 
 prepare() { # [CONFIG.yaml ...] [section.key=value ...]: prints the job's folder
     local of=(--job "$SLURM_JOB_ID")
-    if [ ! -f mfm_dist/train.py ]; then echo "$usage" >&2; return 2; fi
+    if ! "${python[@]}" -c 'import mfm_dist'; then echo "$usage" >&2; return 2; fi
     if [ "$restarts" -gt 0 ]; then of+=(--restart); fi
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then of+=(--array-task "$SLURM_ARRAY_TASK_ID"); fi
     # Before the other settings, so that those win.

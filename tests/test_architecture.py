@@ -26,7 +26,7 @@ LAYERS = (
     ("optim", "schedules", "build", "checkpoint"),
     ("run", "inference"),
     ("report", "cluster", "trainer", "__init__"),
-    ("train", "evaluate", "predict", "export"),
+    ("train", "evaluate", "predict", "export", "profiling"),
 )
 """Rooms, that is folders and files at the root, lowest first. Nothing may import what stands in a later line; what
 stands in the same line may be imported as long as no circle comes of it. Imports inside functions count."""
@@ -45,11 +45,11 @@ DOORS = {
     "accelerate": ("mfm_dist/distributed/",),
     "deepspeed": ("mfm_dist/distributed/", "tools/raw_loops.py"),
     "torch.distributed": ("mfm_dist/distributed/", "mfm_dist/cluster/preflight.py", "tools/raw_loops.py"),
-    "webdataset": ("mfm_dist/data/", "mfm_dist/shards/", "tools/data_profile.py"),
+    "webdataset": ("mfm_dist/data/", "mfm_dist/shards/", "mfm_dist/profiling/data.py"),
     "timm": ("mfm_dist/models/",),
     "peft": ("mfm_dist/models/lora.py",),
     "yaml": ("mfm_dist/config/yaml_text.py",),
-    "fvcore": ("tools/",),
+    "fvcore": ("mfm_dist/profiling/counting.py",),
     "jinja2": ("mfm_dist/report/",),
     "matplotlib": ("mfm_dist/report/", "tools/lab.py"),
     "mfm_dist.shards": ("mfm_dist/shards/", "mfm_dist/build.py", "tools/"),

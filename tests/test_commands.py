@@ -35,17 +35,20 @@ PAGES = [
 ]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 FOLDERS = ("mfm_dist", "tools", "tests", "slurm")
+SETUP = (REPOSITORY / "setup.py").read_text()
+CONSOLE = dict(re.findall(r'"(mfm-\w+) = ([\w.]+):', SETUP))
+"""Console command -> its module."""
 FILE_NAMES = {"setup.py"} | {path.name for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*")}
 
 COMMAND = re.compile(
     r"(\w+=\S+ )*((\.venv/bin/)?(python|accelerate launch|pip install) |(sbatch|make) (?!──)"
-    r"|(tools/\w+\.py|slurm/\w+\.sh) |-m mfm_dist\.)"
+    r"|(tools/\w+\.py|slurm/\w+\.sh|mfm-\w+) |-m mfm_dist\.)"
 )
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=.*")
 FILE = re.compile(r"(configs|tools|slurm|tests|docs|mfm_dist)/[a-z0-9_./-]*\.[a-z]+")
 
 STAND_INS = {
-    "check_shards.py DIR": "check_shards.py data/scenes",
+    "check DIR": "check data/scenes",
     "--config FILE": "--config configs/quickstart.yaml",
     "--config …": "--config configs/quickstart.yaml",
     "RUN.yaml": "configs/quickstart.yaml",
@@ -171,6 +174,8 @@ def check_settings(words: Sequence[str]) -> None:
 def program(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Return the module that Python is to run, named or as a file, and its arguments."""
     words = words[1:] if words[0] == "python" else words
+    if words[0] in CONSOLE:
+        return CONSOLE[words[0]], words[1:]
     if words[0] == "-m":
         return words[1], words[2:]
     return words[0].removesuffix(".py").replace("/", "."), words[1:]
@@ -203,9 +208,9 @@ def check(words: list[str], known: pytest.Config) -> None:
         for target in words[1:]:
             assert f"\n{target}:" in (REPOSITORY / "Makefile").read_text(), target
     elif words[:2] == ["pip", "install"]:
-        extras = re.fullmatch(r"\.\[(\w+)\]", words[-1])
-        assert extras is not None
-        assert f'"{extras[1]}": [' in (REPOSITORY / "setup.py").read_text()
+        package = re.fullmatch(r"(?:\.|PATH_TO_CLONE)(?:\[(\w+)\])?", words[-1])
+        assert package is not None
+        assert package[1] is None or f'"{package[1]}": [' in SETUP
     elif not words[0].startswith("slurm/"):
         check_python(words, known)
 
@@ -237,7 +242,8 @@ def test_short_commands_run(command: str, small_folder: Path, tmp_path: Path, mo
     if find_spec("onnx") is None:
         command = command.replace("[--onnx]", "")
     for number, words in enumerate(spelled_out(command)):
-        assert words[0] in ("python", "-m") or words[0].startswith("tools/"), "needs a record in docs/commands.md"
+        short = words[0] in ("python", "-m", *CONSOLE) or words[0].startswith("tools/")
+        assert short, "needs a record in docs/commands.md"
         module, arguments = program(words)
         output = str(tmp_path / str(number))
         try:

@@ -6,7 +6,7 @@ DDP); ZeRO-2 and ZeRO-3, each with the engine, DeepSpeed called by hand, and the
 of a start live side by side in the same processes and step in turn, there and back, on the same random pictures with
 the same draws: a drift of the machine falls on all alike. A step is as long as it takes the slowest rank. The figures
 are medians, over the rounds, of times and of ratios within a round. No shards are read and nothing is logged; for the
-whole training step with its data see profile_throughput.py.
+whole training step with its data see ``mfm-profile step``.
 
 After the steps each way saves all it has, in turns too: for how long training stands still. The engine copies, and
 writes in a thread; torch.save and DeepSpeed's save_checkpoint write before they return.
@@ -43,13 +43,13 @@ from mfm_dist.schedules import ema_decay_at, mfm_weight
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import add_run_arguments, config_arguments, whole
+from mfm_dist.config.arguments import add_run_arguments, config_arguments, whole
+from mfm_dist.profiling.records import write_record
+from mfm_dist.profiling.step import cpu_name
+from mfm_dist.profiling.throughput import QUICKSTART
 from tools.bench_memory import random_batch
-from tools.profile_throughput import QUICKSTART
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
-from tools.records import write_record
-from tools.step_profile import cpu_name
 
 STARTS = {"single": ("cpu_single", 1), "ddp": ("cpu_ddp", 2), "zero2": ("cpu_zero2", 2), "zero3": ("cpu_zero3", 2)}
 """Launch file and number of processes."""

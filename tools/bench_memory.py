@@ -33,9 +33,9 @@ from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import add_run_arguments, whole
-from tools.records import write_record
-from tools.step_profile import cpu_name, peak_gib, synchronise
+from mfm_dist.config.arguments import add_run_arguments, whole
+from mfm_dist.profiling.records import write_record
+from mfm_dist.profiling.step import cpu_name, peak_gib, synchronise
 
 DEFAULT = ["model.backbone=mit_b0", "data.crop=256x256", "mfm.enabled=true"]
 """Without --config: MiT-B0 and the DAFormer head under DACS with MFM."""

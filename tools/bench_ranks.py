@@ -28,11 +28,11 @@ from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import add_run_arguments, config_arguments
+from mfm_dist.config.arguments import add_run_arguments, config_arguments
+from mfm_dist.profiling.records import write_record
 from tools.bench_memory import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
-from tools.records import write_record
 
 DEFAULT = [
     "model.backbone=convnext_base", "model.decoder=daformer", "model.decoder_options={width: 472}", "data.crop=64x64",

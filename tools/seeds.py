@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mfm_dist.config.arguments import config_arguments
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
+from mfm_dist.profiling.records import write_record
 from mfm_dist.run.folder import OUTCOME
-from tools.arguments import config_arguments
-from tools.records import write_record
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for a two-sided 95 % interval of a mean, by number of seeds."""

@@ -28,6 +28,7 @@ from typing import Any
 
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.shipped import PACKAGE, SHIPPED
 from mfm_dist.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -119,15 +120,21 @@ def prepare(settings: Sequence[str], *, job: str, seed: int | None, restart: boo
     if folder.exists() and not restart:
         folder.rename(folder.with_name(f"{job}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
     if not (folder / "config.yaml").exists():
-        (folder / "code").mkdir(parents=True, exist_ok=True)
-        for source in map(Path, SNAPSHOT):
-            target = folder / "code" / source
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-            elif source.exists():
-                shutil.copy2(source, target)
+        _keep_code(folder / "code")
         write_atomically(folder / "config.yaml", dump_config(config))
     return folder
+
+
+def _keep_code(code: Path) -> None:
+    """Copy the package and what is shipped with it, and over it what the working folder has of the same names."""
+    code.mkdir(parents=True, exist_ok=True)
+    for name in SNAPSHOT:
+        installed = PACKAGE if name == PACKAGE.name else SHIPPED / name
+        for source in dict.fromkeys((installed.resolve(), Path(name).resolve())):  # in a clone they are one
+            if source.is_dir():
+                shutil.copytree(source, code / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            elif source.exists():
+                shutil.copy2(source, code / name)
 
 
 def plan(folder: Path, *, nodes: int, processes: int) -> tuple[int, int] | None:

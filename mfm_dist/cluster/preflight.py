@@ -133,7 +133,7 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
         for key, name in sets_of(config).items():
             if name is None:
                 continue
-            advice = f"is it mounted there? python tools/check_shards.py {data.root / name}"
+            advice = f"is it mounted there? mfm-shards check {data.root / name}"
             yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name, turn), advice
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.shipped import find_shipped
 from mfm_dist.config.validate import problems as problems_of
 from mfm_dist.config.validate import range_of
 from mfm_dist.config.variants import VARIANTS
@@ -59,7 +60,7 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str] = (
     for source in [*sources, *overrides]:
         origin = str(source) if isinstance(source, Path) else "command line"
         try:
-            tree = read_yaml(source) if isinstance(source, Path) else _read_override(source, config)
+            tree = read_yaml(find_shipped(source)) if isinstance(source, Path) else _read_override(source, config)
         except ConfigError as error:
             problems[str(source)] = error.problems[0]
             continue
@@ -138,7 +139,7 @@ def describe(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML (or JSON) file. Raises ConfigError: there is no such file, or no mapping in it."""
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(str(path.parent / file.name) for file in find_shipped(path.parent).glob("*.yaml"))
         there = f"; there are: {', '.join(near)}" if near else ""
         raise ConfigError(f"{path}: no such configuration file{there}")
     try:

@@ -117,7 +117,7 @@ def open_manifest(folder: Path) -> Manifest:
     exist = f"beside it exist: {', '.join(beside)}" if beside else f"{folder.parent} holds no shards yet"
     raise ConfigError(
         f"there is no shard folder {folder}; {exist}. "
-        f"The embedded scenes are made by: python tools/make_shards.py scenes --output {folder.parent}"
+        f"The embedded scenes are made by: mfm-shards make scenes --output {folder.parent}"
     )
 
 

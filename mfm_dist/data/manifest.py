@@ -27,6 +27,8 @@ WITHOUT_CLASS_SET = 1
 MANIFEST_FILE = "dataset.json"
 UNFINISHED_FILE = "dataset.unfinished.json"
 """The manifest of a folder still being written: its recipe and the shards that are done."""
+OUR_COMMANDS = {("mfm-shards", "make"), ("python", "tools/make_shards.py")}
+"""What makes shards, as manifests name it; the second is from before there were console commands."""
 LARGEST_SIDECAR = 1 << 30
 """Bytes; an index takes some 100 a sample."""
 _TAR = re.compile(r"[0-9]{6,}\.tar")
@@ -39,7 +41,7 @@ class Recipe:
     """What determines every byte of a data set. Two recipes that are equal give the same shards."""
 
     generator: str
-    """The sub-command of tools/make_shards.py."""
+    """The sub-command of ``mfm-shards make``."""
     version: int
     """Version of that generator."""
     arguments: dict[str, Any]
@@ -359,4 +361,4 @@ def _is_ours(command: str) -> bool:
         words = shlex.split(command)
     except ValueError:
         return False
-    return words[:2] == ["python", "tools/make_shards.py"] and shlex.join(words) == command and "\n" not in command
+    return tuple(words[:2]) in OUR_COMMANDS and shlex.join(words) == command and "\n" not in command

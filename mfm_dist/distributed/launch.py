@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.shipped import find_shipped
 
 ZERO_SETTINGS = frozenset({
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
@@ -112,7 +113,7 @@ def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list
     if name is None:
         return {}, []
     try:
-        content = json.loads(Path(name).read_text(encoding="utf-8"))
+        content = json.loads(find_shipped(Path(name)).read_text(encoding="utf-8"))
         settings = dict(content.pop("zero_optimization"))
         stage = int(settings["stage"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def model_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of ``python -m mfm_dist.<command>``, which wants a run or an export."""
+    """Return the parser of ``mfm-<command>``, which wants a run or an export."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m mfm_dist.{command}",
+        prog=f"mfm-{command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

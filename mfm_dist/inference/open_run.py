@@ -10,13 +10,12 @@ from typing import Any, Literal
 from mfm_dist.build import build_train_module, fix_encoder
 from mfm_dist.checkpoint.contents import load_modules, load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
-from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.lora import merge_lora
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
-from mfm_dist.run.folder import RunFolder
+from mfm_dist.run.folder import RunFolder, read_config
 from mfm_dist.storage import read_json
 from mfm_dist.train_module import TrainModule
 
@@ -72,7 +71,7 @@ def _newest(path: Path) -> tuple[RunConfig, Checkpoint]:
     """Read configuration and newest complete checkpoint of a run; damaged ones are named on stderr."""
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: no run folder (it has no config.yaml)")
-    config = load_config(path / "config.yaml")
+    config = read_config(path)
     checkpoint = find_latest(path / "checkpoints", report=lambda line: print(line, file=sys.stderr))
     if checkpoint is None:
         raise ConfigError(f"{path / 'checkpoints'} holds no complete checkpoint yet")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet  # timm.models has the other wrappers, and not this one
 from torch import Tensor, nn
 
+from mfm_dist.config.shipped import find_shipped
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.dropout import replace_drop_path
 
@@ -34,6 +37,11 @@ OWN_ARGUMENTS = {
 
 WRAPPER_OPTIONS = {"out_indices", "feature_cls"}
 """Options of timm's feature wrapper, which the plain model does not have."""
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Where timm's weights are in a repository of the Hugging Face Hub, in the order that timm tries."""
+HUB_SECONDS = 10.0
+"""To wait for the hub's answer."""
 
 
 class Backbone(nn.Module):
@@ -88,10 +96,7 @@ class Backbone(nn.Module):
         if pretrained and weights is not None:
             raise ConfigError(f"model.pretrained is true and model.weights is {weights}: choose one of them")
         if pretrained and name != architecture:
-            raise ConfigError(
-                f"model.pretrained: timm has no weights for {name!r}. Give a file with model.weights=PATH, or train "
-                f"model.backbone={architecture}, which is PVTv2 with weights of its own"
-            )
+            raise ConfigError(_without_weights(name, architecture))
         if pyramid:
             arguments.setdefault("out_indices", 1)  # the last map alone
         state = None if weights is None else _read_weights(Path(weights))
@@ -145,6 +150,45 @@ class Backbone(nn.Module):
         if self._channels_come_last:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
         return maps[-1:] if self.pyramid else maps
+
+
+def pretrained_problem(name: str) -> str | None:
+    """Say in one line why timm's weights for a model cannot be had from here; None where they can. Nothing is fetched.
+
+    The Hugging Face Hub is asked once, for seconds at most, and not at all about what is in its cache.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    architecture, _ = _resolve(name, {})
+    if name != architecture or not timm.is_model_pretrained(architecture):
+        return _without_weights(name, architecture)
+    repository = timm.models.get_pretrained_cfg(architecture).hf_hub_id
+    if repository is None or any(isinstance(try_to_load_from_cache(repository, file), str) for file in HUB_FILES):
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, HUB_FILES[0]), timeout=HUB_SECONDS)
+    except EntryNotFoundError:  # the hub has answered; timm knows other names
+        return None
+    except Exception as error:  # whatever stands between here and the hub
+        return _not_fetched(architecture, error)
+    return None
+
+
+def _without_weights(name: str, architecture: str) -> str:
+    other = f", or train model.backbone={architecture}, which is PVTv2 with weights of its own"
+    return (
+        f"model.pretrained: timm has no weights for {name!r}. Give a file with model.weights=PATH"
+        f"{other if name != architecture else ', or start from random weights with model.pretrained=false'}"
+    )
+
+
+def _not_fetched(architecture: str, error: Exception) -> str:
+    return (
+        f"model.pretrained: timm's weights for {architecture!r} could not be fetched ({_brief(error)}). "
+        "Without a network, copy the file here and give model.weights=PATH (safetensors or .pth), or start "
+        "from random weights with model.pretrained=false"
+    )
 
 
 def build_classifier(name: str, num_classes: int) -> nn.Module:
@@ -214,6 +258,7 @@ def _load(net: nn.Module, architecture: str, options: Mapping[str, object], stat
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file by name. Never unpickle anything but tensors and plain containers."""
+    path = find_shipped(path)
     if not path.is_file():
         raise ConfigError(
             f"model.weights: there is no file {path}; tools/convert_weights.py makes one of published weights"
@@ -263,11 +308,7 @@ def _explain(
                 f"model.weights: {weights} does not fit timm's {architecture!r}{chosen}; the file holds "
                 f"{', '.join(names[:3])} and {len(names[3:])} more. {_brief(error)}"
             )
-        return (
-            f"model.pretrained: timm's weights for {architecture!r} could not be fetched ({_brief(error)}). "
-            "Without a network, copy the file here and give model.weights=PATH (safetensors or .pth), or start "
-            "from random weights with model.pretrained=false"
-        )
+        return _not_fetched(architecture, error)
     if _builds(architecture, features_only=True):
         rest = {key: {k: v for k, v in options.items() if k != key} for key in options}
         guilty = [key for key in options if _builds(architecture, features_only=True, **rest[key])] or list(options)

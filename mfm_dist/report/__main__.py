@@ -1,4 +1,4 @@
-"""One HTML page about a run, or about several side by side: python -m mfm_dist.report RUN [RUN ...] [--output FILE]
+"""One HTML page about a run, or about several side by side: mfm-report RUN [RUN ...] [--output FILE]
 
 The page is one file that opens offline. Everything that a run folder lacks is named on the page.
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m mfm_dist.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mfm-report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; the first gives the order")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: report.html, or comparison.html, in the first run folder"

@@ -16,10 +16,9 @@ import numpy.typing as npt
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
-from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
-from mfm_dist.run.folder import CLASSES, PROBE
+from mfm_dist.run.folder import CLASSES, PROBE, read_config
 from mfm_dist.storage import JsonLines, read_json
 
 Floats = npt.NDArray[np.float64]
@@ -140,7 +139,7 @@ def _read(folder: Path, name: str) -> Run:
     problems: list[str] = []
     config = None
     try:
-        config = load_config(folder / "config.yaml")
+        config = read_config(folder)
     except ConfigError as error:
         problems.append(f"config.yaml does not fit this version, so settings and pictures are missing: {error}")
     classes = _class_set(folder / CLASSES, problems)

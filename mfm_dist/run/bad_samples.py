@@ -58,7 +58,7 @@ class BadSamples:
             listed = "\n".join(f"  {sample}" for sample in sorted(self.known.values()))
             raise DataError(
                 f"{len(self.known)} of {self.total} samples are bad, more than data.bad_sample_limit={self.limit} "
-                f"allows. Make their shards again (tools/check_shards.py names all), or raise the limit:\n{listed}"
+                f"allows. Make their shards again (mfm-shards check names all), or raise the limit:\n{listed}"
             )
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.classes import ClassSet
-from mfm_dist.config.loader import dump_config
+from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, StorageError
-from mfm_dist.storage import DISK_FULL, JsonLines, write_atomically
+from mfm_dist.errors import EXIT_DONE, CorruptFileError, StorageError
+from mfm_dist.storage import DISK_FULL, JsonLines, read_json, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 OUTCOME = "outcome.json"
@@ -68,6 +68,7 @@ class RunFolder:
             return
         environment = {
             "command": sys.argv,
+            "started_in": str(Path.cwd()),
             "python": platform.python_version(),
             "machine": platform.platform(),
             "packages": {name: version(name) for name in RECORDED_PACKAGES},
@@ -119,6 +120,22 @@ class RunFolder:
         else:
             print(f"{reason}; the same command goes on from step {step}")
         write_outcome(self.path, code=code, reason=reason, step=step, owned=True)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read the configuration of a run folder, whose data is found again from any working folder.
+
+    A relative ``data.root`` is that of the folder which the run was started in, as long as it is there.
+
+    Raises:
+        ConfigError: it cannot be read, or does not fit this version.
+    """
+    config = load_config(path / "config.yaml")
+    with suppress(OSError, CorruptFileError, KeyError, TypeError):  # environment.json is for people, and may be missing
+        root = Path(read_json(path / "environment.json")["started_in"]) / config.data.root
+        if root.is_dir():
+            config.data.root = root
+    return config
 
 
 def storage_error(error: OSError, folder: Path) -> StorageError | None:

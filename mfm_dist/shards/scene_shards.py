@@ -92,7 +92,7 @@ def write_scenes(
     relabelling = _from_drawn(chosen, classes)
     named = ",".join(cause for cause in ALL_CAUSES if cause in gap) or "none"
     command = (
-        f"python tools/make_shards.py scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
+        f"mfm-shards make scenes --train {train} --val {val} --height {size[0]} --width {size[1]} "
         f"--seed {seed} --shard-size {shard_size} --gap {named}"
     )
     if classes != DEFAULT:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
 from mfm_dist.distributed.start import deepspeed_config
+from mfm_dist.train import main
 from tests.helpers.runs import run_train, tiny_overrides
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
@@ -78,9 +79,20 @@ def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
 
 
 def test_a_global_batch_that_does_not_fit_is_refused(scenes: Path, tmp_path: Path) -> None:
-    completed = run_train([*tiny_overrides(scenes, tmp_path / "run"), "train.global_batch=6"], launch="cpu_ddp")
-    assert completed.returncode == 1
-    assert "which 2 processes cannot share evenly: use 1, 3 processes" in completed.stderr
+    """The launch file is the shipped one, for nothing is in the working folder; the exit code is the ranks' own."""
+    started_with = ["--launch", "configs/accelerate/cpu_ddp.yaml"]
+    settings = [*tiny_overrides(scenes, tmp_path / "run"), "train.global_batch=6"]
+    completed = run_train([*started_with, *settings], cwd=tmp_path)
+    assert completed.returncode == 2
+    assert completed.stderr.count("which 2 processes cannot share evenly: use 1, 3 processes") == 1
+    assert "Traceback" not in completed.stderr
+
+
+def test_a_launch_file_that_is_not_there_is_told_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--launch", "configs/accelerate/cpu_zero4.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "configs/accelerate/cpu_zero4.yaml: no such launch file" in told
+    assert "configs/accelerate/cpu_zero3.yaml" in told
 
 
 @pytest.mark.parametrize("launch", [None, "cpu_zero2"])

@@ -13,9 +13,9 @@ from PIL import Image
 from mfm_dist import evaluate, export, predict, train
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.report.__main__ import main as report
+from mfm_dist.shards.make import main as make_shards
 from tests.helpers.downloads import save_grey, save_picture
 from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
-from tools.make_shards import main as make_shards
 
 NAMES = ["soil", "crop", "weed", "tool", "sky"]
 COLOURS = [(128, 64, 0), (0, 128, 0), (230, 30, 60), (90, 90, 200), (150, 200, 255)]

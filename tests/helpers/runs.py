@@ -19,7 +19,7 @@ SCENE_SIZE = (64, 128)
 DEFAULTS = ["--config", str(REPOSITORY / "tests" / "defaults.yaml")]
 """Without it, the command would start from the quickstart."""
 SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "20"}
-"""As in the Makefile, but a stopped process is killed sooner."""
+"""As ``mfm-train --launch`` sets them, but a stopped process is killed sooner."""
 
 
 def tiny_overrides(scenes: Path, run: Path) -> list[str]:

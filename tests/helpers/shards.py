@@ -45,7 +45,7 @@ def write_set(
     plan = DatasetPlan(
         folder=folder,
         recipe=recipe,
-        command="python tools/make_shards.py test",
+        command="mfm-shards make test",
         classes=classes,
         samples=count,
         shard_size=shard_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,26 @@ ENCODERS = [list(found) for found in re.findall(r"(model\.backbone=\w+) (model\.
 
 def test_the_readme_has_encoders_to_try() -> None:
     assert len(ENCODERS) == 2
+
+
+def test_everything_is_told_at_once_and_weights_that_cannot_be_fetched_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No request leaves the machine: the hub is a port that nobody listens at, and nothing is in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    words = ["model.pretrained=true", "model.backbone=resnet18", "model.decoder=segformer", "data.root=nowhere"]
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(None, [*words, "model.decoder_options={width: 100000000}"]))
+    *data, weights, decoder = caught.value.problems
+    assert [problem.split(";")[0] for problem in data] == [
+        f"there is no shard folder nowhere/{name}" for name in ("game_train", "camera_train", "camera_val")
+    ]
+    assert re.match(r"model.pretrained: timm's weights for 'resnet18' could not be fetched \(\w+: [^\n]*$", weights)
+    assert "at most 65,536" in decoder
+    assert capfd.readouterr() == ("", ""), "the library would try ten times, and say so"
+    with pytest.raises(ConfigError, match="timm has no weights for 'mit_b0'"):
+        check(load_config(None, [*SMALL, "model.pretrained=true"]))
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_shards_of_the_format_before_are_read_where_their_classes_are_known(shar
     assert ShardReader(folder).classes == CLASSES
     content["class_names"].reverse()
     (folder / MANIFEST_FILE).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"bicycle, motorcycle.*python tools/make_shards.py test.*--overwrite"):
+    with pytest.raises(DataError, match=r"bicycle, motorcycle.*mfm-shards make test.*--overwrite"):
         ShardReader(folder)
 
 

@@ -70,7 +70,7 @@ def test_a_missing_folder_names_what_exists_and_the_command(shard_folder: ShardF
     message = str(caught.value)
     assert "game_trian" in message
     assert "game_train, game_val" in message
-    assert f"python tools/make_shards.py scenes --output {tmp_path}" in message
+    assert f"mfm-shards make scenes --output {tmp_path}" in message
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_rest_of_a_manifest_has_its_types_too(shard_folder: ShardFolder) -> 
 def test_an_unfinished_folder_names_the_command_that_ends_it(shard_folder: ShardFolder) -> None:
     folder = shard_folder()
     (folder / "dataset.json").rename(folder / "dataset.unfinished.json")
-    with pytest.raises(DataError, match=f"unfinished.*python tools/make_shards.py test --output {folder.parent}"):
+    with pytest.raises(DataError, match=f"unfinished.*mfm-shards make test --output {folder.parent}"):
         DatasetIndex.open(folder)
     (folder / "dataset.unfinished.json").unlink()
     with pytest.raises(DataError, match=r"no dataset\.json"):
@@ -139,7 +139,7 @@ def test_all_damaged_shards_are_named_at_once(shard_folder: ShardFolder) -> None
     assert "000001.tar is missing" in lines[1]
     assert "000002.index.npy is damaged" in lines[2]
     assert "000003.index.npy cannot be read" in lines[3]
-    assert "python tools/make_shards.py test --output" in lines[4]
+    assert "mfm-shards make test --output" in lines[4]
 
 
 @pytest.mark.parametrize("offset", [0, 9, 40, 300, -1])
@@ -272,8 +272,8 @@ def test_a_manifest_of_any_content_is_told(shard_folder: ShardFolder) -> None:
     "command",
     [
         "rm -rf ~",
-        "python tools/make_shards.py scenes; rm -rf ~",
-        "python tools/make_shards.py $(rm)",
+        "mfm-shards make scenes; rm -rf ~",
+        "mfm-shards make $(rm)",
         "python x.py",
         "'",
     ],

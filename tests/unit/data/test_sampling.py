@@ -91,7 +91,7 @@ def test_statistics_that_are_missing_or_damaged_are_named_with_the_command(shard
     lines = str(caught.value).split("\n")
     assert "000001.classes.npy is damaged" in lines[0]
     assert "000002.classes.npy cannot be read" in lines[1]
-    assert "python tools/make_shards.py test" in lines[2]
+    assert "mfm-shards make test" in lines[2]
     with pytest.raises(DataError, match="holds no labels"):
         ShardReader(shard_folder("target", labelled=False)).class_statistics()
 

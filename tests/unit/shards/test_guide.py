@@ -9,14 +9,14 @@ import pytest
 
 from mfm_dist.build import rendered_sets
 from mfm_dist.config.loader import load_config
+from mfm_dist.shards.make import build_parser
 from mfm_dist.train import parse_arguments
-from tools.make_shards import build_parser
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [
     words
     for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines()
-    if (words := shlex.split(line) if line.startswith(".venv/") else [])
+    if (words := shlex.split(line) if line.startswith("mfm-") else [])
 ]
 
 
@@ -24,14 +24,14 @@ def test_the_guide_packs_what_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(ROOT)
     packed = set()
     for words in COMMANDS:
-        if "tools/make_shards.py" in words:
+        if words[:2] == ["mfm-shards", "make"]:
             arguments = build_parser().parse_args(words[2:])
             packed.add(arguments.name if "folder" in words else arguments.card.name)
-    trained = [words for words in COMMANDS if "mfm_dist.train" in words and "configs/own_data.yaml" not in words]
+    trained = [words for words in COMMANDS if words[0] == "mfm-train" and "configs/own_data.yaml" not in words]
     assert len(trained) == 2
     for words in trained:
-        assert Path(words[words.index("--config_file") + 1]).is_file()
-        given = parse_arguments(words[words.index("mfm_dist.train") + 1 :])
+        given = parse_arguments(words[1:])
+        assert given.launch.is_file()
         config = load_config(given.config, given.overrides)
         data = config.data
         assert data.validation is not None

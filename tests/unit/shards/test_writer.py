@@ -31,7 +31,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def begin(folder: Path, recipe: Recipe = RECIPE) -> ShardSetWriter:
-    command = "python tools/make_shards.py test"
+    command = "mfm-shards make test"
     plan = DatasetPlan(folder=folder, recipe=recipe, command=command, classes=CLASSES, samples=10, shard_size=4)
     return ShardSetWriter(plan)
 

@@ -1,4 +1,4 @@
-"""Counts parameters and multiply-adds: by module with fvcore, by term of the training step with torch's own counter.
+"""Count parameters and multiply-adds: by module with fvcore, by term of the training step with torch's own counter.
 
 MAC is one multiply-add of a convolution or matrix product, attention's two products included; FLOP is twice that.
 Everything else (norms, interpolation, pointwise functions) is counted apart, one for each operation, because no

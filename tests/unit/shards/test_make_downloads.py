@@ -1,4 +1,4 @@
-"""tools/make_shards.py of downloads and of one's own images: where shards go, labels, and mistakes."""
+"""mfm-shards make of downloads and of one's own images: where shards go, labels, and mistakes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from PIL import Image
 from mfm_dist.config.class_files import load_class_set
 from mfm_dist.data.manifest import Manifest
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.shards import check
+from mfm_dist.shards.make import main
 from tests.helpers import downloads
-from tools import check_shards
-from tools.make_shards import main
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_gta_goes_where_the_configurations_look_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     downloads.gta(tmp_path / "download")
-    options = ["--input", "download", "--size", "32x18", "--shard-size", "2", "--workers", "1"]
+    options = ["--input", "download", "--size", "18x32", "--shard-size", "2", "--workers", "1"]
     assert main(["gta", *options]) == 3
     error = capsys.readouterr().err
     assert "24963 of 24966 pairs are missing: 00004 to 24966" in error
@@ -42,7 +42,7 @@ def test_gta_goes_where_the_configurations_look_for_it(tmp_path: Path, capsys: p
     reader = ShardReader("data/gta/train")
     assert len(reader) == 3
     assert reader.read(0).image.shape == (3, 18, 30)
-    assert check_shards.main(["data/gta"]) == 0
+    assert check.main(["data/gta"]) == 0
     capsys.readouterr()
     assert main(["gta", *options, "--allow-incomplete"]) == 0
     assert capsys.readouterr().out == "data/gta is complete: train 3 samples\n"
@@ -56,7 +56,7 @@ def test_the_command_in_the_manifest_mends_the_folder(tmp_path: Path, capsys: py
     whole = bytes_of(Path("data/gta/train"))
     Path("data/gta/train/000001.tar").write_bytes(b"")
     command = shlex.split(Manifest.read(Path("data/gta/train/dataset.json")).command)
-    assert command[:2] == ["python", "tools/make_shards.py"]
+    assert command[:2] == ["mfm-shards", "make"]
     assert str(tmp_path / "download") in command
     assert main([*command[2:], "--output", "data/gta"]) == 0
     assert bytes_of(Path("data/gta/train")) == whole
@@ -170,8 +170,9 @@ def test_unknown_ids_of_own_labels_are_named(tmp_path: Path, capsys: pytest.Capt
     ("words", "reason"),
     [
         (["gta", "--input", "nowhere"], "nowhere is no folder"),
-        (["gta", "--input", ".", "--size", "1280"], "1280 is no size such as 1280x720"),
-        (["gta", "--input", ".", "--size", "0x5"], "0x5 is no size"),
+        (["gta", "--input", ".", "--size", "1280"], "1280 is no height x width such as 720x1280"),
+        (["gta", "--input", ".", "--size", "0x5"], "0x5 is no height x width"),
+        (["gta", "--input", ".", "--size", "1280x720"], "pictures of streets are wider than high: 720x1280"),
         (["gta", "--input", ".", "--val-size", "10x10"], "--val-size"),
         (["cityscapes", "--input", ".", "--splits", "test"], "invalid choice: 'test'"),
         (["cityscapes", "--input", ".", "--bad-limit", "2"], "2 is not between 0 and 1"),
@@ -196,7 +197,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         downloads.save_picture(tmp_path / f"mine/{number:03d}.png", np.asarray(Image.fromarray(image)))
     words = ["folder", "--input", str(tmp_path / "mine"), "--name", "a", "--shard-size", "2", "--workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.make_shards", *words, "--output", str(tmp_path / "out")],
+        [sys.executable, "-m", "mfm_dist.shards", "make", *words, "--output", str(tmp_path / "out")],
         cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         text=True,

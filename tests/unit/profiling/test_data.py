@@ -1,4 +1,4 @@
-"""What ``profile_throughput.py data`` runs and reports; how long anything takes is never asserted."""
+"""What ``mfm-profile data`` runs and reports; how long anything takes is never asserted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.profiling.data import BareDecoder, PlainWebDataset, Source
+from mfm_dist.profiling.throughput import main
 from tests.helpers.runs import DEFAULTS, tiny_overrides
-from tools.data_profile import BareDecoder, PlainWebDataset, Source
-from tools.profile_throughput import main
 
 
 def test_the_command_reports_rates_parts_and_ratios(

@@ -1,4 +1,4 @@
-"""Times the data pipeline: its rate by workers, its parts, and beside it the bare decoder and plain webdataset.
+"""Time the data pipeline: its rate by workers, its parts, and beside it the bare decoder and plain webdataset.
 
 All ways read the same tars, cut crops of the same size before anything else is done to the pixels, and use the same
 decoder. They take turns, so a disturbance of the machine hits all alike; ratios are medians over the rounds.
@@ -35,8 +35,8 @@ from mfm_dist.data.reader import ShardReader, read_member
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.models.preprocessing import IMAGE_STD, normalise
+from mfm_dist.profiling.step import cpu_name
 from mfm_dist.rng import Stream, keyed_generator
-from tools.step_profile import cpu_name
 
 FAR_STEP = 1_000_000
 STARTS = 7

@@ -1,4 +1,4 @@
-"""What tools/profile_throughput.py runs and reports; how long anything takes is never asserted."""
+"""What mfm-profile step runs and reports; how long anything takes is never asserted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from mfm_dist.build import open_readers
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.profiling.step import PARTS, Blocks, PartClock, build_setting, peak_gib
+from mfm_dist.profiling.throughput import main
 from tests.helpers.runs import DEFAULTS, tiny_overrides
-from tools.profile_throughput import main
-from tools.step_profile import PARTS, Blocks, PartClock, build_setting, peak_gib
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""tools/check_shards.py finds every kind of damage, and what it advises brings the bytes back."""
+"""mfm-shards check finds every kind of damage, and what it advises brings the bytes back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import BadSample
 from mfm_dist.shards import verify
+from mfm_dist.shards.check import main
 from mfm_dist.storage import sha256_of
 from tests.helpers.shards import ShardFolder, flip_bit, write_set
-from tools.check_shards import main
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def test_what_is_damaged_is_remade_as_the_message_says(
     assert main([str(folder)]) == 3
     (advice,) = (line for line in capsys.readouterr().err.splitlines() if "delete" in line)
     assert advice.startswith(f"{folder}: delete 000001.tar in it, then remake what is missing (the rest is kept): ")
-    assert f"python tools/make_shards.py test --output {folder.parent}. Without what it is made of" in advice
+    assert f"mfm-shards make test --output {folder.parent}. Without what it is made of" in advice
     (folder / "000001.tar").unlink(missing_ok=True)
     write_set(folder, count=10, shard_size=4)
     assert files_of(folder) == whole

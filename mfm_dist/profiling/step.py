@@ -1,4 +1,4 @@
-"""Times the training step part by part, and beside it the same passes in a bare PyTorch loop."""
+"""Time the training step part by part, and beside it the same passes in a bare PyTorch loop."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
         UserError: for shards that are missing or damaged, or networks that cannot be built.
     """
     if Launch.from_environment().world_size > 1:
-        raise ConfigError("profile_throughput measures one process: start it with python, not with accelerate launch")
+        raise ConfigError("mfm-profile measures one process: start it as it is, not with accelerate launch")
     render_scenes(config)
     configs = {name: with_mfm(config, enabled) for name, enabled in (("without", False), ("with", True))}
     device = start_engine(config).device

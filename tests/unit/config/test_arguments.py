@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools.arguments import add_run_arguments, config_arguments
+from mfm_dist.config.arguments import add_run_arguments, config_arguments
 from tools.seeds import refuse_other_settings, train
 
 

@@ -1,4 +1,4 @@
-"""tools/make_shards.py scenes: the same bytes however it is run or interrupted, and mistakes told in one message."""
+"""mfm-shards make scenes: the same bytes however it is run or interrupted, and mistakes told in one message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import DataError
 from mfm_dist.scenes import Gap, Scene, render_scene
 from mfm_dist.shards import scene_shards
-from tools.make_shards import main
+from mfm_dist.shards.make import main
 
 SMALL = ["--train", "5", "--val", "2", "--height", "32", "--width", "64", "--shard-size", "2", "--workers", "2"]
 CITYSCAPES7 = load_class_set("cityscapes7")
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_at_once_without_traceback_and_the_next_run_goes_on(tmp_path
     many = ["--train", "60", "--val", "1", "--height", "32", "--width", "64", "--shard-size", "2", "--workers", "2"]
     command = ["scenes", "--output", str(tmp_path), *many]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.make_shards", *command],
+        [sys.executable, "-m", "mfm_dist.shards", "make", *command],
         cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

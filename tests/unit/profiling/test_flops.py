@@ -1,4 +1,4 @@
-"""The counts of tools/profile_flops.py, against torch's own counter and the published figures."""
+"""The counts of ``mfm-profile flops``, against torch's own counter and the published figures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.rebuilder import Rebuilder
+from mfm_dist.profiling.counting import TermCost, count_forward, count_step, torch_mac, with_zeros
+from mfm_dist.profiling.flops import forward_lines, main
 from tests.helpers.classes import CLASSES
-from tools.flops import TermCost, count_forward, count_step, torch_mac, with_zeros
-from tools.profile_flops import forward_lines, main
 
 NETWORKS = {
     "mit_b0": ("daformer", {}),

@@ -1,4 +1,4 @@
-"""The records that tools leave: figures beside what they were made with."""
+"""The records that measurements leave: figures beside what they were made with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_record(path: Path, command: Sequence[str], packages: Sequence[str], **
     """Write figures as JSON, after the command that made them, the date, and the versions of these packages.
 
     Args:
-        command: the tool and its arguments.
+        command: what Python was told to run, and its arguments.
     """
     record = {
         "command": ["python", *command],

@@ -1,0 +1,61 @@
+"""Start the processes of a launch file: what ``accelerate launch`` does, told what it would otherwise complain of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from mfm_dist.config.shipped import find_shipped
+from mfm_dist.errors import EXIT_ERROR, EXIT_STOPPED, ConfigError
+
+SETTINGS = {
+    # torchrun passes these signals on to the ranks, which save and end, instead of dying of them; and gives them time.
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SHUTDOWN_TIMEOUT": "300",
+    "OMP_NUM_THREADS": "1",  # torch's own threads are train.threads
+}
+"""Variables of the environment that are set where they are not."""
+
+
+def start_processes(file: Path, module: str, arguments: Sequence[str]) -> int:
+    """Run a module of Python in as many processes as a launch file says, and wait for them.
+
+    Args:
+        file: in the working folder, or the one of that name that is shipped.
+
+    Returns:
+        the exit code of the first process that failed, or 0.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    found = find_shipped(file)
+    if not found.is_file():
+        there = sorted(str(file.parent / path.name) for path in find_shipped(file.parent).glob("*.yaml"))
+        known = f"; there are: {', '.join(there)}" if there else ""
+        raise ConfigError(f"--launch {file}: no such launch file{known}")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed looks for a GPU when it is imported, and warns where there is none. The launcher needs none to be found,
+    # and its processes look for themselves.
+    chosen = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = chosen or "cpu"
+    import deepspeed  # noqa: F401
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if chosen is None:
+        del os.environ["DS_ACCELERATOR"]
+    try:
+        launch_command(launch_command_parser().parse_args(["--config_file", str(found), "-m", module, *arguments]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else EXIT_ERROR
+    except subprocess.CalledProcessError as error:  # of a single process
+        return error.returncode if error.returncode > 0 else EXIT_ERROR
+    except SignalException:
+        return EXIT_STOPPED
+    return 0
