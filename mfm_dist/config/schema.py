@@ -168,6 +168,16 @@ class ScenesSection:
 
 
 @dataclass(kw_only=True)
+class LoRASection:
+    rank: Annotated[int, between(0, 4096)] = 0
+    """Rank of the additions; 0: none. Needs `model.freeze` and the package peft; exports have them merged."""
+    alpha: FloatAbove0 = 16.0
+    """An addition is scaled by this over `rank`."""
+    targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
+    """Layers that get one, by the end of their timm name; in a ViT also mlp.fc1 and mlp.fc2."""
+
+
+@dataclass(kw_only=True)
 class ModelSection:
     backbone: str = "mit_b5"
     """`mit_b0` ... `mit_b5`, or any timm model that supports `features_only`. UDA: MiT-B5 or ResNet-101."""
@@ -177,6 +187,10 @@ class ModelSection:
     """Start from timm's ImageNet weights (downloaded by timm)."""
     weights: Path | None = None
     """Start from encoder weights in a local file (safetensors or torch) instead."""
+    freeze: bool = False
+    """Keep the encoder as it starts: no gradients, no optimiser state, evaluation mode, the same in the teacher. MFM
+    then trains the Rebuilder and the decoder, and what `lora` adds."""
+    lora: LoRASection = field(default_factory=LoRASection)
     decoder: str = "daformer"
     """A file of mfm_dist/models/decoders."""
     decoder_options: dict[str, Any] = field(default_factory=dict)
@@ -333,6 +347,9 @@ class OptimSection:
     """Learning rate of the encoder. UDA: 6e-5."""
     decoder_lr_factor: FloatFrom0 = 10.0
     """The decoder, and a pyramid before it, learn this many times faster. UDA: 10."""
+    layer_decay: Annotated[float, Range("be above 0 and at most 1", lambda number: 0 < number <= 1)] = 1.0
+    """The encoder's last block learns at `lr`, each one before it at this times the rate of the next, the embedding
+    slowest. VFM-UDA++ with DINOv2: 0.9; UDA: 1, one rate for all."""
     rebuilder_lr: LearningRate = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
     rebuilder_betas: tuple[Beta, Beta] | None = None

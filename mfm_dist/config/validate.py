@@ -70,6 +70,14 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.model.pretrained and config.model.weights is not None:
         yield "model.pretrained and model.weights are both set: keep one, they both start the encoder"
+    if config.model.lora.rank and not config.model.freeze:
+        yield (
+            f"model.lora.rank={config.model.lora.rank} trains additions in place of the encoder's own weights: set "
+            "model.freeze=true, or model.lora.rank=0 to train all of it"
+        )
+    fixed = config.model.freeze and not config.model.lora.rank
+    if fixed and config.mfm.enabled and config.mfm.trained_parts == "encoder":
+        yield "mfm.trained_parts=encoder: model.freeze leaves nothing of it to train, choose both"
 
 
 def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mfm_dist.build import build_train_module
+from mfm_dist.build import build_train_module, fix_encoder
 from mfm_dist.checkpoint.contents import load_modules, load_student, load_teacher
 from mfm_dist.checkpoint.files import Checkpoint, find_latest
 from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.errors import ConfigError, CorruptFileError
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
+from mfm_dist.models.lora import merge_lora
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
 from mfm_dist.run.folder import RunFolder, read_config
 from mfm_dist.storage import read_json
@@ -31,13 +32,17 @@ class TrainedRun:
 def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:
     """Load the segmentor of a run's newest complete checkpoint, on the CPU; damaged ones are named on stderr.
 
+    What LoRA added to its encoder is merged into the weights.
+
     Raises:
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
     """
     config, checkpoint = _newest(path)
     model = TrainedSegmentor(_card(path, config, weights, checkpoint))
     load = load_student if weights == "student" else load_teacher
+    fix_encoder(model.segmentor, config.model)
     load(checkpoint, model.segmentor)
+    merge_lora(model.segmentor.backbone.net)
     return TrainedRun(config, checkpoint, model.eval())
 
 

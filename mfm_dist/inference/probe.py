@@ -64,6 +64,8 @@ def why_no_probe(config: RunConfig) -> str | None:
         return f"rebuilt features are not classified in this run (mfm.reconstruction={config.mfm.reconstruction})"
     if config.data.validation is None:
         return "this run has no target labels (data.validation=null)"
+    if config.model.freeze and not config.model.lora.rank:
+        return "the encoder is frozen (model.freeze=true), so MFM sends no gradient to it"
     return None
 
 
@@ -277,7 +279,7 @@ def gradients_of(module: TrainModule, look: Look) -> Gradients:
     student, rebuilder = module.student, module.rebuilder
     assert rebuilder is not None
     encoder = [parameter for parameter in student.backbone.parameters() if parameter.requires_grad]
-    last = [parameter for parameter in student.backbone.net.parameters() if parameter.ndim > 1][-1]
+    last = [parameter for parameter in encoder if parameter.ndim > 1][-1]
     place = next(number for number, parameter in enumerate(encoder) if parameter is last)
 
     def gradient(loss: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -13,12 +14,12 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
+from timm.models._features import FeatureGetterNet  # timm.models has the other wrappers, and not this one
 from torch import Tensor, nn
 
 from mfm_dist.config.shipped import find_shipped
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.dropout import replace_drop_path
-from mfm_dist.models.pyramid import SimplePyramid
 
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
 """What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
@@ -54,10 +55,12 @@ class Backbone(nn.Module):
     any other                   the timm model of that name, untouched
     ==========================  ===================================================================================
 
-    A plain vision transformer (ViT, DINOv2 and their like) has maps of one stride; the option pyramid=true makes four
-    of its last one, at strides 4, 8, 16 and 32 (``SimplePyramid``, which no weights file fills). Its positions are
-    made for one image size: dynamic_img_size=true interpolates them for others, dynamic_img_pad=true takes sizes that
-    are no multiple of a patch. Swin takes other sizes than img_size with strict_img_size=false.
+    A plain vision transformer (ViT, DINOv2 and their like) has maps of one stride, of its patches alone: class and
+    register tokens are left out. The option pyramid=true takes its last one, of which decoders make four at a quarter
+    to twice the stride (``SimplePyramid``). Positions are made for one image size: dynamic_img_size=true interpolates
+    them for others. DINOv2 has patches of 14 pixels: patch_size=16 resamples its weights. All maps of DINOv2 and
+    DINOv3 go through the final LayerNorm, as where they are published for dense tasks. Swin takes other sizes than
+    img_size with strict_img_size=false.
 
     Args:
         name: one of the above; ``timm.list_models()`` lists the rest.
@@ -69,6 +72,9 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each map, fine to coarse.
         strides: image pixels for each position of each map; odd sizes round up.
+        multiple: sides of an image must be multiples of so many pixels, a patch; 1 where any will do.
+        pyramid: whether decoders make a pyramid of the last map, which is the only one then.
+        frozen: whether the encoder keeps its weights (``freeze``).
 
     Raises:
         ConfigError: an unknown name, a model without feature maps, a wrong option, weights that cannot be used.
@@ -91,9 +97,12 @@ class Backbone(nn.Module):
             raise ConfigError(f"model.pretrained is true and model.weights is {weights}: choose one of them")
         if pretrained and name != architecture:
             raise ConfigError(_without_weights(name, architecture))
+        if pyramid:
+            arguments.setdefault("out_indices", 1)  # the last map alone
         state = None if weights is None else _read_weights(Path(weights))
+        wrapper = {"feature_cls": partial(FeatureGetterNet, norm=True)} if re.search("dinov[23]", architecture) else {}
         try:
-            net = timm.create_model(architecture, features_only=True, pretrained=pretrained, **arguments)
+            net = timm.create_model(architecture, features_only=True, pretrained=pretrained, **wrapper, **arguments)
             if state is not None:
                 _load(net, architecture, arguments, state)
         except ConfigError:
@@ -106,19 +115,41 @@ class Backbone(nn.Module):
         self.strides: tuple[int, ...] = tuple(net.feature_info.reduction())
         # Swin and its like compute in [B, H, W, C]; the purely convolutional families do not even say.
         self._channels_come_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-        self.pyramid = SimplePyramid(self.channels[-1], self.strides[-1]) if pyramid else None
-        if self.pyramid is not None:
-            self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
+        if isinstance(net, FeatureGetterNet):
+            # timm's wrapper calls this method past the model's own call, in which alone ZeRO-3 gathers the parameters
+            # that the model holds itself: class token and positions. A bound method: a copy gets one of its own.
+            net.model.forward = net.model.forward_intermediates
+        is_plain = isinstance(net, FeatureGetterNet) and len(set(self.strides)) == 1
+        self.multiple = self.strides[0] if is_plain else 1
+        self.pyramid = pyramid
+        self.frozen = False
+        if pyramid:
+            self.channels, self.strides = self.channels[-1:], self.strides[-1:]
+
+    def freeze(self) -> None:
+        """Keep all weights as they are from now on, and compute as in evaluation, without drop-path."""
+        self.frozen = True
+        self.net.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode, but leave a frozen encoder in evaluation: BatchNorm statistics stay, too."""
+        super().train(mode)
+        if self.frozen:
+            self.net.eval()
+        return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Turn a normalised image [B, 3, H, W] into maps, the i-th [B, channels[i], H / strides[i], W / strides[i]]."""
-        maps = self.net(image)
+        if isinstance(self.net, FeatureGetterNet):
+            net = self.net
+            options = {"indices": net.out_indices, "norm": net.norm, "output_fmt": net.output_fmt}
+            maps = net.model(image, **options, intermediates_only=True)
+        else:
+            maps = self.net(image)
         if self._channels_come_last:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
-        if self.pyramid is not None:
-            height, width = image.shape[-2:]
-            maps = self.pyramid(maps[-1], (height, width))
-        return maps
+        return maps[-1:] if self.pyramid else maps
 
 
 def pretrained_problem(name: str) -> str | None:

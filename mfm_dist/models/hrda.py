@@ -6,19 +6,20 @@ resolution. A second decoder reads the context and says for each place and class
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.decoders import build_decoder
 from mfm_dist.models.layers import resize
-from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.models.pyramid import PyramidDecoder, SimplePyramid
+from mfm_dist.models.segmentor import Segmentor, pad_to_multiple
 from mfm_dist.models.size_limit import limited_size
 from mfm_dist.models.windows import Window, average_windows, sliding_boxes
 
@@ -60,6 +61,11 @@ class HRDASegmentor(Segmentor):
         self.detail_size = (window[0] // SCALE, window[1] // SCALE)
         self.stride = int(self.decoder.stride)  # type: ignore[arg-type]
         problems = []
+        if self.stride != self.decoder.stride:
+            problems.append(
+                f"HRDA needs a decoder whose stride is a whole number of pixels, this one has {self.decoder.stride}: a "
+                "plain vision transformer with patches of 14 takes model.backbone_options={patch_size: 16, ...}"
+            )
         if attention.stride != self.stride:
             problems.append(
                 f"hrda.attention has stride {attention.stride}, model.decoder {self.stride}: they must be equal; "
@@ -115,9 +121,8 @@ class HRDASegmentor(Segmentor):
     def forward(self, image: Tensor) -> Tensor:
         """Turn normalised images [B, 3, H, W] into logits [B, C, H, W], with windows of detail that slide over all."""
         height, width = image.shape[-2:]
-        grid = SCALE * self.stride
-        # To whole cells of the context; 0 is the mean colour.
-        padded = F.pad(image, (0, -width % grid, 0, -height % grid))
+        # To whole cells and patches of the context.
+        padded = pad_to_multiple(image, SCALE * math.lcm(self.stride, self.backbone.multiple))
         features = self.encode(self.context(padded))
         fused = fuse(self.decode(features), self.attend(features), self._detail_everywhere(padded))
         return resize(fused, padded.shape[-2:])[..., :height, :width]
@@ -168,20 +173,28 @@ def build_segmentor(
     """
     with limited_size("model.backbone_options, model.decoder_options and hrda.attention_options"):
         encoder = Backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
-        head = build_decoder(decoder, encoder.channels, encoder.strides, num_classes, decoder_options)
-        segmentor = Segmentor(encoder, head)
-        if encoder.pyramid is not None and len(segmentor.decoder_inputs) < len(encoder.channels):
-            # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
-            raise ConfigError(
-                f"model.backbone_options: pyramid makes {len(encoder.channels)} maps, of which decoder {decoder!r} "
-                f"reads {len(segmentor.decoder_inputs)}: choose a decoder that reads all, such as daformer or "
-                "segformer, or leave pyramid out"
-            )
+        segmentor = Segmentor(encoder, _decoder_on(encoder, decoder, num_classes, decoder_options))
         if attention is None:
             return segmentor
         assert window is not None
         try:
-            weighing = build_decoder(attention, encoder.channels, encoder.strides, num_classes, attention_options)
+            weighing = _decoder_on(encoder, attention, num_classes, attention_options)
         except ConfigError as error:
             raise ConfigError([f"hrda.attention={attention}: {problem}" for problem in error.problems]) from error
         return HRDASegmentor(segmentor, weighing, window)
+
+
+def _decoder_on(encoder: Backbone, name: str, num_classes: int, options: Mapping[str, object] | None) -> nn.Module:
+    """Build a decoder of the encoder's maps, or of a pyramid of its last one."""
+    if not encoder.pyramid:
+        return build_decoder(name, encoder.channels, encoder.strides, num_classes, options)
+    pyramid = SimplePyramid(encoder.channels[-1], encoder.strides[-1])
+    decoder = build_decoder(name, pyramid.channels, pyramid.strides, num_classes, options)
+    reads = tuple(decoder.inputs)  # type: ignore[arg-type]
+    if len(reads) < len(pyramid.channels):
+        # Maps that nothing reads leave parameters without gradients, which goes wrong under DDP and ZeRO-3.
+        raise ConfigError(
+            f"model.backbone_options: pyramid makes {len(pyramid.channels)} maps, of which decoder {name!r} reads "
+            f"{len(reads)}: choose a decoder that reads all, such as daformer or segformer, or leave pyramid out"
+        )
+    return PyramidDecoder(pyramid, decoder)

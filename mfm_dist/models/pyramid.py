@@ -1,10 +1,13 @@
-"""Maps at four strides from an encoder that has one: the simple feature pyramid of ViTDet (arXiv 2203.16527)."""
+"""Maps at four strides from an encoder that has one: the simple feature pyramid of ViTDet (arXiv 2203.16527).
+
+It stands before a decoder and is part of it: what MFM hides and the Rebuilder restores are the encoder's own tokens, so
+nothing of a hidden one reaches a decoder through the pyramid's convolutions.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mfm_dist.errors import ConfigError
 from mfm_dist.models.layers import ChannelLayerNorm
 
 WIDTH = 256
@@ -16,24 +19,17 @@ class SimplePyramid(nn.Module):
 
     Args:
         channels: channels of the map.
-        stride: image pixels for each of its positions, 16 for most plain vision transformers.
+        stride: image pixels for each of its positions, 16 or 14 for most plain vision transformers.
 
     Attributes:
-        channels, strides: of the four maps, fine to coarse.
-
-    Raises:
-        ConfigError: a stride that four does not divide.
+        channels, strides: of the four maps, fine to coarse; 3.5 pixels is the finest of a stride of 14.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        if stride % 4:
-            raise ConfigError(
-                f"model.backbone_options: pyramid needs an encoder whose stride is a multiple of 4, this one has "
-                f"{stride}; a plain vision transformer takes patch_size: 16 (timm resizes its weights)"
-            )
         self.channels = (WIDTH,) * 4
-        self.strides = (stride // 4, stride // 2, stride, stride * 2)
+        finest = stride // 4 if stride % 4 == 0 else stride / 4
+        self.strides: tuple[float, ...] = (finest, stride // 2, stride, stride * 2)
         half, quarter = channels // 2, channels // 4
         self.levels = nn.ModuleList(
             [
@@ -53,18 +49,29 @@ class SimplePyramid(nn.Module):
             for width in (quarter, half, channels, channels)
         )
 
-    def forward(self, feature: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """Turn one map [B, C, ceil(H / s), ceil(W / s)] into four, the i-th [B, 256, ceil(H / s_i), ceil(W / s_i)].
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        """Turn one map [B, C, h, w] into four of 256 channels, 4 h, 2 h, h and h / 2 (rounded up) positions high."""
+        return [output(level(feature)) for level, output in zip(self.levels, self.outputs, strict=True)]
 
-        Args:
-            feature: the map; it may reach beyond the image, as that of a padded image does.
-            size: height and width of the image in pixels, H and W.
-        """
-        maps = []
-        for level, output, stride in zip(self.levels, self.outputs, self.strides, strict=True):
-            rows, cols = (-(-side // stride) for side in size)
-            maps.append(output(level(feature)[:, :, :rows, :cols]))
-        return maps
+
+class PyramidDecoder(nn.Module):
+    """A decoder that reads a pyramid of the encoder's one map.
+
+    Attributes:
+        inputs, stride: as every decoder has them.
+    """
+
+    def __init__(self, pyramid: SimplePyramid, decoder: nn.Module) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.decoder = decoder
+        self.inputs = (0,)
+        self.stride = decoder.stride
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Turn the one map [B, C, h, w] into logits at the decoder's resolution."""
+        logits: Tensor = self.decoder(self.pyramid(features[-1]))
+        return logits
 
 
 def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:

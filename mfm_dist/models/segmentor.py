@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.models.backbone import Backbone
@@ -60,4 +61,18 @@ class Segmentor(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""
-        return resize(self.decode(self.encode(image)).float(), image.shape[-2:])
+        height, width = image.shape[-2:]
+        padded = pad_to_multiple(image, self.backbone.multiple)
+        logits = resize(self.decode(self.encode(padded)).float(), padded.shape[-2:])
+        return logits if self.backbone.multiple == 1 else logits[..., :height, :width]
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Extend a normalised image [B, 3, H, W] at the bottom and the right to multiples of a side; 0 is the mean colour.
+
+    Where any size will do, the tensor itself comes back.
+    """
+    if multiple == 1:
+        return image
+    bottom, right = (-side % multiple for side in image.shape[-2:])
+    return F.pad(image, (0, right, 0, bottom))

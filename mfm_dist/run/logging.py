@@ -78,6 +78,7 @@ class StepLog:
         if self._map_norms is not None:
             record |= self._of_the_rebuilder(squares_of_updates)
         record |= {f"grad_norm/{part}": float(norm) for part, norm in self.grad_norms.items()}
+        # Layers of one part share its name; the last one of them learns fastest, and stands for all.
         record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
         record["images_per_second"] = self.images_per_step * (step - self._step) / seconds
         record["data_wait_fraction"] = data_wait_fraction

@@ -79,13 +79,14 @@ def test_the_aligned_bed_is_stride_8_without_the_layout_gap(tmp_path: Path) -> N
     assert recipe["arguments"]["gap"] == {"photometric": True, "texture": True, "layout": False}
 
 
-PAPER = [path for path in RUNS if "2" in path.parent.name]
+FOUNDATION = [path for path in RUNS if path.stem.startswith("dinov2_")]
+PAPER = [path for path in RUNS if "2" in path.parent.name and path not in FOUNDATION]
 
 
 def test_there_is_a_run_for_each_method_on_each_benchmark() -> None:
     methods = ["dacs", "daformer", "hrda", "mic"]
     folders = ["cs2acdc", "cs2dz", "gta2cs", "scenes", "syn2cs"]
-    found = [(path.parent.name, path.stem) for path in RUNS if path.parent.name in folders]
+    found = [(path.parent.name, path.stem) for path in RUNS if path.parent.name in folders and path not in FOUNDATION]
     assert found == [(folder, method) for folder in folders for method in methods]
 
 
@@ -103,6 +104,18 @@ def test_a_paper_run_has_its_data_packed_without_loss(path: Path) -> None:
     packing = [line for line in path.read_text().splitlines() if "--input DIR" in line]
     assert len(packing) >= 2
     assert [line for line in packing if not line.endswith(" --format png")] == []
+
+
+@pytest.mark.parametrize("path", FOUNDATION, ids=lambda p: p.stem)
+def test_a_run_on_a_foundation_encoder_hides_blocks_of_patches(path: Path) -> None:
+    """STABILITY: a grid of patches, and blocks of 4 to 8 of them; no feature distance, no HRDA."""
+    config = load_config(path, ["mfm.enabled=true"])
+    patch = config.model.backbone_options["patch_size"]
+    assert tuple(cells * patch for cells in config.rebuilder.grid) == config.data.crop
+    assert 4 <= config.mfm.mask_block_cells <= 8
+    assert 0.6 <= config.mfm.mask_ratio <= 0.8
+    assert (config.method.name, config.mic.base_method) == ("mic", "dacs")
+    assert config.optim.layer_decay < 1 or config.model.freeze
 
 
 SIZES = {

@@ -12,9 +12,12 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.data.concatenated import ConcatenatedReader
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.train import check
+from tests.helpers.runs import REPOSITORY
 from tests.helpers.shards import ShardFolder
 
 SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.enabled=true", "data.render_scenes=true"]
+
+DINO14 = "{pyramid: true, dynamic_img_size: true, depth: 1}"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,10 @@ SMALL = ["model.backbone=mit_b0", "data.crop=64x64", "rebuilder.grid=4", "mfm.en
         (["model.backbone_options={out_indices: [3, 1]}"], "in rising order"),
         (["model.backbone_options={out_indices: [-1]}"], "from 0 on"),
         (["model.backbone=vit_tiny_patch16_224", "model.backbone_options={pyramid: true}"], "cannot take crops of"),
+        (["model.backbone=vit_small_patch14_dinov2"], "of 14, as 70x70 is; or resample patches of 14 by"),
+        (["model.freeze=true", "model.lora.rank=2"], "encoder is called attn.qkv; their names end in attn.q, attn.kv"),
+        ([f"model.backbone_options={DINO14}", "model.backbone=vit_small_patch14_dinov2", "method.name=hrda",
+          "data.crop=112x112"], "a whole number of pixels, this one has 3.5"),
         (["model.backbone_options={depths: [100000, 2, 2, 2]}"], "more than 20,000 layers"),
         (["model.decoder_options={width: 100000000}"], "at most 65,536"),
         (["rebuilder.width=65536", "rebuilder.depth=1000"], "rebuilder.width, depth, mlp_ratio and grid: a network of"),
@@ -35,6 +42,14 @@ def test_networks_that_would_fail_later_are_refused(overrides: list[str], reason
     with pytest.raises(ConfigError) as caught:
         check(load_config(None, [*SMALL, *overrides]))
     assert reason in str(caught.value)
+
+
+README = (REPOSITORY / "README.md").read_text().replace("model.backbone=vit_large", "model.backbone=vit_small")
+ENCODERS = [list(found) for found in re.findall(r"(model\.backbone=\w+) (model\.backbone_options=\{[^}]*\})", README)]
+
+
+def test_the_readme_has_encoders_to_try() -> None:
+    assert len(ENCODERS) == 2
 
 
 def test_everything_is_told_at_once_and_weights_that_cannot_be_fetched_in_one_line(
@@ -59,7 +74,14 @@ def test_everything_is_told_at_once_and_weights_that_cannot_be_fetched_in_one_li
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["method.name=hrda", "data.crop=128x128"], ["mfm.reconstruction=pixels"], ["rebuilder.variant=stable"]],
+    [
+        *([*encoder, "data.crop=512x512", "rebuilder.grid=32"] for encoder in ENCODERS),
+        [],
+        ["method.name=hrda", "data.crop=128x128"],
+        ["mfm.reconstruction=pixels"],
+        ["rebuilder.variant=stable"],
+        ["model.backbone=vit_small_patch14_dinov2", f"model.backbone_options={DINO14}", "data.crop=518x518"],
+    ],
 )
 def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(load_config(None, [*SMALL, *overrides]))

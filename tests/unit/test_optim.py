@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 from torch import nn
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import MFMSection, OptimSection
+from mfm_dist.errors import ConfigError
+from mfm_dist.models.pyramid import PyramidDecoder
 from mfm_dist.optim import build_optimizer, parameter_groups
 from mfm_dist.schedules import (
     averaged_norms,
@@ -111,18 +116,58 @@ def test_groups_hold_every_trainable_parameter_once_with_its_own_rate_and_decay(
     assert set(layer_norms) == set(groups["encoder_norm"]["params"])
 
 
+SMALL_VIT = [
+    "model.backbone=vit_small_patch14_dinov2",
+    "model.backbone_options={embed_dim: 16, depth: 3, num_heads: 2, img_size: 64, patch_size: 16, pyramid: true, "
+    "dynamic_img_size: true}",
+    "model.decoder_options={width: 8}",
+]
+
+
 def test_a_pyramid_learns_as_the_decoder_does() -> None:
-    options = "{embed_dim: 16, depth: 4, num_heads: 2, dynamic_img_size: true, pyramid: true}"
-    network = ["model.backbone=vit_tiny_patch16_224", f"model.backbone_options={options}"]
-    module = build_train_module(load_config(None, [*network, "model.decoder_options={width: 8}"]), CLASSES)
-    backbone = module.student.backbone
-    assert backbone.pyramid is not None
+    module = build_train_module(load_config(None, SMALL_VIT), CLASSES)
+    backbone, decoder = module.student.backbone, module.student.decoder
+    assert isinstance(decoder, PyramidDecoder)
     grouped = [(p, g["base_lr"]) for g in parameter_groups(module, OptimSection(lr=1.0)) for p in g["params"]]
     rates = dict(grouped)
     assert len(grouped) == len(rates)
     assert set(rates) == set(module.student.parameters())
-    assert {rates[p] for p in backbone.net.parameters()} == {1.0}
-    assert {rates[p] for p in backbone.pyramid.parameters()} == {10.0}
+    assert {rates[p] for p in backbone.parameters()} == {1.0}
+    assert {rates[p] for p in decoder.pyramid.parameters()} == {10.0}
+
+
+def test_layers_learn_the_slower_the_earlier_they_are_and_count_as_one_part() -> None:
+    module = build_train_module(load_config(None, SMALL_VIT), CLASSES)
+    groups = parameter_groups(module, OptimSection(lr=1.0, layer_decay=0.5))
+    rates = {p: group["base_lr"] for group in groups for p in group["params"]}
+    assert set(rates) == set(module.student.parameters())
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    for name, parameter in module.student.backbone.net.model.named_parameters():
+        number = re.match(r"blocks\.(\d)", name)
+        expected = {"0": 0.25, "1": 0.5, "2": 1.0}[number[1]] if number else 1.0 if name.startswith("norm") else 0.125
+        assert rates[parameter] == expected, name
+    assert {(group["part"], group["name"].removesuffix("_norm")) for group in groups} == {
+        ("encoder", "encoder"),
+        ("decoder", "decoder"),
+    }
+    assert [g["base_lr"] for g in groups if g["name"] == "encoder"] == [0.125, 0.25, 0.5, 1.0], "the last is logged"
+    (plain, without) = (parameter_groups(module, OptimSection(layer_decay=decay)) for decay in (1.0, 0.999))
+    assert [g["name"] for g in plain] == ["encoder", "encoder_norm", "decoder", "decoder_norm"]
+    assert len(without) == 9  # four layers, of which the embedding has no LayerNorm, and two groups of the decoder
+
+
+def test_what_is_frozen_is_in_no_group() -> None:
+    module = build_train_module(load_config(None, [*SMALL_VIT, "model.freeze=true"]), CLASSES)
+    groups = parameter_groups(module, OptimSection(layer_decay=0.5))
+    assert {group["part"] for group in groups} == {"decoder"}
+    grouped = {p for group in groups for p in group["params"]}
+    assert grouped == set(module.student.decoder.parameters())
+
+
+def test_an_encoder_without_blocks_has_no_layers_to_slow() -> None:
+    config = load_config(None, ["model.backbone=regnetx_002", "optim.layer_decay=0.9", "model.decoder=deeplabv2"])
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"optim\.layer_decay: regnetx_002 has no blocks"):
+        build_train_module(config, CLASSES)
 
 
 def test_optimisers() -> None:

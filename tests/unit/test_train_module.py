@@ -72,6 +72,29 @@ def test_the_mfm_term_trains_encoder_decoder_and_rebuilder() -> None:
         assert max(norms) > 1e-6
 
 
+def test_a_frozen_encoder_gets_no_gradient_and_its_teacher_computes_as_it_does() -> None:
+    """Its BatchNorm keeps the statistics that it came with, in the student's passes and in the teacher's."""
+    module = build_train_module(config_with("model.freeze=true", "self_training.pseudo_threshold=0.01"), CLASSES)
+    before = {name: tensor.clone() for name, tensor in module.student.backbone.state_dict().items()}
+    with torch.no_grad():
+        for name, buffer in module.student.backbone.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.5  # no longer what any batch has
+    assert module.teacher is not None
+    module.teacher.segmentor.load_state_dict(module.student.state_dict())
+    image = normalise(block().target_image)
+    for ours, teachers in zip(module.student.encode(image), module.teacher_features(image), strict=True):
+        assert torch.equal(ours, teachers)
+    module(block(), 1.0).total.backward()
+    assert all(p.grad is None for p in module.student.backbone.parameters())
+    for part in (module.student.decoder, module.rebuilder):
+        assert max(p.grad.norm().item() for p in part.parameters() if p.grad is not None) > 1e-6  # type: ignore[union-attr]
+    after = module.student.backbone.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.endswith("running_mean"))
+    paired = {student for student, _ in module.teacher_pairs()}
+    assert paired == set(module.student.decoder.parameters())
+
+
 def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
     module = build_train_module(config_with("mfm.mask_ratio=0"), CLASSES)
     inputs = module.step_inputs(block())

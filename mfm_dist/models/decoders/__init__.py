@@ -29,7 +29,7 @@ def decoder_names() -> list[str]:
 def build_decoder(
     name: str,
     channels: Sequence[int],
-    strides: Sequence[int],
+    strides: Sequence[float],
     num_classes: int,
     options: Mapping[str, object] | None = None,
 ) -> nn.Module:

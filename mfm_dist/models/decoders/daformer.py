@@ -26,7 +26,7 @@ class DAFormer(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[float],
         num_classes: int,
         *,
         width: int,
@@ -55,7 +55,7 @@ class DAFormer(nn.Module):
 
 def build(
     channels: Sequence[int],
-    strides: Sequence[int],
+    strides: Sequence[float],
     num_classes: int,
     *,
     width: int = 256,

@@ -21,7 +21,7 @@ class DeepLabV2(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], num_classes: int, dilations: Sequence[int]
+        self, channels: Sequence[int], strides: Sequence[float], num_classes: int, dilations: Sequence[int]
     ) -> None:
         super().__init__()
         self.inputs = (len(channels) - 1,)
@@ -38,7 +38,7 @@ class DeepLabV2(nn.Module):
 
 
 def build(
-    channels: Sequence[int], strides: Sequence[int], num_classes: int, *, dilations: Sequence[int] = (6, 12)
+    channels: Sequence[int], strides: Sequence[float], num_classes: int, *, dilations: Sequence[int] = (6, 12)
 ) -> DeepLabV2:
     """Build DeepLabV2 on the last encoder map.
 

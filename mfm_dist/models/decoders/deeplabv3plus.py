@@ -24,7 +24,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        strides: Sequence[int],
+        strides: Sequence[float],
         num_classes: int,
         *,
         width: int,
@@ -66,7 +66,7 @@ class DeepLabV3Plus(nn.Module):
 
 def build(
     channels: Sequence[int],
-    strides: Sequence[int],
+    strides: Sequence[float],
     num_classes: int,
     *,
     width: int = 512,

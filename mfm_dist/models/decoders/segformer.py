@@ -23,7 +23,7 @@ class SegFormer(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], num_classes: int, *, width: int, dropout: float
+        self, channels: Sequence[int], strides: Sequence[float], num_classes: int, *, width: int, dropout: float
     ) -> None:
         super().__init__()
         self.inputs = tuple(range(len(channels)))
@@ -40,7 +40,7 @@ class SegFormer(nn.Module):
 
 
 def build(
-    channels: Sequence[int], strides: Sequence[int], num_classes: int, *, width: int = 768, dropout: float = 0.1
+    channels: Sequence[int], strides: Sequence[float], num_classes: int, *, width: int = 768, dropout: float = 0.1
 ) -> SegFormer:
     """Build the SegFormer decoder on all encoder maps.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS, resume_problems
 from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import changed_keys, to_tree
-from mfm_dist.config.schema import RunConfig
+from mfm_dist.config.schema import LoRASection, RunConfig
 from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
 from tests.helpers.classes import CLASSES
 
@@ -30,6 +31,8 @@ OTHER = {
     "train.micro_batch": 1,
     "model.backbone": "resnet50c",
     "model.backbone_options": {"output_stride": 8},
+    "model.freeze": True,
+    "model.lora": LoRASection(rank=4),
     "model.decoder": "deeplabv2",
     "model.decoder_options": {"width": 64},
     "rebuilder.depth": 3,
@@ -95,7 +98,7 @@ def test_what_must_stay_is_refused_with_both_values_and_the_way_out(key: str, co
     for name in key.split("."):
         before = before[name]
     other: Any = OTHER[key]
-    now = list(other) if isinstance(other, tuple) else other
+    now = list(other) if isinstance(other, tuple) else to_tree(other) if is_dataclass(other) else other
     assert problem.startswith(f"{key}={now}, but ")
     assert problem.endswith(f": keep {before}, or choose another run.folder")
     assert str(checkpoint.path) in problem

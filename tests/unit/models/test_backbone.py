@@ -79,6 +79,34 @@ def test_mit_has_the_published_size(name: str, parameters: int, channels: tuple[
     assert backbone.strides == (4, 8, 16, 32)
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov3"])
+def test_dino_reads_the_files_as_released(family: str, tmp_path: Path) -> None:
+    """Under the names of Meta's files: with a mask token and periods beside what timm has."""
+    small = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+    name = {"dinov2": "vit_small_patch14_reg4_dinov2", "dinov3": "vit_small_patch16_dinov3"}[family]
+    reference = Backbone(name, options={**small, "dynamic_img_size": True}).eval()
+    state = {key.removeprefix("model."): value for key, value in reference.net.state_dict().items()}
+    released = {"mask_token": torch.zeros(1, 32) if family == "dinov2" else torch.zeros(1, 1, 32)}
+    tokens = {"dinov2": "register_tokens", "dinov3": "storage_tokens"}[family]
+    for key, value in state.items():
+        released[re.sub(r"gamma_(\d)", r"ls\1.gamma", key).replace("reg_token", tokens)] = value
+    if family == "dinov2":  # one position for the class token, too
+        released["pos_embed"] = torch.cat([torch.zeros(1, 1, 32), released["pos_embed"]], dim=1)
+    else:
+        released["rope_embed.periods"] = torch.ones(4)
+    file = tmp_path / f"{family}.pth"
+    torch.save(released, file)
+    loaded = Backbone(name, weights=file, options={**small, "dynamic_img_size": True}).eval()
+    image = torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        for ours, theirs in zip(loaded(image), reference(image), strict=True):
+            assert torch.equal(ours, theirs)
+    if family == "dinov2":
+        resampled = Backbone(name, weights=file, options={**small, "patch_size": 16, "img_size": 64, "pyramid": True})
+        assert resampled.net.model.patch_embed.proj.weight.shape[-2:] == (16, 16)
+        assert [tuple(m.shape) for m in resampled(torch.randn(1, 3, 64, 64))] == [(1, 32, 4, 4)]
+
+
 def test_mit_norms_and_drop_path_are_those_of_segformer() -> None:
     with torch.device("meta"):
         backbone = Backbone("mit_b2")
