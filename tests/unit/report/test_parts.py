@@ -175,7 +175,7 @@ def test_a_prediction_is_read_back_from_its_overlay(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 20, 30), generator=generator, dtype=torch.uint8)
     prediction = torch.randint(19, (20, 30), generator=generator)
-    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction, CLASSES.palette)
+    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction, CLASSES)
     panels = np.asarray(Image.open(tmp_path / "x.png"))
     photo = image.permute(1, 2, 0).numpy()
     found = overlay_prediction(panels, photo, CLASSES.palette)
