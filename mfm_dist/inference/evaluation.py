@@ -101,7 +101,7 @@ class Scores:
             values[part] = {name: value if value == value else None for name, value in values[part].items()}
         text = json.dumps(values, indent=2)
         # A row of the matrix in a line.
-        return re.sub(r"\[[\d\s,]+\]", lambda row: " ".join(row[0].split()), text) + "\n"
+        return re.sub(r"\[[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the JSON file, whole or not at all, into a folder that is made if need be."""
