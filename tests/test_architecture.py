@@ -49,6 +49,8 @@ DOORS = {
     "timm": ("mfm_dist/models/",),
     "yaml": ("mfm_dist/config/yaml_text.py",),
     "fvcore": ("tools/",),
+    "av": ("mfm_dist/inference/video.py",),
+    "huggingface_hub": ("mfm_dist/export.py",),
     "jinja2": ("mfm_dist/report/",),
     "matplotlib": ("mfm_dist/report/", "tools/lab.py"),
     "mfm_dist.shards": ("mfm_dist/shards/", "mfm_dist/build.py", "tools/"),
