@@ -45,7 +45,7 @@ def _data(card: ModelCard, config: RunConfig | None) -> str:
     if config is None:
         return "Not known here: the weights were converted, and come from elsewhere."
     data, model = config.data, config.model
-    start = f"`{model.weights.name}`" if model.weights else "timm's weights" if model.pretrained else "random weights"
+    start = model.weights.name if model.weights else "timm's weights" if model.pretrained else "random weights"
     crop = " x ".join(map(str, card.crop))
     rows = [
         ("source, with labels", data.source),
