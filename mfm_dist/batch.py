@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class UDABatch:
     """bool [B, H, W]; False on padding, where a pseudo-label means nothing."""
     block: int
     """Global index of this block; the key of every random draw that is made once per micro-batch."""
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its step draws (``TrainModule.draw``), which travels with it so that no step waits for a copy of its own."""
     bad_samples: tuple[BadSample, ...] = ()
     """Samples of this block that could not be used and were replaced by a neighbour."""
 
@@ -49,4 +51,5 @@ class UDABatch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        values["draws"] = {name: change(value) for name, value in self.draws.items()}
         return UDABatch(**values)

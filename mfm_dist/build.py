@@ -25,7 +25,7 @@ from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.size_limit import limited_size
 from mfm_dist.rng import Stream, keyed_seed
 from mfm_dist.shards.scene_shards import SCENE_SETS, write_scenes
-from mfm_dist.train_module import TrainModule
+from mfm_dist.train_module import TrainModule, why_not_once
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,9 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
             f"method.name={config.method_label} keeps things near their ImageNet features, and no class is a thing: "
             "say which are (things: [...]) in a class file, and name it in data.classes"
         )
+    reason = None if student is None else why_not_once(config, student.backbone)
+    if reason and config.train.encode_once == "always":
+        problems.append(f"train.encode_once=always: {reason}; auto encodes once where that changes nothing")
     if problems or method is None or student is None:
         raise ConfigError(problems)
     module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config, classes=classes)

@@ -7,7 +7,7 @@ and masks are equal at any world size, and resuming needs no generator state.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -37,6 +37,30 @@ class Stream(IntEnum):
     MIC_AUGMENT = 15
     DETAIL_BOX = 16
     BOOTSTRAP = 17
+
+
+class Keyed(Protocol):
+    """What all draws of a micro-batch are keyed by."""
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+
+    @property
+    def block(self) -> int:
+        """Index of the micro-batch: key of what is drawn once for it."""
+
+    @property
+    def positions(self) -> range:
+        """Position of each sample: key of what is drawn once for a sample."""
+
+
+class BlockKey(NamedTuple):
+    """The keys of one micro-batch, without the micro-batch."""
+
+    seed: int
+    block: int
+    positions: range
 
 
 class _Key(ISeedSequence):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
@@ -16,15 +16,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mfm_dist.batch import UDABatch
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
-from mfm_dist.methods.mfm import mfm_term, passes_of
+from mfm_dist.methods.base import ForwardKind, Maps, Method, Pass, StepInputs, Term
+from mfm_dist.methods.mfm import mask_draws, mfm_pass, passes_of
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
 from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.dropout import dropouts_of, masked, shares_kept
 from mfm_dist.models.layers import batch_norm_untracked
-from mfm_dist.models.preprocessing import normalise
+from mfm_dist.models.preprocessing import channel_constants, normalise_by
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.rng import Stream, keyed_seed
+from mfm_dist.rng import BlockKey, Stream, keyed_seed, torch_generator
+
+IMAGES = 2
+"""Images of a pass at most: HRDA's context and detail window."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class StepOutput:
 class TrainModule(nn.Module):
     """The only module the engine wraps, and ``forward`` its only way in, so that no gradient bypasses DDP or ZeRO."""
 
+    image_mean: Tensor
+    image_std: Tensor
+    dropout_keep: Tensor
+
     def __init__(
         self,
         *,
@@ -62,11 +70,15 @@ class TrainModule(nn.Module):
         self.config = config
         self.classes = classes
         self.map_gradients = MapGradients()
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
+        self.term_names = tuple(self.terms(mfm_weight=0.0))
         """The terms of the loss, in the order they run."""
-        return tuple(self.terms(mfm_weight=0.0))
+        self.encodes_once = config.train.encode_once != "never" and why_not_once(config, student.backbone) is None
+        self.encoder_dropouts, head_dropouts = dropouts_of([student.backbone]), dropouts_of(student.heads)
+        mean, std = channel_constants()
+        self.register_buffer("image_mean", mean, persistent=False)
+        self.register_buffer("image_std", std, persistent=False)
+        keep = shares_kept([*self.encoder_dropouts, *head_dropouts])
+        self.register_buffer("dropout_keep", keep, persistent=False)
 
     def forward(
         self,
@@ -94,14 +106,17 @@ class TrainModule(nn.Module):
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
         measured: dict[str, Tensor] = {}
-        for index, (name, term) in enumerate(self.terms(mfm_weight, measured if measure else None).items()):
-            if only in (None, name):
-                # Dropout and drop-path depend on block and term alone, never on a rank or on what ran before.
-                torch.manual_seed(keyed_seed(self.config.seed, Stream.FORWARD, batch.block, index))
-                with self._watched(name, measure):
-                    for part, loss in term(self.student, inputs).items():
-                        losses[part] = loss.value
-                        weighted.append(loss.weight * loss.value)
+        terms = self.terms(mfm_weight, measured if measure else None)
+        passes = {name: term(self.student, inputs) for name, term in terms.items() if only in (None, name)}
+        encoded = self.encode_together(passes, inputs) if self.encodes_once else {}
+        for name, seen in passes.items():
+            with self.pass_of(name, seen, inputs, mfm_weight):
+                maps = iter(encoded[name]) if self.encodes_once else self.encode_alone(name, seen, inputs)
+                if self.config.mfm.enabled and (measure or self.config.mfm.gradient_budget):
+                    maps = self.map_gradients.watched(maps, of_mfm=name not in self.method.terms())
+                for part, loss in seen.losses(maps).items():
+                    losses[part] = loss.value
+                    weighted.append(loss.weight * loss.value)
 
         logged = {name: loss.detach() for name, loss in losses.items()}
         if inputs.pseudo is not None:
@@ -124,42 +139,93 @@ class TrainModule(nn.Module):
         kind: ForwardKind,
         weight: float,
         measured: dict[str, Tensor] | None = None,
-    ) -> dict[str, Loss]:
-        """Compute L_mfm, which leaves the student's running statistics alone unless it is to count in them."""
-        settings = self.config.mfm
-        with nullcontext() if settings.update_bn and weight > 0 else batch_norm_untracked(student):
-            loss = mfm_term(
-                student,
-                self.rebuilder,
-                inputs,
-                settings,
-                grid=self.config.rebuilder.grid,
-                detail_weight=self.config.hrda.detail_loss_weight,
-                teacher=self.teacher_features,
-                kind=kind,
-                measured=measured,
-            )
-        return {kind.label: Loss(loss, weight)}
+    ) -> Pass:
+        """Compute L_mfm."""
+        return mfm_pass(
+            student,
+            self.rebuilder,
+            inputs,
+            self.config.mfm,
+            weight=weight,
+            detail_weight=self.config.hrda.detail_loss_weight,
+            teacher=self.teacher_features,
+            kind=kind,
+            measured=measured,
+        )
+
+    def encode_together(self, passes: Mapping[str, Pass], inputs: StepInputs) -> dict[str, list[list[Tensor]]]:
+        """Encode the images of all passes, those of one size in one call; return the maps of each by pass."""
+        images = [(name, number, image) for name, seen in passes.items() for number, image in enumerate(seen.images)]
+        maps: dict[str, list[list[Tensor]]] = {name: [[] for _ in seen.images] for name, seen in passes.items()}
+        for size in dict.fromkeys(image.shape[1:] for *_, image in images):
+            alike = [one for one in images if one[2].shape[1:] == size]
+            counts = [len(image) for *_, image in alike]
+            masks = [self.dropout_masks(inputs, name, number, len(image))[0] for name, number, image in alike]
+            torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, len(self.term_names)))
+            with masked(self.encoder_dropouts, torch.cat(masks)):
+                together = self.student.encode(torch.cat([image for *_, image in alike]))
+            parts = zip(*(feature.split(counts) for feature in together), strict=True)
+            for (name, number, _), own in zip(alike, parts, strict=True):
+                maps[name][number] = list(own)
+        return maps
+
+    def encode_alone(self, name: str, seen: Pass, inputs: StepInputs) -> Maps:
+        """Encode the images of one pass, each in a call of its own."""
+        for number, image in enumerate(seen.images):
+            with masked(self.encoder_dropouts, self.dropout_masks(inputs, name, number, len(image))[0]):
+                features = self.student.encode(image)
+            yield features
+
+    @contextmanager
+    def pass_of(self, name: str, seen: Pass, inputs: StepInputs, mfm_weight: float) -> Iterator[None]:
+        """Span a pass: its draws are its own, and L_mfm counts in BatchNorm's running statistics only if it is to."""
+        # What is drawn without a given mask, in the encoder's attention for example, depends on block and pass alone.
+        torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, self.term_names.index(name)))
+        tracked = name in self.method.terms() or (self.config.mfm.update_bn and mfm_weight > 0)
+        with nullcontext() if tracked else batch_norm_untracked(self.student):
+            self.student.head_masks = [
+                self.dropout_masks(inputs, name, number, len(image))[1] for number, image in enumerate(seen.images)
+            ]
+            try:
+                yield
+            finally:
+                self.student.head_masks = None
+
+    def dropout_masks(self, inputs: StepInputs, name: str, number: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the dropout masks of encoder and heads for an image of a pass, each [count, sum of widths]."""
+        masks = inputs.dropout[self.term_names.index(name), number, :count]
+        encoder = sum(layer.width for layer in self.encoder_dropouts)
+        return masks[:, :encoder], masks[:, encoder:]
 
     def pop_map_squares(self) -> Tensor:
         """Return the squared norms at the encoder's last map since the last call: [2], of the method and of L_mfm."""
         squares, self.map_gradients.squares = self.map_gradients.squares, torch.zeros(2)
         return squares
 
-    @contextmanager
-    def _watched(self, term: str, measure: bool) -> Iterator[None]:
-        """Watch the gradients at the last map of every image that a term encodes, where they are measured or needed."""
-        if self.config.mfm.enabled and (measure or self.config.mfm.gradient_budget):
-            of_mfm = term in {kind.label for kind in passes_of(self.config.mfm)}
-            self.student.watch = partial(self.map_gradients.watch, place=int(of_mfm))
-        try:
-            yield
-        finally:
-            self.student.watch = None
+    def draw(self, batch: UDABatch) -> UDABatch:
+        """Return the batch with all tensors that its step draws, on the CPU: functions of seed, block and positions.
+
+        Drawn before the batch goes to the device they travel with it, and the step copies nothing.
+        """
+        key = BlockKey(self.config.seed, batch.block, batch.positions)
+        height, width = batch.source_label.shape[-2:]
+        draws = self.method.draws(key, (height, width))
+        if self.config.mfm.enabled:
+            draws |= mask_draws(key, self.config.rebuilder.grid, self.config.mfm)
+        shape = (IMAGES, 2 * len(key.positions), len(self.dropout_keep))
+        dropout = [
+            torch.rand(shape, generator=torch_generator(key.seed, Stream.FORWARD, key.block, index))
+            for index in range(len(self.term_names))
+        ]
+        return replace(batch, draws={**draws, "dropout": torch.stack(dropout)})
 
     def step_inputs(self, batch: UDABatch) -> StepInputs:
         """Prepare what the terms look at, the teacher's targets included."""
-        source_image, target_image = normalise(batch.source_image), normalise(batch.target_image)
+        if not batch.draws:
+            batch = self.draw(batch).to(batch.source_image.device)
+        source_image, target_image = (
+            normalise_by(image, self.image_mean, self.image_std) for image in (batch.source_image, batch.target_image)
+        )
         source_whole = self.student.context(source_image)
         return StepInputs(
             source_image=source_image,
@@ -171,6 +237,10 @@ class TrainModule(nn.Module):
             seed=self.config.seed,
             block=batch.block,
             positions=batch.positions,
+            draws=batch.draws,
+            dropout=(batch.draws["dropout"] < self.dropout_keep) / self.dropout_keep,
+            mean=self.image_mean,
+            std=self.image_std,
         )
 
     def fingerprints(self) -> dict[str, str]:
@@ -200,6 +270,15 @@ class TrainModule(nn.Module):
         return self.teacher.segmentor.encode(image)
 
 
+def why_not_once(config: RunConfig, backbone: Backbone) -> str | None:
+    """Say why the images of all terms are not to be encoded in one call; None where they may."""
+    if config.memory.lean:
+        return "memory.lean holds the activations of one term at a time"
+    if any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
+        return f"the encoder {config.model.backbone} has BatchNorm, which would normalise all images together"
+    return None
+
+
 class MapGradients:
     """Sums the squares of the gradients that come back to the encoder's last map."""
 
@@ -207,10 +286,12 @@ class MapGradients:
         self.squares = torch.zeros(2)
         """Of the method's own terms, and of lambda * L_mfm."""
 
-    def watch(self, features: list[Tensor], place: int) -> None:
-        """Add what the backward will bring to the last of these maps to one of the sums."""
-        if features[-1].requires_grad:
-            features[-1].register_hook(partial(self._add, place))
+    def watched(self, maps: Maps, *, of_mfm: bool) -> Maps:
+        """Add what the backward will bring to the last of the maps of each image to one of the sums."""
+        for features in maps:
+            if features[-1].requires_grad:
+                features[-1].register_hook(partial(self._add, int(of_mfm)))
+            yield features
 
     def _add(self, place: int, gradient: Tensor) -> None:
         # A copy: what was popped may still be in use. An index that is a number, for a tensor would be on the CPU.

@@ -404,6 +404,11 @@ class Trainer:
         """Fetch this rank's micro-batches of the next step, or say why there are none."""
         with self.phase("data"), self.step_log.waiting_for_data():
             try:
-                return [next(blocks) for _ in range(self.engine.accumulation)], None
+                return [self._drawn(next(blocks)) for _ in range(self.engine.accumulation)], None
             except DataError as error:
                 return [], error
+
+    def _drawn(self, batch: UDABatch) -> UDABatch:
+        """Draw what the step of a batch draws, so that it goes to the device with the batch."""
+        batch = self.module.draw(batch)
+        return batch.pin_memory() if self.engine.device.type == "cuda" else batch

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import MFMSection, RunConfig
-from mfm_dist.methods.base import Loss, Method, StepInputs, Term
 from mfm_dist.methods.mfm import mask_of
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
@@ -238,23 +237,22 @@ def count_step(config: RunConfig) -> dict[str, TermCost]:
             block=0,
         )
     with counter:
-        module(batch, config.mfm.loss_weight)
+        inputs = module.step_inputs(batch)
+        for meter.term in module.term_names:  # one by one, so that what is computed in a term is known
+            module(batch, config.mfm.loss_weight, meter.term, inputs)
     outside = counter.get_total_flops() // 2 - sum(cost.forward.total() for cost in meter.costs.values())
     if outside:
         meter.costs["outside the networks"] = TermCost(Counter({"other": outside}), Counter())
     return meter.costs
 
 
-class _StepMeter(Method):
-    """Stands in for the method of a module: runs its terms, and notes which part computes how much in which."""
-
-    needs_teacher = True
+class _StepMeter:
+    """Notes which part of a module computes how much in which term."""
 
     def __init__(self, module: TrainModule, counter: FlopCounterMode) -> None:
-        self.method = module.method
-        module.method = self
         self.counter = counter
-        self.term = "teacher"  # the first to run; what follows the method's own terms is MFM's
+        self.term = "teacher"
+        """What runs now; the teacher first."""
         self.costs: dict[str, TermCost] = {}
         self._before = 0
         parts = {"encoder": module.student.backbone, "decoder": module.student.decoder}
@@ -265,15 +263,6 @@ class _StepMeter(Method):
         for name, part in parts.items():
             part.register_forward_pre_hook(self._start)
             part.register_forward_hook(partial(self._add, name))
-
-    def terms(self) -> Mapping[str, Term]:
-        return {name: partial(self._run, name, term) for name, term in self.method.terms().items()}
-
-    def _run(self, name: str, term: Term, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
-        self.term = name
-        losses = term(student, inputs)
-        self.term = "mfm"
-        return losses
 
     def _start(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002 - a hook's arguments
         self._before = self.counter.get_total_flops()

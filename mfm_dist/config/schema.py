@@ -355,6 +355,9 @@ class TrainSection:
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
     clip_parts: dict[str, Any] = field(default_factory=dict)
     """Largest gradient norm of single parts, applied before `clip_norm`: of encoder, decoder, rebuilder."""
+    encode_once: Literal["auto", "always", "never"] = "auto"
+    """Encode the images of all loss terms in one call: the same step in a third of the kernels, which is what a GPU
+    waits for. auto: where nothing in the encoder looks at the batch (BatchNorm), and not with `memory.lean`."""
     compile: bool = False
     """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile. Takes minutes at the
     start, and on a CPU a C++ compiler."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece, parameter_shape
@@ -26,10 +27,14 @@ class BF16Engine(DeepSpeedEngine):
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
         # DeepSpeed makes its master from the weights that it has cast: what they were before is put back.
         exact = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
         super().prepare(module, optimizer)
-        for buffer in module.buffers():  # BatchNorm wants its statistics in the type of its weights
+        # BatchNorm wants its statistics in the type of its weights. Other buffers stay as exact as they were.
+        statistics = {id(b) for m in module.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+        for name, buffer in module.named_buffers():
             if buffer.is_floating_point():
-                buffer.data = buffer.data.bfloat16()
+                whole = constants[name].to(buffer.device)
+                buffer.data = whole.bfloat16() if id(buffer) in statistics else whole
         pairs = self._teacher_pairs
         self._student_of = {teacher: student for student, teacher in pairs}
         self._average: dict[nn.Parameter, Tensor] = {}

@@ -8,7 +8,8 @@ from torchvision's: brightness adds, contrast multiplies, saturation and hue act
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,18 +17,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_dist.config.schema import SelfTrainingSection
-from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, jitter_batch
-from mfm_dist.models.preprocessing import _channel_constants
+from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, blur_weights, colour_maps, jitter_batch
+from mfm_dist.models.preprocessing import channel_constants
+
+Scope = Literal["image", "batch"]
 
 BLUR_SIGMA = (0.15, 1.15)
 """Range of the blur's standard deviation in pixels (DACS)."""
+
+
+class Shipped(NamedTuple):
+    """What lies on the device already, so that augmenting waits for no copy."""
+
+    drawn: Mapping[str, Tensor]
+    """Of ``augmentation_tensors``."""
+    mean: Tensor
+    """[1, 3, 1, 1], of RGB in 0..255."""
+    std: Tensor
+    """[1, 3, 1, 1], likewise."""
 
 
 def strong_augment(
     image: Tensor,
     settings: SelfTrainingSection,
     generator: np.random.Generator,
-    scope: Literal["image", "batch"] = "image",
+    scope: Scope = "image",
+    *,
+    shipped: Shipped | None = None,
 ) -> Tensor:
     """Jitter and blur a normalised batch [B, 3, H, W] into a new tensor.
 
@@ -36,25 +52,66 @@ def strong_augment(
     Args:
         scope: what the order of the colour changes and the blur's sigma are drawn for: each image (the mixed images
             of DACS and DAFormer) or the batch (the masked images of MIC).
+        shipped: drawn by an equal generator; None: drawn and copied to the device here.
     """
-    jitters, blurs = generator.random(2) < (settings.jitter_prob, settings.blur_prob)
-    if jitters:
-        mean, std = _channel_constants(image)
-        order = generator.permutation(4) if scope == "batch" else None
-        factors = [_draw_factors(settings.jitter_strength, generator, order) for _ in image]
+    drawn = _draw_augmentation(settings, generator, len(image), scope)
+    if shipped is None:
+        tensors = {name: value.to(image.device) for name, value in _tensors(settings, drawn).items()}
+        shipped = Shipped(tensors, *channel_constants(image.device))
+    mean, std = shipped.mean, shipped.std
+    if drawn.factors is not None:
         if settings.augment_form == "fast":
-            image = jitter_batch(image, factors, mean, std)
+            image = jitter_batch(image, shipped.drawn["colours"], mean, std)
         else:
             rgb = (image * std + mean) / 255.0
-            rgb = torch.stack([_jitter_one(one, drawn) for one, drawn in zip(rgb, factors, strict=True)])
+            rgb = torch.stack([_jitter_one(one, factors) for one, factors in zip(rgb, drawn.factors, strict=True)])
             image = (rgb * 255.0 - mean) / std
-    if blurs:
-        sigmas = generator.uniform(*BLUR_SIGMA, size=1 if scope == "batch" else len(image))
-        sigmas = np.broadcast_to(sigmas, len(image))
+    if drawn.sigmas is not None:
         if settings.augment_form == "fast":
-            return blur_batch(image, sigmas)
-        image = torch.stack([gaussian_blur(one, sigma) for one, sigma in zip(image, sigmas, strict=True)])
+            return blur_batch(image, shipped.drawn["blur"])
+        image = torch.stack([gaussian_blur(one, sigma) for one, sigma in zip(image, drawn.sigmas, strict=True)])
     return image
+
+
+def augmentation_tensors(
+    settings: SelfTrainingSection, generator: np.random.Generator, count: int, scope: Scope = "image"
+) -> dict[str, Tensor]:
+    """Draw, on the CPU, the tensors that ``strong_augment`` needs on the device for ``count`` images."""
+    return _tensors(settings, _draw_augmentation(settings, generator, count, scope))
+
+
+class _Drawn(NamedTuple):
+    """What is done to a micro-batch."""
+
+    factors: list[ColourFactors] | None
+    """Of each image; None: no jitter."""
+    sigmas: np.ndarray | None
+    """Of each image, in pixels; None: no blur."""
+
+
+def _draw_augmentation(
+    settings: SelfTrainingSection, generator: np.random.Generator, count: int, scope: Scope
+) -> _Drawn:
+    factors = sigmas = None
+    jitters, blurs = generator.random(2) < (settings.jitter_prob, settings.blur_prob)
+    if jitters:
+        order = generator.permutation(4) if scope == "batch" else None
+        factors = [_draw_factors(settings.jitter_strength, generator, order) for _ in range(count)]
+    if blurs:
+        sigmas = generator.uniform(*BLUR_SIGMA, size=1 if scope == "batch" else count)
+        sigmas = np.broadcast_to(sigmas, count)
+    return _Drawn(factors, sigmas)
+
+
+def _tensors(settings: SelfTrainingSection, drawn: _Drawn) -> dict[str, Tensor]:
+    """Return what the fast form computes with. The published one takes numbers, which need no copy."""
+    tensors = {}
+    if settings.augment_form == "fast":
+        if drawn.factors is not None:
+            tensors["colours"] = colour_maps(drawn.factors)
+        if drawn.sigmas is not None:
+            tensors["blur"] = blur_weights(drawn.sigmas)
+    return tensors
 
 
 def _draw_factors(strength: float, generator: np.random.Generator, order: np.ndarray | None) -> ColourFactors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.rng import Keyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,23 @@ class StepInputs:
     """Index of the micro-batch: key of what is drawn once per micro-batch."""
     positions: range
     """Position of each sample: key of what is drawn once per sample."""
+    draws: Mapping[str, Tensor]
+    """What ``Method.draws`` gave for this micro-batch, and what MFM and dropout draw."""
+    dropout: Tensor
+    """Masks, 0 or 1 / (1 - p): [passes, images of a pass, 2 B, channels of all layers]."""
+    mean: Tensor
+    """[1, 3, 1, 1], of RGB in 0..255, what images were normalised with."""
+    std: Tensor
+    """[1, 3, 1, 1], likewise."""
+
+    def drawn(self, name: str) -> dict[str, Tensor]:
+        """Return the draws that were ``named`` so."""
+        return {key.removeprefix(f"{name}/"): value for key, value in self.draws.items() if key.startswith(f"{name}/")}
+
+
+def named(name: str, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put ``name/`` before what was drawn, for ``StepInputs.drawn`` to find."""
+    return {f"{name}/{key}": value for key, value in draws.items()}
 
 
 class ForwardKind(IntEnum):
@@ -66,23 +84,34 @@ class Loss(NamedTuple):
     """What it is multiplied with in the total."""
 
 
+Maps = Iterator[list[Tensor]]
+"""Encoder maps of each image of a pass, in order; those that nobody has encoded yet are encoded when they are taken."""
+
+
+class Pass(NamedTuple):
+    """One forward of the student: what its encoder is to see, and what is made of the answer.
+
+    In two halves, so that the images of all passes of a step can be encoded in one call. Whatever normalises with the
+    statistics of a batch sees a pass by itself, because these statistics are part of the published algorithms.
+    """
+
+    images: list[Tensor]
+    """Each [B, 3, h, w], normalised."""
+    losses: Callable[[Maps], dict[str, Loss]]
+    """From the encoder maps of each of these images to losses by name."""
+
+
 class Term(Protocol):
-    """From the student and the inputs to losses by name, all of one forward. Every term is a forward of its own,
-    because BatchNorm's batch statistics are part of the published algorithms."""
+    """From the student and the inputs to the pass whose losses the term is."""
 
-    def __call__(self, student: Segmentor, inputs: StepInputs, /) -> dict[str, Loss]: ...
-
-
-class Classified(NamedTuple):
-    """A supervised forward."""
-
-    losses: dict[str, Loss]
-    features: list[Tensor]
-    """Encoder maps of the image as the encoder sees it whole."""
+    def __call__(self, student: Segmentor, inputs: StepInputs, /) -> Pass: ...
 
 
 class Classify(Protocol):
-    """How images [B, 3, H, W] are classified and compared with labels [B, H, W], each pixel weighed by [B, H, W]."""
+    """How images [B, 3, H, W] are classified and compared with labels [B, H, W], each pixel weighed by [B, H, W].
+
+    The first image of the pass is the whole one as the encoder sees it.
+    """
 
     def __call__(
         self,
@@ -93,7 +122,7 @@ class Classify(Protocol):
         label: Tensor,
         weight: Tensor | None = None,
         /,
-    ) -> Classified: ...
+    ) -> Pass: ...
 
 
 def classify(
@@ -104,10 +133,13 @@ def classify(
     label: Tensor,
     weight: Tensor | None = None,
     /,
-) -> Classified:
+) -> Pass:
     """Compute cross-entropy at one resolution; the loss enlarges the decoder's logits, once and in fp32."""
-    features = student.encode(image)
-    return Classified({kind.label: Loss(cross_entropy(student.decode(features), label, weight))}, features)
+
+    def losses(maps: Maps) -> dict[str, Loss]:
+        return {kind.label: Loss(cross_entropy(student.decode(next(maps)), label, weight))}
+
+    return Pass([image], losses)
 
 
 class Method(ABC):
@@ -130,6 +162,15 @@ class Method(ABC):
         that the ranks exchange gradients.
         """
 
-    def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+    def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:  # noqa: ARG002 - nothing to draw
+        """Draw, on the CPU, the tensors that the terms need for a micro-batch.
+
+        Args:
+            key: what every draw depends on, and nothing else.
+            size: height and width of the crop.
+        """
+        return {}
+
+    def source_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_sup: supervised cross-entropy on labelled images."""
-        return self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, inputs.source_label).losses
+        return self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, inputs.source_label)

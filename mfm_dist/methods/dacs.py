@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig, SelfTrainingSection
-from mfm_dist.methods.augment import strong_augment
-from mfm_dist.methods.base import Classify, ForwardKind, Loss, Method, StepInputs, Term, classify
+from mfm_dist.methods.augment import Shipped, augmentation_tensors, strong_augment
+from mfm_dist.methods.base import Classify, ForwardKind, Method, Pass, StepInputs, Term, classify, named
 from mfm_dist.methods.self_training import NUM_LABEL_VALUES, draw_class_masks, mix
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.rng import Keyed, Stream, keyed_generator
 
 
 class DACS(Method):
@@ -27,10 +27,21 @@ class DACS(Method):
     def terms(self) -> Mapping[str, Term]:
         return {"source": self.source_term, "mixed": self.mixed_term}
 
-    def mixed_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+    def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:  # noqa: ARG002 - of any size
+        return mix_draws(key, self.settings)
+
+    def mixed_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_mix: paste source i onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
         image, label, weight = mixed_batch(inputs, self.settings)
-        return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight).losses
+        return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight)
+
+
+def mix_draws(key: Keyed, settings: SelfTrainingSection) -> dict[str, Tensor]:
+    """Draw what ``mixed_batch`` needs: a random key for each image and label value, and the strong augmentation."""
+    count = len(key.positions)
+    ranks = keyed_generator(key.seed, Stream.CLASS_MIX, key.block).random((count, NUM_LABEL_VALUES))
+    generator = keyed_generator(key.seed, Stream.STRONG_AUGMENT, key.block)
+    return named("mixed", {"ranks": torch.from_numpy(ranks), **augmentation_tensors(settings, generator, count)})
 
 
 @torch.no_grad()
@@ -41,14 +52,13 @@ def mixed_batch(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tens
         image float32 [B, 3, H, W], label int64 [B, H, W] and pixel weight float32 [B, H, W] of the mixed batch.
     """
     assert inputs.pseudo is not None
-    draws = keyed_generator(inputs.seed, Stream.CLASS_MIX, inputs.block)
-    ranks = torch.from_numpy(draws.random((len(inputs.source_label), NUM_LABEL_VALUES)))
-    class_mask = draw_class_masks(inputs.source_label, ranks, settings.class_draw)
+    drawn = inputs.drawn("mixed")
+    class_mask = draw_class_masks(inputs.source_label, drawn["ranks"], settings.class_draw)
     image = mix(class_mask, inputs.source_image, inputs.target_image)
     label = mix(class_mask, inputs.source_label.long(), inputs.pseudo.label)
     weight = mix(class_mask, torch.ones_like(inputs.pseudo.weight), inputs.pseudo.weight)
-    augment = keyed_generator(inputs.seed, Stream.STRONG_AUGMENT, inputs.block)
-    return strong_augment(image, settings, augment), label, weight
+    generator = keyed_generator(inputs.seed, Stream.STRONG_AUGMENT, inputs.block)
+    return strong_augment(image, settings, generator, shipped=Shipped(drawn, inputs.mean, inputs.std)), label, weight
 
 
 def build(config: RunConfig) -> Method:

@@ -6,15 +6,17 @@ The method's third part, rare class sampling, is a matter of the data: ``data.ra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import DAFormerSection, RunConfig, SelfTrainingSection
-from mfm_dist.methods.base import Classify, ForwardKind, Loss, Method, StepInputs, Term, classify
+from mfm_dist.methods.base import Classify, Loss, Maps, Method, Pass, StepInputs, Term, classify
 from mfm_dist.methods.dacs import DACS
 from mfm_dist.models.segmentor import Segmentor
+from mfm_dist.rng import Keyed
 
 
 class DAFormer(Method):
@@ -33,16 +35,24 @@ class DAFormer(Method):
     def terms(self) -> Mapping[str, Term]:
         return {**self.dacs.terms(), "source": self.source_term}
 
-    def source_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+    def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
+        return self.dacs.draws(key, size)
+
+    def source_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_sup, and L_fd on the same features."""
-        assert inputs.initial_feature is not None
-        label = inputs.source_label
-        losses, features = self.classify(student, inputs, ForwardKind.SOURCE, inputs.source_image, label)
-        last = features[-1]
-        size = (last.shape[-2], last.shape[-1])
-        mask = thing_mask(label, inputs.classes, size, self.settings.feature_distance_share)
-        distance = feature_distance(last, inputs.initial_feature, mask)
-        return {**losses, "feature_distance": Loss(distance, self.settings.feature_distance_weight)}
+        supervised = super().source_term(student, inputs)
+
+        def losses(maps: Maps) -> dict[str, Loss]:
+            assert inputs.initial_feature is not None
+            whole = next(maps)
+            found = supervised.losses(chain([whole], maps))
+            last = whole[-1]
+            size = (last.shape[-2], last.shape[-1])
+            mask = thing_mask(inputs.source_label, inputs.classes, size, self.settings.feature_distance_share)
+            distance = feature_distance(last, inputs.initial_feature, mask)
+            return {**found, "feature_distance": Loss(distance, self.settings.feature_distance_weight)}
+
+        return supervised._replace(losses=losses)
 
 
 @torch.no_grad()
@@ -64,9 +74,8 @@ def thing_mask(label: Tensor, classes: ClassSet, size: tuple[int, int], share: f
     values = (*range(len(classes)), IGNORE_INDEX)
     counts = torch.stack([(cells == value).sum(dim=(2, 4)) for value in values], dim=1)  # [B, classes + 1, h, w]
     count, winner = counts.max(dim=1)
-    is_thing = torch.zeros(len(values), dtype=torch.bool, device=label.device)
-    is_thing[classes.indices(classes.things)] = True
-    return is_thing[winner] & (count >= share * high * wide)
+    is_thing = torch.stack([winner == index for index in classes.indices(classes.things)]).any(dim=0)
+    return is_thing & (count >= share * high * wide)
 
 
 def feature_distance(feature: Tensor, initial: Tensor, mask: Tensor) -> Tensor:

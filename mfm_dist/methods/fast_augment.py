@@ -10,6 +10,7 @@ levels on average, where the jitter itself changes them by 29.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,38 +56,48 @@ def colour_map(factors: ColourFactors) -> tuple[np.ndarray, np.ndarray]:
     return matrix, offset
 
 
-def jitter_batch(image: Tensor, factors: list[ColourFactors], mean: Tensor, std: Tensor) -> Tensor:
+def colour_maps(factors: Sequence[ColourFactors]) -> Tensor:
+    """Return the maps of all images on the CPU: float32 [B, 3, 4], each matrix with its offset to the right."""
+    maps = [np.column_stack(colour_map(one)) for one in factors]
+    return torch.from_numpy(np.stack(maps).astype(np.float32))
+
+
+def jitter_batch(image: Tensor, maps: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Jitter a normalised batch [B, 3, H, W] by one multiplication and one clamp to the range of colours.
 
     Args:
-        factors: of each image.
+        maps: of each image (``colour_maps``).
         mean, std: [1, 3, 1, 1], of RGB in 0..255.
     """
     shift, scale = mean.flatten() / 255.0, std.flatten() / 255.0
-    maps = [colour_map(one) for one in factors]
-    matrices = torch.tensor(np.stack([matrix for matrix, _ in maps]), dtype=torch.float32, device=image.device)
-    offsets = torch.tensor(np.stack([offset for _, offset in maps]), dtype=torch.float32, device=image.device)
-    # Normalising before and after is affine too: x' = (M (x s + m) + o - m) / s.
-    folded = matrices * scale[None, None, :] / scale[None, :, None]
-    constant = (matrices @ shift + offsets - shift) / scale
+    matrices, offsets = maps[..., :3], maps[..., 3]
     with torch.autocast(image.device.type, enabled=False):
+        # Normalising before and after is affine too: x' = (M (x s + m) + o - m) / s.
+        folded = matrices * scale[None, None, :] / scale[None, :, None]
+        constant = (matrices @ shift + offsets - shift) / scale
         changed = torch.baddbmm(constant[:, :, None], folded, image.flatten(2)).view(image.shape)
     low, high = -mean / std, (255.0 - mean) / std
     return torch.maximum(torch.minimum(changed, high), low)
 
 
-def blur_batch(image: Tensor, sigmas: np.ndarray) -> Tensor:
-    """Blur [B, 3, H, W] by a separable Gaussian with reflected borders and a sigma for each image."""
-    batch, channels, height, width = image.shape
-    radius = min(math.ceil(BLUR_REACH * float(sigmas.max())), height - 1, width - 1)
+def blur_weights(sigmas: np.ndarray) -> Tensor:
+    """Return the Gaussians of these standard deviations on the CPU, all as long as the widest: float32 [B, taps]."""
+    radius = math.ceil(BLUR_REACH * float(sigmas.max()))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (offsets[None] / torch.from_numpy(sigmas.astype(np.float32))[:, None]) ** 2)
-    weights = (weights / weights.sum(1, keepdim=True)).to(image.device, image.dtype).repeat_interleave(channels, 0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def blur_batch(image: Tensor, weights: Tensor) -> Tensor:
+    """Blur [B, 3, H, W] by a separable Gaussian with reflected borders, each image by its own (``blur_weights``)."""
+    batch, channels, height, width = image.shape
+    radius = weights.shape[1] // 2
+    kernels = weights.to(image.dtype).repeat_interleave(channels, 0)
     blurred = image.reshape(1, batch * channels, height, width)
     with torch.autocast(image.device.type, enabled=False):
         for kernel, padding in (
-            (weights[:, None, :, None], (0, 0, radius, radius)),
-            (weights[:, None, None, :], (radius, radius, 0, 0)),
+            (kernels[:, None, :, None], (0, 0, radius, radius)),
+            (kernels[:, None, None, :], (radius, radius, 0, 0)),
         ):
             blurred = F.conv2d(F.pad(blurred, padding, mode="reflect"), kernel, groups=batch * channels)
     return blurred.view(image.shape)

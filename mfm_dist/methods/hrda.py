@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import Classified, ForwardKind, Loss, Method, StepInputs
+from mfm_dist.methods.base import ForwardKind, Loss, Maps, Method, Pass, StepInputs
 from mfm_dist.methods.daformer import DAFormer
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
@@ -31,17 +31,20 @@ def classify_at_two_resolutions(
     /,
     *,
     detail_weight: float,
-) -> Classified:
+) -> Pass:
     """Sum (1 - w) * cross-entropy of the fused logits and w * that of the detail window's, one window for the batch."""
     assert isinstance(student, HRDASegmentor)
     box = draw_detail_box(student, inputs, kind)
-    seen = student.forward_crops(image, box)
-    detail = cross_entropy(seen.detail, box.crop(label), None if weight is None else box.crop(weight))
-    losses = {
-        kind.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
-        f"{kind.label}_detail": Loss(detail, detail_weight),
-    }
-    return Classified(losses, seen.features)
+
+    def losses(maps: Maps) -> dict[str, Loss]:
+        seen = student.decode_crops(maps, box)
+        detail = cross_entropy(seen.detail, box.crop(label), None if weight is None else box.crop(weight))
+        return {
+            kind.label: Loss(cross_entropy(seen.fused, label, weight), 1.0 - detail_weight),
+            f"{kind.label}_detail": Loss(detail, detail_weight),
+        }
+
+    return Pass([student.context(image), box.crop(image)], losses)
 
 
 def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, kind: ForwardKind) -> Window:

@@ -1,15 +1,15 @@
 """Masked Feature Modeling (arXiv 2509.13801): the auxiliary term that attaches to any method.
 
-``masked_features_loss`` is the term itself, for any loop. ``mfm_term`` hands it what a training step has; with default
+``masked_features_loss`` is the term itself, for any loop. ``mfm_pass`` hands it what a training step has; with default
 settings that is the paper's term, and every other branch is a row of one of its ablation tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mfm_dist.config.schema import MFMSection
 from mfm_dist.errors import ConfigError
-from mfm_dist.methods.base import ForwardKind, StepInputs
+from mfm_dist.methods.base import ForwardKind, Loss, Maps, Pass, StepInputs
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import draw_detail_box
 from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
@@ -25,7 +25,7 @@ from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import Window
-from mfm_dist.rng import Stream, torch_generator
+from mfm_dist.rng import Keyed, Stream, torch_generator
 
 PATCH = 4
 """Side in pixels of the patches that ``mfm.reconstruction: pixels`` regresses, the stride of the finest encoder map."""
@@ -106,58 +106,76 @@ class View(NamedTuple):
     """float32 [B, H, W]."""
 
 
-def mfm_term(
+def mfm_pass(
     student: Segmentor,
     rebuilder: Rebuilder | None,
     inputs: StepInputs,
     settings: MFMSection,
     *,
-    grid: tuple[int, int],
+    weight: float,
     detail_weight: float,
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
     measured: dict[str, Tensor] | None = None,
-) -> Tensor:
+) -> Pass:
     """Compute L_mfm of a step: the clean target image, its features in part hidden, classified as the teacher does.
 
     Args:
         rebuilder: None where hidden features stay empty.
-        grid: rows and columns of the mask.
+        weight: lambda.
         detail_weight: HRDA's weight of the detail window's loss, for ``mfm.view: fused``.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
         measured: takes the loss where hidden and where visible, and the largest attention logit; None for neither.
     """
-    view, mask = view_of(inputs, settings, kind), keyed_masks(inputs, grid, settings, kind)
+    view, mask = view_of(inputs, settings, kind), inputs.drawn(kind.label)["mask"]
     if settings.reconstruction != "classes":
         assert rebuilder is not None
-        view = view._replace(image=student.context(view.image))
-        features = student.encode(view.image)
-        loss = regression_loss(student, rebuilder, view, features, mask, settings=settings, teacher=teacher)
-        return loss + zero_loss_through(student.heads, features)
+        seen_whole = view._replace(image=student.context(view.image))
 
-    classify = partial(classify_rebuilt, student, rebuilder or hide, settings=settings)
-    with ExitStack() as stack:
-        collects = rebuilder is not None and measured is not None
-        largest = stack.enter_context(rebuilder.collecting_logits()) if collects else []  # type: ignore[union-attr]
-        if settings.view == "context":
-            seen = classify(view._replace(image=student.context(view.image)), mask, student.decode)
+        def regress(maps: Maps) -> dict[str, Loss]:
+            features = next(maps)
+            loss = regression_loss(student, rebuilder, seen_whole, features, mask, settings=settings, teacher=teacher)
+            return {kind.label: Loss(loss + zero_loss_through(student.heads, features), weight)}
+
+        return Pass([seen_whole.image], regress)
+
+    way: Rebuild = hide
+    if rebuilder is not None:
+        way = partial(rebuilder, num_hidden=hidden_cells(rebuilder.grid, settings))
+    classify: Classify = partial(classify_rebuilt, student, way, settings=settings)
+    images, seen_of = [student.context(view.image)], partial(classify, view=view, mask=mask, decode=student.decode)
+    if settings.view != "context":
+        assert isinstance(student, HRDASegmentor)
+        box = draw_detail_box(student, inputs, kind)
+        window = View(*(box.crop(part) for part in view))
+        if settings.view == "detail":
+            view, images = window, [window.image]
+            seen_of = partial(classify, view=window, mask=mask, decode=student.decode)
         else:
-            assert isinstance(student, HRDASegmentor)
-            box = draw_detail_box(student, inputs, kind)
-            window = View(*(box.crop(part) for part in view))
-            if settings.view == "detail":
-                view, seen = window, classify(window, mask, student.decode)
-            else:
-                other = keyed_masks(inputs, grid, settings, DETAIL_OF[kind])
-                seen = classify_fused(student, classify, view, window, (mask, other), box, detail_weight)
-    if measured is not None:
-        by_place = losses_by_place(seen.logits, view, mask)
-        measured.update({f"{kind.label}/{name}": loss for name, loss in by_place.items()})
-        if largest:
-            measured["rebuilder/max_logit"] = torch.stack(largest).amax()
-    reached = 0 if settings.trained_parts == "encoder" else len(student.heads) if settings.view == "fused" else 1
-    return seen.loss + zero_loss_through(student.heads[reached:], seen.features)
+            masks = (mask, inputs.drawn(DETAIL_OF[kind].label)["mask"])
+            images.append(window.image)
+            seen_of = partial(
+                classify_fused, student, classify, view=view, window=window, masks=masks, box=box, weight=detail_weight
+            )
+
+    def losses(maps: Maps) -> dict[str, Loss]:
+        with collected_logits(rebuilder if measured is not None else None) as largest:
+            seen = seen_of(*maps)
+        if measured is not None:
+            by_place = losses_by_place(seen.logits, view, mask)
+            measured.update({f"{kind.label}/{name}": loss for name, loss in by_place.items()})
+            if largest:
+                measured["rebuilder/max_logit"] = torch.stack(largest).amax()
+        reached = 0 if settings.trained_parts == "encoder" else len(student.heads) if settings.view == "fused" else 1
+        return {kind.label: Loss(seen.loss + zero_loss_through(student.heads[reached:], seen.features), weight)}
+
+    return Pass(images, losses)
+
+
+def collected_logits(rebuilder: Rebuilder | None) -> AbstractContextManager[list[Tensor]]:
+    """Collect the largest attention logits of a Rebuilder in here; nothing of none."""
+    return nullcontext([]) if rebuilder is None else rebuilder.collecting_logits()
 
 
 class Seen(NamedTuple):
@@ -170,11 +188,23 @@ class Seen(NamedTuple):
     """All encoder maps, before anything was hidden."""
 
 
+class Classify(Protocol):
+    """From the encoder maps of a view, its mask and a decoder to what the term makes of it."""
+
+    def __call__(self, features: list[Tensor], *, view: View, mask: Tensor, decode: Decode) -> Seen: ...
+
+
 def classify_rebuilt(
-    student: Segmentor, rebuilder: Rebuild, view: View, mask: Tensor, decode: Decode, *, settings: MFMSection
+    student: Segmentor,
+    rebuilder: Rebuild,
+    features: list[Tensor],
+    *,
+    view: View,
+    mask: Tensor,
+    decode: Decode,
+    settings: MFMSection,
 ) -> Seen:
-    """Encode a view, hide, rebuild, and classify all maps by ``decode``; train the parts that the settings say."""
-    features = student.encode(view.image)
+    """Hide a part of a view's maps, rebuild it, and classify all maps by ``decode``; train what the settings say."""
     maps = features
     if settings.trained_parts == "decoder":
         maps = [zero_gradient(feature) for feature in features]
@@ -192,27 +222,31 @@ def classify_rebuilt(
 
 def classify_fused(
     student: HRDASegmentor,
-    classify: Callable[[View, Tensor, Decode], Seen],
-    whole: View,
+    classify: Classify,
+    context: list[Tensor],
+    detail: list[Tensor],
+    *,
+    view: View,
     window: View,
     masks: tuple[Tensor, Tensor],
     box: Window,
-    detail_weight: float,
+    weight: float,
 ) -> Seen:
     """Rebuild context and detail, fuse them as HRDA does, and take HRDA's loss: 1 - w of the fused, w of the detail.
 
     Args:
-        classify: ``classify_rebuilt``, of all but a view, its mask and its decoder.
-        window: what ``box`` shows of ``whole``.
+        context, detail: encoder maps of both.
+        window: what ``box`` shows of ``view``.
         masks: of the context and of the window.
+        weight: w.
     """
-    detail = classify(window, masks[1], student.decode)
+    close = classify(detail, view=window, mask=masks[1], decode=partial(student.decode, number=1))
 
     def decode_fused(maps: list[Tensor]) -> Tensor:
-        return student.fuse_window(student.decode(maps), student.attend(maps), detail.logits, box)
+        return student.fuse_window(student.decode(maps), student.attend(maps), close.logits, box)
 
-    fused = classify(whole._replace(image=student.context(whole.image)), masks[0], decode_fused)
-    return fused._replace(loss=(1.0 - detail_weight) * fused.loss + detail_weight * detail.loss)
+    fused = classify(context, view=view, mask=masks[0], decode=decode_fused)
+    return fused._replace(loss=(1.0 - weight) * fused.loss + weight * close.loss)
 
 
 @torch.no_grad()
@@ -270,19 +304,38 @@ def draw_mask(
     draws = torch.rand(batch, rows // block, cols // block, generator=generator)
     if exact:
         place = draws.flatten(1).argsort(dim=1).argsort(dim=1)  # of each block in a random order
-        hidden = (place < round(mask_ratio * place.shape[1])).view_as(draws)
+        hidden = (place < exact_count(place.shape[1], mask_ratio)).view_as(draws)
     else:
         hidden = draws < mask_ratio
     return hidden.repeat_interleave(block, dim=1).repeat_interleave(block, dim=2)
 
 
-def keyed_masks(
-    inputs: StepInputs, grid: tuple[int, int], settings: MFMSection, kind: ForwardKind = ForwardKind.MFM
-) -> Tensor:
+def exact_count(blocks: int, mask_ratio: float) -> int:
+    """Return how many of so many blocks an exact mask hides."""
+    return round(mask_ratio * blocks)
+
+
+def hidden_cells(grid: tuple[int, int], settings: MFMSection) -> int | None:
+    """Return how many cells of a grid the settings hide in every image; None where that varies."""
+    if settings.mask != "exact":
+        return None
+    area = settings.mask_block_cells**2
+    return area * exact_count(grid[0] * grid[1] // area, settings.mask_ratio)
+
+
+def mask_draws(key: Keyed, grid: tuple[int, int], settings: MFMSection) -> dict[str, Tensor]:
+    """Draw the masks of all passes of the term, and of their detail windows where these are seen too."""
+    kinds = passes_of(settings)
+    if settings.view == "fused":
+        kinds += [DETAIL_OF[kind] for kind in kinds]
+    return {f"{kind.label}/mask": keyed_masks(key, grid, settings, kind) for kind in kinds}
+
+
+def keyed_masks(key: Keyed, grid: tuple[int, int], settings: MFMSection, kind: ForwardKind = ForwardKind.MFM) -> Tensor:
     """Draw bool [B, rows, cols] on the CPU, True = hidden; keyed by each sample's position and the pass."""
     masks = [
-        mask_of(settings, grid, torch_generator(inputs.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
-        for position in inputs.positions
+        mask_of(settings, grid, torch_generator(key.seed, Stream.MFM_MASK, position, kind - ForwardKind.MFM))
+        for position in key.positions
     ]
     return torch.cat(masks)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mfm_dist.config.schema import MICSection, RunConfig, SelfTrainingSection
 from mfm_dist.methods import dacs, daformer, hrda, source_only
-from mfm_dist.methods.augment import strong_augment
-from mfm_dist.methods.base import ForwardKind, Loss, Method, StepInputs, Term
+from mfm_dist.methods.augment import Shipped, augmentation_tensors, strong_augment
+from mfm_dist.methods.base import ForwardKind, Loss, Maps, Method, Pass, StepInputs, Term, named
 from mfm_dist.methods.self_training import pseudo_weight
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.rng import Stream, keyed_generator, torch_generator
+from mfm_dist.rng import Keyed, Stream, keyed_generator, torch_generator
 
 BLOCKS = 16
 """Masked blocks from top to bottom of a crop, unless their size is given: 32 pixels each of 512, 64 of 1024 (MIC)."""
@@ -34,12 +34,38 @@ class MIC(Method):
     def terms(self) -> Mapping[str, Term]:
         return {**self.base.terms(), "masked": self.masked_term}
 
-    def masked_term(self, student: Segmentor, inputs: StepInputs) -> dict[str, Loss]:
+    def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
+        return {**self.base.draws(key, size), **masked_draws(key, size, self.settings, self.self_training)}
+
+    def masked_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_mask, over all pixels, masked or not."""
         image, label, weight = masked_batch(inputs, self.settings, self.self_training)
-        losses = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight).losses
-        # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
-        return {name: Loss(loss.value, loss.weight * self.settings.loss_weight) for name, loss in losses.items()}
+        seen = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight)
+
+        def losses(maps: Maps) -> dict[str, Loss]:
+            # The published code leaves HRDA's detail loss out of the weight; at the published 1 that is the same.
+            found = seen.losses(maps)
+            return {name: Loss(loss.value, loss.weight * self.settings.loss_weight) for name, loss in found.items()}
+
+        return seen._replace(losses=losses)
+
+
+def masked_draws(
+    key: Keyed, size: tuple[int, int], settings: MICSection, self_training: SelfTrainingSection
+) -> dict[str, Tensor]:
+    """Draw what ``masked_batch`` needs: the blocks of each image that stay visible, and the augmentation."""
+    source, target = chosen_images(len(key.positions), settings.mode)
+    positions = [(position, 0) for position in key.positions[:source]]
+    positions += [(position, 1) for position in key.positions[:target]]
+    visible = [
+        visible_blocks(size, settings, torch_generator(key.seed, Stream.MIC_MASK, position, domain))
+        for position, domain in positions
+    ]
+    drawn = {"visible": torch.stack(visible)}
+    if settings.augment:
+        generator = keyed_generator(key.seed, Stream.MIC_AUGMENT, key.block)
+        drawn |= augmentation_tensors(self_training, generator, len(positions), scope="batch")
+    return named("masked", drawn)
 
 
 @torch.no_grad()
@@ -63,19 +89,13 @@ def masked_batch(
             weight = pseudo_weight(pseudo.confidence, pseudo.valid, settings.pseudo_threshold)
         labels.append(pseudo.label[:target])
         weights.append(weight[:target])
-    image = torch.cat(images)
+    image, drawn = torch.cat(images), inputs.drawn("masked")
     if settings.augment:
         generator = keyed_generator(inputs.seed, Stream.MIC_AUGMENT, inputs.block)
-        image = strong_augment(image, self_training, generator, scope="batch")
-    height, width = image.shape[-2:]
-    positions = [(position, 0) for position in inputs.positions[:source]]
-    positions += [(position, 1) for position in inputs.positions[:target]]
-    visible = [
-        visible_blocks((height, width), settings, torch_generator(inputs.seed, Stream.MIC_MASK, position, domain))
-        for position, domain in positions
-    ]
+        shipped = Shipped(drawn, inputs.mean, inputs.std)
+        image = strong_augment(image, self_training, generator, scope="batch", shipped=shipped)
     # Hidden is 0 after normalisation, the ImageNet mean colour.
-    image = image * torch.stack(visible).unsqueeze(1).to(image.device)
+    image = image * F.interpolate(drawn["visible"].unsqueeze(1), image.shape[-2:], mode="nearest")
     return image, torch.cat(labels), torch.cat(weights)
 
 
@@ -94,14 +114,13 @@ def chosen_images(batch: int, mode: str) -> tuple[int, int]:
 
 
 def visible_blocks(size: tuple[int, int], settings: MICSection, generator: torch.Generator) -> Tensor:
-    """Draw float32 [H, W], 1 where the image stays visible, 0 in masked blocks.
+    """Draw float32 [rows, columns], 1 for a block of an image of this size that stays visible, 0 for a masked one.
 
     Masked blocks are about ``mask_block_pixels`` a side and drawn independently of one another, so the share varies.
     """
     block = settings.mask_block_pixels or max(1, size[0] // BLOCKS)
     grid = [max(1, round(side / block)) for side in size]
-    kept = torch.rand(grid, generator=generator) > settings.mask_ratio
-    return F.interpolate(kept[None, None].float(), size, mode="nearest")[0, 0]
+    return (torch.rand(grid, generator=generator) > settings.mask_ratio).float()
 
 
 def build(config: RunConfig) -> Method:

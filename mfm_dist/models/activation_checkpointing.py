@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from timm.models import FeatureDictNet
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.dropout import KeyedDropout, dropouts_of
 
 
 def checkpoint_blocks(backbone: Backbone) -> None:
@@ -80,26 +81,30 @@ def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         return compute(*inputs, **options)
     tracked = {m: m.track_running_stats for m in block.modules() if isinstance(m, _BatchNorm)}
+    masks = {layer: layer.mask for layer in dropouts_of([block])}
     # Non-reentrant, which alone is exact under DDP and ZeRO with several forwards a step. It restores the random
     # generators and autocast; BatchNorm in the recomputation is left to us.
     return checkpoint(
         compute,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _statistics_kept(tracked)),
+        context_fn=lambda: (nullcontext(), _as_in_the_forward(tracked, masks)),
         **options,
     )
 
 
 @contextmanager
-def _statistics_kept(tracked: dict[_BatchNorm, bool]) -> Iterator[None]:
-    """Let BatchNorm layers work as in the forward, but on copies of their running statistics, then dropped.
+def _as_in_the_forward(tracked: dict[_BatchNorm, bool], masks: dict[KeyedDropout, Tensor | None]) -> Iterator[None]:
+    """Let BatchNorm layers work as in the forward, on copies of their running statistics, then dropped; and dropout.
 
     Copies, because without the buffers other tensors would be saved than in the forward, which torch refuses.
 
     Args:
         tracked: each layer's ``track_running_stats`` in the forward; it may have changed since.
+        masks: of each layer in the forward, likewise.
     """
+    for dropout, mask in masks.items():
+        dropout.mask = mask
     found = {layer: (layer.track_running_stats, dict(layer._buffers)) for layer in tracked}
     for layer, tracks in tracked.items():
         layer.track_running_stats = tracks
@@ -110,3 +115,5 @@ def _statistics_kept(tracked: dict[_BatchNorm, bool]) -> Iterator[None]:
         for layer, (tracks, buffers) in found.items():
             layer.track_running_stats = tracks
             layer._buffers.update(buffers)
+        for dropout in masks:
+            dropout.mask = None

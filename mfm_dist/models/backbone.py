@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
+from mfm_dist.models.dropout import replace_drop_path
 from mfm_dist.models.pyramid import SimplePyramid
 
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
@@ -94,6 +95,7 @@ class Backbone(nn.Module):
             raise
         except Exception as error:  # timm raises nearly every kind
             raise ConfigError(_explain(architecture, arguments, error, weights=weights, state=state)) from error
+        replace_drop_path(net)
         self.net = net
         self.channels: tuple[int, ...] = tuple(net.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(net.feature_info.reduction())

@@ -6,7 +6,7 @@ resolution. A second decoder reads the context and says for each place and class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +27,8 @@ SCALE = 2
 
 
 class TwoResolutions(NamedTuple):
-    """What a forward with one detail window gives."""
+    """What a pass with one detail window gives."""
 
-    features: list[Tensor]
-    """Encoder maps of the context."""
     fused: Tensor
     """Logits [B, C, H / stride, W / stride]; outside the window the context speaks alone."""
     detail: Tensor
@@ -91,12 +89,12 @@ class HRDASegmentor(Segmentor):
         """Shrink [B, 3, H, W] to [B, 3, H / 2, W / 2]."""
         return resize(image, [side // SCALE for side in image.shape[-2:]])
 
-    def forward_crops(self, image: Tensor, box: Window) -> TwoResolutions:
-        """Classify an image [B, 3, H, W] at both resolutions, the detail in one window of it."""
-        features = self.encode(self.context(image))
-        coarse, attention = self.decode(features), self.attend(features)
-        detail = self.decode(self.encode(box.crop(image)))
-        return TwoResolutions(features, self.fuse_window(coarse, attention, detail, box), detail)
+    def decode_crops(self, maps: Iterator[list[Tensor]], box: Window) -> TwoResolutions:
+        """Classify at both resolutions, from encoder maps of an image's context and then of a detail window."""
+        context = next(maps)
+        coarse, attention = self.decode(context), self.attend(context)
+        detail = self.decode(next(maps), number=1)
+        return TwoResolutions(self.fuse_window(coarse, attention, detail, box), detail)
 
     def fuse_window(self, coarse: Tensor, attention: Tensor, detail: Tensor, box: Window) -> Tensor:
         """Fuse logits and attention of the context [B, C, h, w] with the logits of one detail window: [B, C, 2h, 2w].
@@ -111,7 +109,8 @@ class HRDASegmentor(Segmentor):
 
     def attend(self, features: list[Tensor]) -> Tensor:
         """Say from the context's encoder maps how much of the detail to believe, 0..1, [B, C, h, w]."""
-        return torch.sigmoid(self.attention(features))
+        with self._head_masks_of(0):
+            return torch.sigmoid(self.attention(features))
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn normalised images [B, 3, H, W] into logits [B, C, H, W], with windows of detail that slide over all."""

@@ -256,20 +256,23 @@ class Rebuilder(nn.Module):
         self.readout = nn.ModuleList(ReadoutBlock(width, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(readout))
         self.apply(_init_linear)
 
-    def forward(self, last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:
+    def forward(
+        self, last_feature: Tensor, features: list[Tensor], mask: Tensor, num_hidden: int | None = None
+    ) -> list[Tensor]:
         """Replace the hidden part of ``features`` by what the visible part of ``last_feature`` suggests.
 
         Args:
             last_feature: last encoder map [B, embed_channels, h, w].
             features: the maps to rebuild, the i-th [B, channels[i], h_i, w_i].
-            mask: bool [B, rows, cols] over the grid; True means hidden. With ``readout`` best on the CPU, where
-                counting its cells does not wait for the device.
+            mask: bool [B, rows, cols] over the grid; True means hidden.
+            num_hidden: cells that it hides in every image, where that is known. With ``readout`` they are counted
+                otherwise, which waits for the device where the mask is.
 
         Returns:
             Maps of the shapes and types of ``features``; a visible place holds the very bits of its feature.
         """
         assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
-        cells = self._rebuild(last_feature, mask)
+        cells = self._rebuild(last_feature, mask, num_hidden)
         mask = mask.to(last_feature.device)
         put = correct_filled if self.fill else _fuse
         return [
@@ -294,12 +297,12 @@ class Rebuilder(nn.Module):
             for layer in layers:
                 layer.largest_logits = None
 
-    def _rebuild(self, last_feature: Tensor, mask: Tensor) -> Tensor:
+    def _rebuild(self, last_feature: Tensor, mask: Tensor, num_hidden: int | None) -> Tensor:
         """Rebuild the grid [B, width, rows, cols] of last maps [B, embed_channels, h, w] masked by [B, rows, cols]."""
         embedded = self.embed(last_feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, width, h, w]
         tokens = resize(embedded, self.grid).flatten(2).transpose(1, 2)  # [B, rows x cols, width]
         if len(self.readout) > 0:
-            cells = self._read_visible(tokens, mask.flatten(1))
+            cells = self._read_visible(tokens, mask.flatten(1), num_hidden)
         else:
             # Positions come after masking: a hidden cell says where it is, and nothing else.
             hidden = mask.flatten(1)[..., None].to(tokens.device)
@@ -309,15 +312,16 @@ class Rebuilder(nn.Module):
             cells = self.norm(tokens)
         return cells.transpose(1, 2).unflatten(2, self.grid)
 
-    def _read_visible(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def _read_visible(self, tokens: Tensor, hidden: Tensor, num_hidden: int | None) -> Tensor:
         """Run the trunk over visible tokens alone and let hidden ones read them: [B, N, width], ``hidden`` [B, N]."""
-        count = hidden.sum(dim=1)
-        num_hidden = int(count.max())
-        if num_hidden != int(count.min()):
-            raise ConfigError(
-                "a Rebuilder with readout blocks needs as many hidden cells in every image: set mfm.mask=exact, or "
-                "draw_mask(..., exact=True)"
-            )
+        if num_hidden is None:
+            count = hidden.sum(dim=1)
+            num_hidden = int(count.max())
+            if num_hidden != int(count.min()):
+                raise ConfigError(
+                    "a Rebuilder with readout blocks needs as many hidden cells in every image: set mfm.mask=exact, or "
+                    "draw_mask(..., exact=True)"
+                )
         # Visible cells first, each in the order of the grid.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True).to(tokens.device)
         num_visible = hidden.shape[1] - num_hidden

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.dropout import dropouts_of, masked
 from mfm_dist.models.layers import resize
 
 
@@ -15,11 +17,11 @@ class Segmentor(nn.Module):
 
     Attributes:
         window: height and width in pixels of the windows in which a longer image is predicted; None: in one piece.
-        watch: called with the encoder maps of every image that is encoded, where it is set.
+        head_masks: of the heads' dropout for each image of a pass, [B, sum of widths]; None: forwards draw their own.
     """
 
     window: tuple[int, int] | None = None
-    watch: Callable[[list[Tensor]], None] | None = None
+    head_masks: Sequence[Tensor] | None = None
 
     def __init__(self, backbone: Backbone, decoder: nn.Module) -> None:
         super().__init__()
@@ -42,14 +44,19 @@ class Segmentor(nn.Module):
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Turn a normalised image [B, 3, H, W] into encoder maps, fine to coarse, i-th [B, channels[i], h_i, w_i]."""
-        features = self.backbone(image)
-        if self.watch is not None:
-            self.watch(features)
-        return features
+        return self.backbone(image)
 
-    def decode(self, features: list[Tensor]) -> Tensor:
-        """Turn all encoder maps into logits [B, num_classes, h, w] at the decoder's own resolution."""
-        return self.decoder(features)
+    def decode(self, features: list[Tensor], number: int = 0) -> Tensor:
+        """Turn all encoder maps into logits [B, num_classes, h, w] at the decoder's own resolution.
+
+        Args:
+            number: of the image in its pass, whose dropout masks are taken.
+        """
+        with self._head_masks_of(number):
+            return self.decoder(features)
+
+    def _head_masks_of(self, number: int) -> AbstractContextManager[None]:
+        return masked(dropouts_of(self.heads), None if self.head_masks is None else self.head_masks[number])
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""

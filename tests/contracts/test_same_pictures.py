@@ -12,13 +12,12 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.methods.base import StepInputs
-from mfm_dist.methods.dacs import mixed_batch
+from mfm_dist.methods.dacs import mix_draws, mixed_batch
 from mfm_dist.methods.mfm import keyed_masks
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.shards.scene_shards import write_scenes
-from tests.helpers.classes import CLASSES
+from tests.helpers.modules import inputs_with
 from tests.helpers.runs import REPOSITORY
 
 STEPS = 3
@@ -48,8 +47,7 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
         )
         for _, batch in zip(range(STEPS * config.blocks_per_step // world_size), pipeline, strict=False):
             label, valid = batch.source_label.long().flip(0), batch.target_valid
-            inputs = StepInputs(
-                classes=CLASSES,
+            inputs = inputs_with(
                 source_image=normalise(batch.source_image),
                 source_label=batch.source_label,
                 target_image=normalise(batch.target_image),
@@ -58,6 +56,7 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
                 block=batch.block,
                 positions=batch.positions,
             )
+            inputs = replace(inputs, draws=mix_draws(inputs, config.self_training))
             mixed = mixed_batch(inputs, config.self_training)
             masks = keyed_masks(inputs, config.rebuilder.grid, config.mfm)
             seen[batch.block] = [batch.source_image, batch.source_label, batch.target_image, *mixed, masks]

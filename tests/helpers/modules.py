@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import StepInputs
-from mfm_dist.models.preprocessing import normalise
-from mfm_dist.train_module import TrainModule
+from mfm_dist.models.preprocessing import channel_constants
+from tests.helpers.classes import CLASSES
 
 SMALL = [
     "model.backbone=test_resnet", "model.backbone_options={out_indices: [1, 2, 3, 4]}",
@@ -40,16 +42,8 @@ def block(number: int = 3, size: int = 64) -> UDABatch:
     )
 
 
-def inputs_of(module: TrainModule, batch: UDABatch) -> StepInputs:
-    """Prepare what a method's terms are given of a batch."""
-    image = normalise(batch.target_image)
-    return StepInputs(
-        source_image=normalise(batch.source_image),
-        source_label=batch.source_label,
-        target_image=image,
-        pseudo=module.pseudo_target(image, batch.target_valid),
-        classes=module.classes,
-        seed=0,
-        block=batch.block,
-        positions=batch.positions,
-    )
+def inputs_with(**fields: Any) -> StepInputs:
+    """Put together what terms look at, with nothing drawn unless it is given."""
+    mean, std = channel_constants()
+    filled = {"classes": CLASSES, "draws": {}, "dropout": torch.ones(0), "mean": mean, "std": std}
+    return StepInputs(**(filled | fields))

@@ -15,7 +15,7 @@ from mfm_dist.methods.mfm import keyed_masks, rebuild
 from mfm_dist.models.layers import batch_norm_untracked
 from mfm_dist.models.preprocessing import normalise
 from tests.helpers.classes import CLASSES
-from tests.helpers.modules import block, config_with, inputs_of
+from tests.helpers.modules import block, config_with
 
 
 def test_total_is_the_weighted_sum_of_the_terms() -> None:
@@ -73,7 +73,7 @@ def test_the_mfm_term_trains_encoder_decoder_and_rebuilder() -> None:
 
 def test_with_nothing_hidden_the_features_pass_unchanged_bit_for_bit() -> None:
     module = build_train_module(config_with("mfm.mask_ratio=0"), CLASSES)
-    inputs = inputs_of(module, block())
+    inputs = module.step_inputs(block())
     assert module.rebuilder is not None
     features = module.student.encode(inputs.target_image)
     mask = keyed_masks(inputs, module.rebuilder.grid, MFMSection(mask_ratio=0.0))
@@ -98,10 +98,10 @@ def test_the_same_block_gives_the_same_bits_whatever_ran_before() -> None:
 
 def test_masks_are_keyed_by_position() -> None:
     module = build_train_module(config_with(), CLASSES)
-    masks = keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection())
-    assert torch.equal(masks, keyed_masks(inputs_of(module, block(3)), (16, 16), MFMSection()))
+    masks = keyed_masks(module.step_inputs(block(3)), (16, 16), MFMSection())
+    assert torch.equal(masks, keyed_masks(module.step_inputs(block(3)), (16, 16), MFMSection()))
     assert not torch.equal(masks[0], masks[1])
-    many = torch.cat([keyed_masks(inputs_of(module, block(n)), (16, 16), MFMSection()) for n in range(40)])
+    many = torch.cat([keyed_masks(module.step_inputs(block(n)), (16, 16), MFMSection()) for n in range(40)])
     assert many.float().mean().item() == pytest.approx(0.4, abs=0.01)
 
 

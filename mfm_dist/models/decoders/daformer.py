@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import number_problems
+from mfm_dist.models.dropout import KeyedDropout
 from mfm_dist.models.layers import ConvNormReLU, SeparableConv, embed_all, init_classifier
 
 
@@ -42,7 +43,7 @@ class DAFormer(nn.Module):
             for dilation in dilations
         )
         self.bottleneck = ConvNormReLU(width * len(dilations), width, 3)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = KeyedDropout(dropout, width)
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import number_problems
+from mfm_dist.models.dropout import KeyedDropout
 from mfm_dist.models.layers import ConvNormReLU, SeparableConv, init_classifier, resize
 
 
@@ -49,7 +50,7 @@ class DeepLabV3Plus(nn.Module):
             SeparableConv(width + low_level_width, width, dilation=1, norm=norm),
             SeparableConv(width, width, dilation=1, norm=norm),
         )
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = KeyedDropout(dropout, width)
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.decoders import number_problems
+from mfm_dist.models.dropout import KeyedDropout
 from mfm_dist.models.layers import ConvNormReLU, embed_all, init_classifier
 
 
@@ -29,7 +30,7 @@ class SegFormer(nn.Module):
         self.stride = strides[0]
         self.embeddings = nn.ModuleList(nn.Linear(channel, width) for channel in channels)
         self.fusion = ConvNormReLU(width * len(channels), width, 1)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = KeyedDropout(dropout, width)
         self.classifier = init_classifier(nn.Conv2d(width, num_classes, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -38,7 +38,9 @@ class Step:
 
 
 def two_micro_batches(network: list[str], *overrides: str, weight: float = 0.5) -> Step:
-    config = load_config(None, [*network, EVERY_PIXEL, "train.global_batch=4", *overrides])
+    # One call of the encoder for each image, as with memory.lean: test_encode_once compares it with one for all.
+    fixed = [EVERY_PIXEL, "train.global_batch=4", "train.encode_once=never"]
+    config = load_config(None, [*network, *fixed, *overrides])
     module = build_train_module(config, CLASSES)
     engine = start_engine(config)
     engine.prepare(module, build_optimizer(module, config.optim))

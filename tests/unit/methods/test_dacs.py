@@ -15,12 +15,12 @@ from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.schema import SelfTrainingSection
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.methods.base import StepInputs
-from mfm_dist.methods.dacs import mixed_batch
+from mfm_dist.methods.dacs import mix_draws, mixed_batch
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator
 from tests.helpers.classes import CLASSES
-from tests.helpers.modules import block, config_with
+from tests.helpers.modules import block, config_with, inputs_with
 
 SEED, SIDE, SHARE = 3, 16, 0.375
 PLAIN = SelfTrainingSection(jitter_prob=0.0, blur_prob=0.0)
@@ -33,8 +33,7 @@ def inputs_of(number: int = 5) -> StepInputs:
     label = torch.randint(0, 6, shape, generator=generator, dtype=torch.uint8)
     label[torch.rand(shape, generator=generator) < 0.2] = IGNORE_INDEX
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
-    return StepInputs(
-        classes=CLASSES,
+    return inputs_with(
         source_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),
         source_label=label,
         target_image=torch.randn(2, 3, SIDE, SIDE, generator=generator),
@@ -48,6 +47,10 @@ def inputs_of(number: int = 5) -> StepInputs:
         block=number,
         positions=range(2 * number, 2 * number + 2),
     )
+
+
+def mixed(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tensor, Tensor, Tensor]:
+    return mixed_batch(replace(inputs, draws=mix_draws(inputs, settings)), settings)
 
 
 def drawn_classes(inputs: StepInputs) -> list[set[int]]:
@@ -75,7 +78,7 @@ def slowly_mixed(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("number", [0, 5, 6])
 def test_half_of_the_classes_are_pasted_with_weight_one(number: int) -> None:
     inputs = inputs_of(number)
-    image, label, weight = mixed_batch(inputs, PLAIN)
+    image, label, weight = mixed(inputs, PLAIN)
     slow_image, slow_label, slow_weight = slowly_mixed(inputs)
     assert torch.equal(image, slow_image)
     assert torch.equal(label, slow_label)
@@ -85,15 +88,15 @@ def test_half_of_the_classes_are_pasted_with_weight_one(number: int) -> None:
 
 
 def test_each_block_has_a_draw_of_its_own() -> None:
-    labels = [mixed_batch(inputs_of(number), PLAIN)[1] for number in (5, 5, 6)]
+    labels = [mixed(inputs_of(number), PLAIN)[1] for number in (5, 5, 6)]
     assert torch.equal(labels[0], labels[1])
     assert not torch.equal(labels[0], labels[2])
 
 
 def test_augmentation_changes_the_mixed_image_alone_by_the_draw_of_its_block() -> None:
     always = SelfTrainingSection(jitter_prob=1.0, blur_prob=1.0)
-    plain = mixed_batch(inputs_of(), PLAIN)
-    image, label, weight = mixed_batch(inputs_of(), always)
+    plain = mixed(inputs_of(), PLAIN)
+    image, label, weight = mixed(inputs_of(), always)
     assert torch.equal(label, plain[1])
     assert torch.equal(weight, plain[2])
     expected = strong_augment(plain[0], always, keyed_generator(SEED, Stream.STRONG_AUGMENT, 5))
@@ -101,8 +104,8 @@ def test_augmentation_changes_the_mixed_image_alone_by_the_draw_of_its_block() -
     assert not torch.equal(image, plain[0])
     # The same pixels in another block look otherwise, whatever its classes: everything of the source is pasted here.
     alike = [replace(inputs_of(number), source_label=torch.zeros(2, SIDE, SIDE).byte()) for number in (5, 6)]
-    assert torch.equal(mixed_batch(alike[0], PLAIN)[0], mixed_batch(alike[1], PLAIN)[0])
-    assert not torch.equal(mixed_batch(alike[0], always)[0], mixed_batch(alike[1], always)[0])
+    assert torch.equal(mixed(alike[0], PLAIN)[0], mixed(alike[1], PLAIN)[0])
+    assert not torch.equal(mixed(alike[0], always)[0], mixed(alike[1], always)[0])
 
 
 def test_the_mixed_loss_is_that_of_the_mixed_batch() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mfm_dist.config.schema import SelfTrainingSection
 from mfm_dist.methods.augment import gaussian_blur, strong_augment
-from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, colour_map
+from mfm_dist.methods.fast_augment import ColourFactors, blur_batch, blur_weights, colour_map
 from mfm_dist.models.preprocessing import IMAGE_STD, normalise
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.scenes import Gap, render_scene
@@ -92,6 +92,6 @@ def test_every_image_has_its_own_draws_as_in_the_published_form(scenes: torch.Te
 
 def test_the_batched_blur_is_the_blur_of_each_image(scenes: torch.Tensor) -> None:
     sigmas = np.array([0.15, 0.6, 1.0, 1.15])
-    found = blur_batch(scenes, sigmas)
+    found = blur_batch(scenes, blur_weights(sigmas))
     expected = torch.stack([gaussian_blur(one, sigma) for one, sigma in zip(scenes, sigmas, strict=True)])
     assert grey_levels(found, expected).max() < 0.5

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from mfm_dist.build import build_train_module
 from mfm_dist.methods.base import ForwardKind
 from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, draw_detail_box
 from mfm_dist.methods.losses import cross_entropy
-from mfm_dist.models.hrda import HRDASegmentor
+from mfm_dist.models.hrda import HRDASegmentor, TwoResolutions
 from mfm_dist.models.preprocessing import normalise
+from mfm_dist.models.windows import Window
 from mfm_dist.rng import keyed_generator
 from mfm_dist.train_module import TrainModule
 from tests.helpers.classes import CLASSES
-from tests.helpers.modules import block, config_with, inputs_of
+from tests.helpers.modules import block, config_with
 
 
 def hrda(*overrides: str) -> TrainModule:
     options = ["method.name=hrda", "hrda.attention_options={width: 8}", "mfm.enabled=false", "data.crop=64"]
     return build_train_module(config_with(*options, *overrides), CLASSES)
+
+
+def both(student: HRDASegmentor, image: Tensor, box: Window) -> TwoResolutions:
+    return student.decode_crops(map(student.encode, (student.context(image), box.crop(image))), box)
 
 
 def test_offsets_are_the_multiples_of_eight_up_to_504() -> None:
@@ -36,7 +42,7 @@ def test_each_pass_of_each_block_has_a_window_of_its_own() -> None:
 
     def boxes(number: int) -> list[object]:
         assert isinstance(module.student, HRDASegmentor)
-        inputs = inputs_of(module, block(number))
+        inputs = module.step_inputs(block(number))
         return [draw_detail_box(module.student, inputs, kind) for kind in ForwardKind]
 
     drawn = [tuple(boxes(number)) for number in range(8)]
@@ -51,9 +57,9 @@ def test_the_source_loss_is_fused_and_detail_in_their_shares(weight: float) -> N
     module.student.eval()  # no dropout and no batch statistics: forwards can be repeated
     student, batch = module.student, block()
     assert isinstance(student, HRDASegmentor)
-    inputs = inputs_of(module, batch)
+    inputs = module.step_inputs(batch)
     box = draw_detail_box(student, inputs, ForwardKind.SOURCE)
-    seen = student.forward_crops(normalise(batch.source_image), box)
+    seen = both(student, normalise(batch.source_image), box)
     label = batch.source_label
     detail = label[:, box.top : box.top + 32, box.left : box.left + 32]
     expected = (1 - weight) * cross_entropy(seen.fused, label) + weight * cross_entropy(seen.detail, detail)
@@ -65,16 +71,15 @@ def test_the_window_weighs_pixels_as_the_crop_does() -> None:
     module.student.eval()  # no dropout and no batch statistics: forwards can be repeated
     student, batch = module.student, block()
     assert isinstance(student, HRDASegmentor)
-    inputs = inputs_of(module, batch)
+    inputs = module.step_inputs(batch)
     image, label = normalise(batch.source_image), batch.source_label
     weight = torch.rand(label.shape, generator=torch.Generator().manual_seed(0)) ** 4  # uneven everywhere
     weight[:, :, :40] = 0.0
-    losses = classify_at_two_resolutions(
-        student, inputs, ForwardKind.MIXED, image, label, weight, detail_weight=0.1
-    ).losses
+    passed = classify_at_two_resolutions(student, inputs, ForwardKind.MIXED, image, label, weight, detail_weight=0.1)
+    losses = passed.losses(map(student.encode, passed.images))
     box = draw_detail_box(student, inputs, ForwardKind.MIXED)
     rows, columns = slice(box.top, box.top + 32), slice(box.left, box.left + 32)
-    seen = student.forward_crops(image, box)
+    seen = both(student, image, box)
     fused = cross_entropy(seen.fused, label, weight)
     detail = cross_entropy(seen.detail, label[:, rows, columns], weight[:, rows, columns])
     assert torch.allclose(losses["mixed"].value, fused)

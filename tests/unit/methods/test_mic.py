@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
-from mfm_dist.config.schema import MICSection
+from mfm_dist.config.schema import MICSection, RunConfig
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.methods.base import StepInputs
-from mfm_dist.methods.mic import chosen_images, masked_batch, visible_blocks
+from mfm_dist.methods.mic import chosen_images, masked_batch, masked_draws, visible_blocks
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
 from tests.helpers.classes import CLASSES
-from tests.helpers.modules import block, config_with
+from tests.helpers.modules import block, config_with, inputs_with
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,9 @@ def test_the_grid_has_as_many_blocks_as_published(
     kept = torch.rand(grid, generator=torch.Generator().manual_seed(0)) > 0.5
     rows = torch.arange(size[0]) * grid[0] // size[0]
     columns = torch.arange(size[1]) * grid[1] // size[1]
-    assert torch.equal(visible.bool(), kept[rows][:, columns])
+    assert torch.equal(visible.bool(), kept)
+    enlarged = F.interpolate(visible[None, None], size, mode="nearest")[0, 0]  # as ``masked_batch`` does
+    assert torch.equal(enlarged.bool(), kept[rows][:, columns])
 
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.0, 1.0), (0.7, 0.3), (1.0, 0.0)])
@@ -61,8 +67,7 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
     shape = (count, 32, 32)
     valid = without_margins(torch.ones(shape, dtype=torch.bool), 2, 3)
     confidence = torch.rand(shape, generator=generator)
-    return StepInputs(
-        classes=CLASSES,
+    return inputs_with(
         source_image=torch.randn(count, 3, 32, 32, generator=generator),
         source_label=torch.randint(0, 19, shape, generator=generator, dtype=torch.uint8),
         target_image=torch.randn(count, 3, 32, 32, generator=generator),
@@ -75,18 +80,24 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
     )
 
 
+def masked(inputs: StepInputs, config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
+    draws = masked_draws(inputs, (32, 32), config.mic, config.self_training)
+    return masked_batch(replace(inputs, draws=draws), config.mic, config.self_training)
+
+
 @pytest.mark.parametrize("mode", ["separatetrg", "separatesrc", "separate"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_masked_batch_is_the_images_times_their_masks(mode: str, count: int) -> None:
     inputs = inputs_of(count)
     config = load_config(None, ["mic.augment=false", f"mic.mode={mode}", "mic.mask_block_pixels=8"])
-    image, label, weight = masked_batch(inputs, config.mic, config.self_training)
+    image, label, weight = masked(inputs, config)
     source, target = chosen_images(count, mode)
     assert len(image) == source + target
     assert inputs.pseudo is not None
     for index in range(source + target):
         domain, i = (0, index) if index < source else (1, index - source)
         visible = visible_blocks((32, 32), config.mic, torch_generator(3, Stream.MIC_MASK, 5 * count + i, domain))
+        visible = visible.repeat_interleave(8, 0).repeat_interleave(8, 1)
         clean = (inputs.source_image, inputs.target_image)[domain][i]
         assert torch.equal(image[index], clean * visible)
         if domain == 0:
@@ -104,7 +115,7 @@ def test_augmentation_comes_before_the_mask_and_leaves_the_batch_alone() -> None
         None,
         ["mic.mask_block_pixels=8", "self_training.jitter_prob=1", "self_training.blur_prob=1", "mic.mask_ratio=0.5"],
     )
-    image, _, _ = masked_batch(inputs, config.mic, config.self_training)
+    image, _, _ = masked(inputs, config)
     assert torch.equal(inputs.target_image, before)
     draws = keyed_generator(3, Stream.MIC_AUGMENT, 5)
     augmented = strong_augment(before, config.self_training, draws, scope="batch")
@@ -120,7 +131,7 @@ def test_a_threshold_of_its_own_gives_a_weight_of_its_own() -> None:
     shared = load_config(None, [])
     every = load_config(None, ["mic.pseudo_threshold=0"])
     half = load_config(None, ["mic.pseudo_threshold=0.5"])
-    weights = [masked_batch(inputs, c.mic, c.self_training)[2] for c in (shared, every, half)]
+    weights = [masked(inputs, c)[2] for c in (shared, every, half)]
     share = (inputs.pseudo.confidence >= 0.5).float().mean()
     assert torch.equal(weights[0], inputs.pseudo.weight)
     assert torch.equal(weights[1], inputs.pseudo.valid.float())

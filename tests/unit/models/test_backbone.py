@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.backbone import Backbone
+from mfm_dist.models.dropout import KeyedDropout
 
 DEEPLAB = {"output_stride": 8, "out_indices": (1, 2, 3, 4)}
 
@@ -86,9 +87,9 @@ def test_mit_norms_and_drop_path_are_those_of_segformer() -> None:
             inner = re.search(r"(patch_embed|downsample|attn)\.norm$", name)
             assert module.eps == (1e-5 if inner else 1e-6), name
     rates = {
-        name.rsplit(".", 1)[0]: module.drop_prob
+        name.rsplit(".", 1)[0]: module.p
         for name, module in backbone.named_modules()
-        if type(module).__name__ == "DropPath"
+        if isinstance(module, KeyedDropout)
     }
     assert max(rates.values()) == pytest.approx(0.1)
     assert len(rates) == 3 + 4 + 6 + 3 - 1  # the first block drops nothing
@@ -97,7 +98,7 @@ def test_mit_norms_and_drop_path_are_those_of_segformer() -> None:
 def test_options_win_over_the_mit_defaults() -> None:
     with torch.device("meta"):
         backbone = Backbone("mit_b0", options={"drop_path_rate": 0.0})
-    assert not any(type(module).__name__ == "DropPath" for module in backbone.modules())
+    assert not any(isinstance(module, KeyedDropout) for module in backbone.modules())
     assert count(backbone) == 3_319_392
 
 

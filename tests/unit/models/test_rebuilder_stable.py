@@ -115,9 +115,9 @@ def test_depth_scaling_divides_the_branches_of_more_blocks_than_the_papers() -> 
 @torch.no_grad()
 def test_what_is_hidden_reaches_no_cell_and_each_hidden_cell_reads_by_itself() -> None:
     rebuilder, maps, mask = rebuilder_with(readout=2), maps_of(), exact_mask()
-    cells = rebuilder._rebuild(maps[-1], mask)
+    cells = rebuilder._rebuild(maps[-1], mask, None)
     otherwise = torch.where(mask[:, None], 100.0, maps[-1])
-    assert torch.equal(rebuilder._rebuild(otherwise, mask), cells)
+    assert torch.equal(rebuilder._rebuild(otherwise, mask, None), cells)
     # Slow: one image and one hidden cell at a time, all others in their places.
     tokens = rebuilder.embed(maps[-1].permute(0, 2, 3, 1)).flatten(1, 2)
     for b in range(2):
