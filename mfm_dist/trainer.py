@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +253,7 @@ class Trainer:
                 scores, bad = replace(scores, source_miou=of_source.miou), [*bad, *more]
         if self.engine.is_main:
             self._track(scores.numbers())
+            self._report(self.trackers.show(overlays, step))
             scores.save(path)
         self.bad_samples.record(bad, step)
         self.console.line(f"step {step}: {scores.sentence()}")
@@ -358,10 +359,13 @@ class Trainer:
         self.console.line(f"step {saved.step}: saved {saved.path}")
 
     def _track(self, values: dict[str, float]) -> None:
-        """Hand numbers to the trackers. One that fails does not stop the run; a full disk does, in other places."""
-        step = self.progress.step
-        for problem in self.trackers.log(values, step):
-            self.run.event("tracker_failed", step=step, reason=problem)
+        """Hand numbers to the trackers."""
+        self._report(self.trackers.log(values, self.progress.step))
+
+    def _report(self, problems: Sequence[str]) -> None:
+        """Note trackers that failed. They do not stop the run; a full disk does, in other places."""
+        for problem in problems:
+            self.run.event("tracker_failed", step=self.progress.step, reason=problem)
             self.console.line(problem)
 
     def _next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:

@@ -70,6 +70,7 @@ STAND_INS = {
     "…": "",
     "section.key=value": "",
     "ROW": "",
+    "SECTION": "data",
 }
 """What the documentation leaves open -> what stands for it in the small folder; the first that fits is taken."""
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.export import refuse_what_is_no_export, write_export
+from mfm_dist.inference.readme import readme_text
 from mfm_dist.inference.segmentor import ModelCard, TrainedSegmentor
 from mfm_dist.models.backbone import build_classifier
 from mfm_dist.models.preprocessing import IMAGE_MEAN, IMAGE_STD
@@ -135,7 +136,7 @@ def convert_segmentor(
     model = TrainedSegmentor(card).eval()
     fitted = fit(renamed, model.segmentor.state_dict(), f"{source} as {encoder.name} with {' and '.join(heads)}")
     model.segmentor.load_state_dict(fitted)
-    write_export(model, output)
+    write_export(model, output, readme_text(card))
     parts = ", ".join([encoder.name, *(part.name for part in heads.values())])
     return [
         f"{output}: {parts}, {len(fitted)} tensors, step {found.step}",

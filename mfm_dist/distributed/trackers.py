@@ -1,10 +1,13 @@
-"""Accelerate's trackers: the numbers of a run for TensorBoard, Weights & Biases and the like to show."""
+"""Accelerate's trackers: the numbers of a run for TensorBoard, Weights & Biases and the like to show, and overlays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from PIL import Image
 
 from mfm_dist.config.loader import flatten, to_tree
 from mfm_dist.config.schema import RunConfig
@@ -14,6 +17,8 @@ PROJECT = "mfm_dist"
 """What a tracking service files the runs under; the run itself is called as its folder."""
 PACKAGES = {"comet_ml": "comet-ml"}
 """Package of a tracker where it is not called as the tracker."""
+WIDEST_PICTURE = 1600
+"""Pixels."""
 
 
 def tracker_problems(config: RunConfig) -> list[str]:
@@ -60,10 +65,23 @@ class Trackers:
         Returns:
             a line for each tracker that failed.
         """
+        return self._each(self._trackers, lambda tracker: tracker.log(dict(values), step=step))
+
+    def show(self, folder: Path, step: int) -> list[str]:
+        """Hand on the PNGs of a folder, if it is there, to TensorBoard alone, each under its name.
+
+        Returns:
+            as ``log``.
+        """
+        chosen = [tracker for tracker in self._trackers if tracker.name == "tensorboard"]
+        paths = sorted(folder.glob("*.png")) if chosen else []
+        return self._each(chosen, lambda tracker: _show(tracker, paths, step))
+
+    def _each(self, trackers: Sequence[GeneralTracker], send: Callable[[GeneralTracker], object]) -> list[str]:
         problems = []
-        for tracker in list(self._trackers):
+        for tracker in list(trackers):
             try:
-                tracker.log(dict(values), step=step)
+                send(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
                 problems.append(f"{tracker.name} failed and is left out from here: {type(error).__name__}: {error}")
@@ -77,6 +95,15 @@ class Trackers:
             except Exception as error:
                 print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
         self._trackers = []
+
+
+def _show(tracker: GeneralTracker, paths: Sequence[Path], step: int) -> None:
+    """Hand pictures on, no wider than ``WIDEST_PICTURE``: event files keep every one of a run."""
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.thumbnail((WIDEST_PICTURE, WIDEST_PICTURE))
+            pixels = np.array(picture.convert("RGB"))
+        tracker.writer.add_image(f"overlays/{path.stem}", pixels, step, dataformats="HWC")
 
 
 def _start(name: str, config: RunConfig, step: int) -> GeneralTracker:

@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mfm_dist.classes import IGNORE_INDEX, ClassSet
+from mfm_dist.classes import ClassSet
 from mfm_dist.data.pipeline import EvaluationItem
 from mfm_dist.data.reader import Sample
 from mfm_dist.errors import BadSample
+from mfm_dist.inference.metrics import (
+    Counts,
+    boundary_iou_percent,
+    iou_percent,
+    mean_iou_percent,
+    mean_of_known,
+    means_over,
+)
 from mfm_dist.inference.overlays import save_overlay
-from mfm_dist.inference.predict_labels import predict_labels, seen_size, windows_of
+from mfm_dist.inference.predict_labels import predict_logits, seen_size, windows_of
+from mfm_dist.inference.views import SINGLE, Views
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.storage import write_atomically
@@ -65,6 +75,12 @@ class Scores:
     """Mean IoU in percent over the classes that occur in labels or predictions; None without labels."""
     iou: dict[str, float]
     """IoU in percent by class name; NaN (null in JSON) for a class that does not occur. Empty without labels."""
+    boundary_miou: float | None = None
+    """Mean Boundary IoU in percent (``metrics.boundary_counts``), over the classes that have one."""
+    boundary_iou: dict[str, float] = field(default_factory=dict)
+    """Boundary IoU in percent by class name, as ``iou``."""
+    confusion: list[list[int]] = field(default_factory=list)
+    """Pixels by true class (row) and predicted class (column), in the order of ``iou``."""
     images: int
     """Images scored, or looked at."""
     bad_samples: list[str]
@@ -81,9 +97,11 @@ class Scores:
     def to_json(self) -> str:
         """Return indented JSON text."""
         values = asdict(self)
-        for part in ("iou", "means", "unlabelled"):
+        for part in ("iou", "boundary_iou", "means", "unlabelled"):
             values[part] = {name: value if value == value else None for name, value in values[part].items()}
-        return json.dumps(values, indent=2) + "\n"
+        text = json.dumps(values, indent=2)
+        # A row of the matrix in a line.
+        return re.sub(r"\[[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the JSON file, whole or not at all, into a folder that is made if need be."""
@@ -91,9 +109,10 @@ class Scores:
         write_atomically(path, self.to_json())
 
     def numbers(self) -> dict[str, float]:
-        """Return what there is of ``eval/miou``, ``eval/<name>`` of ``means`` and ``eval/iou/<class>`` in percent,
-        ``eval/source_miou``, and ``eval/<name>`` of ``unlabelled``; none that is NaN."""
-        values = {"miou": self.miou, "source_miou": self.source_miou, **self.means, **self.unlabelled}
+        """Return what there is of ``eval/miou``, ``eval/boundary_miou``, ``eval/<name>`` of ``means``,
+        ``eval/iou/<class>`` and ``eval/source_miou`` in percent, and ``eval/<name>`` of ``unlabelled``; none is NaN."""
+        values = {"miou": self.miou, "boundary_miou": self.boundary_miou, "source_miou": self.source_miou}
+        values |= {**self.means, **self.unlabelled}
         values |= {f"iou/{name}": value for name, value in self.iou.items()}
         return {f"eval/{name}": value for name, value in values.items() if value is not None and value == value}
 
@@ -105,9 +124,43 @@ class Scores:
         return said if self.source_miou is None else f"{said}; source mIoU {self.source_miou:.2f} %"
 
     def table(self) -> str:
-        """Return one line a class, for people."""
-        values = {**self.iou, "mean": math.nan if self.miou is None else self.miou, **self.means}
-        return "\n".join(f"  {name:<14} {value:6.2f}" for name, value in values.items())
+        """Return one line a class, IoU and Boundary IoU, for people."""
+        mean, boundary_mean = (math.nan if one is None else one for one in (self.miou, self.boundary_miou))
+        boundary = {**self.boundary_iou, "mean": boundary_mean}
+        lines = [f"  {'':<14} {'IoU':>6} {'boundary':>9}"]
+        for name, value in {**self.iou, "mean": mean, **self.means}.items():
+            lines.append(f"  {name:<14} {value:6.2f}" + (f" {boundary[name]:9.2f}" if name in boundary else ""))
+        return "\n".join(lines)
+
+
+class Turn(NamedTuple):
+    """What a rank does in one turn of an evaluation."""
+
+    number: int
+    """Of the image in the data set."""
+    sample: Sample | None
+    """None where there is nothing, or nothing readable."""
+    image: Tensor
+    """What is predicted: that of the sample, or ``FILLER``."""
+    box: tuple[int, int] | None
+    """What it is fitted into first."""
+
+
+def turns_of(
+    items: Iterable[EvaluationItem],
+    fit_into: tuple[int, int] | None,
+    before_turn: Callable[[int], object],
+    bad: list[BadSample],
+) -> Iterator[Turn]:
+    """Yield this rank's turns, one for each item, and add what cannot be read to ``bad``."""
+    for turn, item in enumerate(items):
+        before_turn(turn)
+        if isinstance(item.found, BadSample):
+            bad.append(item.found)
+        if isinstance(item.found, Sample):
+            yield Turn(item.number, item.found, item.found.image, fit_into)
+        else:
+            yield Turn(item.number, None, FILLER, None)
 
 
 @torch.no_grad()
@@ -122,6 +175,7 @@ def evaluate(
     class_sets: Sequence[str] = (),
     fit_into: tuple[int, int] | None = None,
     scale: Callable[[Tensor], Tensor] = normalise,
+    views: Views = SINGLE,
     overlays: int = 0,
     overlay_folder: Path | None = None,
     before_turn: Callable[[int], object] = lambda _: None,
@@ -135,56 +189,55 @@ def evaluate(
         precision: what the forwards run in, to be said in the protocol.
         classes: of the labels, and of the student's logits.
         class_sets: groups of them to give means over, too.
-        fit_into, scale: what the images are before they are predicted (``predict_labels``).
+        fit_into, scale: what the images are before they are predicted (``predict_logits``).
+        views: in which each is predicted.
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
-        before_turn: called with the number of each turn, from 0. It may end the evaluation by raising, on all ranks
-            in the same turn.
+        before_turn: called with the number of each turn, from 0. It may end all by raising, on all ranks in the same.
     """
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    scored = 0
+    counts = Counts.of_nothing(len(classes))
     bad: list[BadSample] = []
+
+    def logits_of(image: Tensor, box: tuple[int, int] | None) -> Tensor:
+        forwards = agreed_forwards(student, seen_size(image, box), ranks)
+        return predict_logits(student, image, ranks.device, scale, forwards, box)
+
     with evaluation_mode(student, ranks):
-        for turn, item in enumerate(items):
-            before_turn(turn)
-            sample = item.found if isinstance(item.found, Sample) else None
-            image, box = (FILLER, None) if sample is None else (sample.image, fit_into)
-            forwards = agreed_forwards(student, seen_size(image, box), ranks)
-            prediction = predict_labels(student, image, ranks.device, scale, forwards, box).cpu()
-            if isinstance(item.found, BadSample):
-                bad.append(item.found)
+        for number, sample, image, box in turns_of(items, fit_into, before_turn, bad):
+            prediction = views.predict(image, box, logits_of).cpu()
             if sample is None:
                 continue
             assert sample.label is not None
-            confusion += confusion_matrix(sample.label, prediction, len(classes))
-            scored += 1
-            if overlay_folder is not None and item.number < overlays:
-                path = overlay_folder / f"{sample.key}.png"
-                save_overlay(path, sample.image, sample.label, prediction, classes.palette)
-    totals = ranks.sum(torch.cat([confusion.flatten(), torch.tensor([scored])]).to(ranks.device)).cpu()
-    confusion = totals[:-1].reshape(confusion.shape)
+            counts.add(sample.label, prediction)
+            if overlay_folder is not None and number < overlays:
+                save_overlay(overlay_folder / f"{sample.key}.png", sample.image, sample.label, prediction, classes)
+    counts = counts.summed(lambda own: ranks.sum(own.to(ranks.device)).cpu())
+    boundary_iou = boundary_iou_percent(counts.boundary)
     scores = Scores(
         step=step,
-        miou=mean_iou_percent(confusion),
-        iou=dict(zip(classes.names, iou_percent(confusion), strict=True)),
-        images=int(totals[-1]),
-        bad_samples=[str(sample) for sample in bad],
+        miou=mean_iou_percent(counts.confusion),
+        iou=dict(zip(classes.names, iou_percent(counts.confusion), strict=True)),
+        boundary_miou=mean_of_known(boundary_iou),
+        boundary_iou=dict(zip(classes.names, boundary_iou, strict=True)),
+        confusion=counts.confusion.tolist(),
         means={
             name: value
             for key in class_sets
-            for name, value in means_over(key, classes.indices(classes.groups[key]), confusion).items()
+            for name, value in means_over(key, classes.indices(classes.groups[key]), counts.confusion).items()
         },
-        protocol=f"{protocol_of(student, fit_into, precision)}; label at its stored size; 255 not counted",
+        images=counts.images,
+        bad_samples=[str(sample) for sample in bad],
+        protocol=f"{protocol_of(student, fit_into, precision, views)}; label at its stored size; 255 not counted",
     )
     return scores, bad
 
 
-def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str) -> str:
+def protocol_of(student: Segmentor, fit_into: tuple[int, int] | None, precision: str, views: Views = SINGLE) -> str:
     """Say how the student predicts, for people."""
     window = student.window
     seen = "whole image" if window is None else f"mean logits of sliding windows of {window[0]}x{window[1]}"
     if fit_into is not None:
         seen += f", fitted into {fit_into[0]}x{fit_into[1]}, logits enlarged to its stored size"
-    return f"student, eval mode, {precision}, {seen}, single scale, no flip"
+    return f"student, eval mode, {precision}, {seen}, {views}"
 
 
 def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> int:
@@ -196,48 +249,6 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
     if student.window is None:  # one for any image, so there is nothing to agree on
         return own
     return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
-
-
-def means_over(group: str, classes: list[int], confusion: Tensor) -> dict[str, float]:
-    """Return the mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
-
-    ``miou_<group>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those of other classes are false positives of
-    what is predicted there. ``miou_<group>_others_ignored`` leaves pixels labelled with other classes out. Classes
-    that do not occur are in no mean.
-    """
-    known = torch.zeros_like(confusion)
-    known[classes] = confusion[classes]
-    return {
-        f"miou_{group}": mean_iou_percent(confusion, classes),
-        f"miou_{group}_others_ignored": mean_iou_percent(known, classes),
-    }
-
-
-def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
-
-    Args:
-        label: integer [..., H, W] with ``IGNORE_INDEX`` where unlabelled.
-        prediction: integer, of the same shape, in 0..C-1.
-    """
-    counts = label != IGNORE_INDEX
-    pairs = label[counts].long() * num_classes + prediction[counts].long()
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def iou_percent(confusion: Tensor) -> list[float]:
-    """Return IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
-    true_positive = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return (100.0 * true_positive / union).tolist()
-
-
-def mean_iou_percent(confusion: Tensor, classes: Sequence[int] | None = None) -> float:
-    """Return the mean of ``iou_percent`` over the classes that have one, all or some of them."""
-    iou = iou_percent(confusion)
-    chosen = iou if classes is None else [iou[index] for index in classes]
-    values = [value for value in chosen if not math.isnan(value)]
-    return sum(values) / len(values) if values else math.nan
 
 
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:

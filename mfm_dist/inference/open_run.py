@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ class TrainedRun:
     config: RunConfig
     checkpoint: Checkpoint
     model: TrainedSegmentor
+    scores: dict[str, Any]
+    """The evaluation at the checkpoint's step, as read; empty if there is none."""
 
 
 def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> TrainedRun:
@@ -38,12 +41,13 @@ def open_run(path: Path, weights: Literal["student", "teacher"] = "student") -> 
         ConfigError: no run folder, no checkpoint yet, or no teacher where one is asked for.
     """
     config, checkpoint = _newest(path)
-    model = TrainedSegmentor(_card(path, config, weights, checkpoint))
+    scores = _read_json(RunFolder(path, writes=False).evaluation(checkpoint.progress.step))
+    model = TrainedSegmentor(_card(path, config, weights, checkpoint, scores))
     load = load_student if weights == "student" else load_teacher
     fix_encoder(model.segmentor, config.model)
     load(checkpoint, model.segmentor)
     merge_lora(model.segmentor.backbone.net)
-    return TrainedRun(config, checkpoint, model.eval())
+    return TrainedRun(config, checkpoint, model.eval(), scores)
 
 
 def open_train_module(path: Path) -> tuple[TrainModule, Checkpoint]:
@@ -78,10 +82,15 @@ def _newest(path: Path) -> tuple[RunConfig, Checkpoint]:
     return config, checkpoint
 
 
-def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"], checkpoint: Checkpoint) -> ModelCard:
+def _card(
+    path: Path,
+    config: RunConfig,
+    weights: Literal["student", "teacher"],
+    checkpoint: Checkpoint,
+    scores: Mapping[str, Any],
+) -> ModelCard:
     """Gather what there is to say about the segmentor in a checkpoint of a run."""
-    step = checkpoint.progress.step
-    miou = _read_json(RunFolder(path, writes=False).evaluation(step)).get("miou")
+    miou = scores.get("miou")
     revision = _read_json(path / "environment.json").get("revision")
     return ModelCard(
         backbone=config.model.backbone,
@@ -99,7 +108,7 @@ def _card(path: Path, config: RunConfig, weights: Literal["student", "teacher"],
         method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
         crop=config.data.crop,
         resize=config.eval.resize,
-        step=step,
+        step=checkpoint.progress.step,
         miou=miou if weights == "student" and isinstance(miou, float) else None,  # evaluation scores the student
         revision=revision if isinstance(revision, str) else None,
     )

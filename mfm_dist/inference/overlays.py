@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from mfm_dist.classes import Colour
+from mfm_dist.classes import ClassSet, Colour
 from mfm_dist.data.photographs import opened
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.storage import atomic_file, read_whole
@@ -21,6 +21,8 @@ OPACITY = 0.65
 """Share of the class colour in an overlay."""
 GAP = 4
 """White pixels between panels."""
+SMALLEST_LETTERS = 11
+"""Pixels of a legend's letters."""
 
 
 def colourise(label: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8]:
@@ -50,20 +52,46 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(file, format="PNG")
 
 
-def save_overlay(
-    path: Path, image: Tensor, label: Tensor | None, prediction: Tensor, palette: Sequence[Colour]
-) -> None:
+def save_overlay(path: Path, image: Tensor, label: Tensor | None, prediction: Tensor, classes: ClassSet) -> None:
     """Write a PNG of panels side by side: the image, its label if there is one, the prediction, these laid over it.
+
+    Below them stands the legend of the classes that occur.
 
     Args:
         image: uint8 [3, H, W]; label and prediction: integer [H, W].
     """
     picture = image.permute(1, 2, 0).numpy()
     gap = np.full((picture.shape[0], GAP, 3), 255, dtype=np.uint8)
-    panels = [picture]
+    panels, occurring = [picture], set()
     for ids in (prediction,) if label is None else (label, prediction):
-        panels += [gap, overlay(picture, ids, palette)]
-    save_picture(path, Image.fromarray(np.concatenate(panels, axis=1)))
+        panels += [gap, overlay(picture, ids, classes.palette)]
+        occurring |= set(ids.unique().tolist())
+    row = np.concatenate(panels, axis=1)
+    shown = [index for index in range(len(classes)) if index in occurring]
+    save_picture(path, Image.fromarray(np.concatenate([row, legend(classes, shown, row.shape[1])])))
+
+
+def legend(classes: ClassSet, shown: Sequence[int], width: int) -> npt.NDArray[np.uint8]:
+    """Draw colours and names of classes below one another and side by side, as they fit: uint8 RGB [H, width, 3].
+
+    The letters grow with the width, so that they are read where a large picture is shown small.
+    """
+    size = max(SMALLEST_LETTERS, width // 110)
+    font, line = ImageFont.load_default(size), 2 * size
+    places: list[tuple[float, int]] = []
+    left, top = float(size), size // 2
+    for index in shown:
+        needed = 1.5 * size + font.getlength(classes.names[index])
+        if left > size and left + needed > width:
+            left, top = float(size), top + line
+        places.append((left, top))
+        left += needed + 1.5 * size
+    picture = Image.new("RGB", (width, top + line), (255, 255, 255))
+    draw = ImageDraw.Draw(picture)
+    for index, (left, top) in zip(shown, places, strict=True):
+        draw.rectangle((left, top, left + size, top + size), classes.palette[index], (120, 120, 120))
+        draw.text((left + 1.5 * size, top + size / 2), classes.names[index], (0, 0, 0), font, anchor="lm")
+    return np.array(picture)
 
 
 LARGEST_IMAGE = 1 << 30

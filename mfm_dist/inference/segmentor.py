@@ -1,7 +1,8 @@
 """A trained segmentor on its own: what an export folder holds, and how it is loaded.
 
 An export folder holds ``model.safetensors`` (weights and BatchNorm statistics of the plain segmentor) and
-``config.json`` (``ModelCard``: what builds the network again and what its numbers mean), and nothing to unpickle.
+``config.json`` (``ModelCard``: what builds the network again and what its numbers mean), a ``README.md`` for people,
+and nothing to unpickle.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.storage import read_json
 
-CONFIG, WEIGHTS, ONNX = "config.json", "model.safetensors", "model.onnx"
+CONFIG, WEIGHTS, ONNX, README = "config.json", "model.safetensors", "model.onnx", "README.md"
 FORMAT = "mfm_dist segmentor 1"
 
 
@@ -163,7 +164,7 @@ def read_card(folder: Path) -> ModelCard:
 
 def is_export(folder: Path) -> bool:
     """Tell whether a folder is an export and nothing else, so that another may take its place."""
-    if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX}:
+    if {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, ONNX, README}:
         return False
     try:
         tree = read_json(folder / CONFIG)

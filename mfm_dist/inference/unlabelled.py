@@ -14,9 +14,8 @@ from torch import Tensor
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.data.pipeline import EvaluationSet
-from mfm_dist.data.reader import Sample
 from mfm_dist.errors import BadSample
-from mfm_dist.inference.evaluation import FILLER, Ranks, Scores, agreed_forwards, evaluation_mode, protocol_of
+from mfm_dist.inference.evaluation import Ranks, Scores, agreed_forwards, evaluation_mode, protocol_of, turns_of
 from mfm_dist.inference.overlays import save_overlay
 from mfm_dist.inference.predict_labels import predict_logits, seen_size
 from mfm_dist.models.preprocessing import normalise
@@ -63,20 +62,15 @@ def look_at_unlabelled(
     table = torch.zeros(items.samples, 1 + len(names), dtype=torch.float64)
     bad: list[BadSample] = []
     with evaluation_mode(student, ranks):
-        for turn, item in enumerate(items):
-            before_turn(turn)
-            sample = item.found if isinstance(item.found, Sample) else None
-            image, box = (FILLER, None) if sample is None else (sample.image, fit_into)
+        for number, sample, image, box in turns_of(items, fit_into, before_turn, bad):
             logits, taught = logits_of(student, teacher, image, box, ranks)
-            if isinstance(item.found, BadSample):
-                bad.append(item.found)
             if sample is None:
                 continue
             found = figures_of(logits, taught, threshold)
-            table[item.number] = torch.tensor([1.0, *(found[name] for name in names)], dtype=torch.float64)
-            if overlay_folder is not None and item.number < overlays:
+            table[number] = torch.tensor([1.0, *(found[name] for name in names)], dtype=torch.float64)
+            if overlay_folder is not None and number < overlays:
                 path = overlay_folder / f"{sample.key}.png"
-                save_overlay(path, sample.image, None, logits.argmax(dim=0).cpu(), classes.palette)
+                save_overlay(path, sample.image, None, logits.argmax(dim=0).cpu(), classes)
     table = ranks.sum(table.to(ranks.device)).cpu()
     table = table[table[:, 0] > 0]
     scores = Scores(

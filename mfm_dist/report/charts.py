@@ -12,7 +12,7 @@ import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import matplotlib
@@ -46,6 +46,8 @@ SERIES_COLOURS = 8
 LABEL_LENGTH = 22
 LABEL_GAP = 13.0
 """Smallest distance of two labels, in SVG units."""
+SAME_END = 0.04
+"""Share of the steps by which two lines may end apart and have their labels side by side."""
 INK, GRID = "#010101", "#020202"
 """Stand-ins that become the page's variables; matplotlib wants real colours. A series' is "#0300" and its number."""
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
@@ -305,26 +307,33 @@ def _dress(axes: Axes, chart: Chart) -> None:
 def _label_ends(axes: Axes, chart: Chart, labels: Sequence[str]) -> None:
     """Write each line's name where it ends, moved up or down where two would overlap."""
     ends = []
+    to_axes = axes.transData + axes.transAxes.inverted()
     for number, line in enumerate(chart.lines):
-        visible = line.values[np.isfinite(line.values) & ((line.values > 0) | (chart.scale != "log"))]
-        if len(visible):
-            y = axes.transAxes.inverted().transform(axes.transData.transform((0, visible[-1])))[1]
-            ends.append((float(np.clip(y, 0, 1)), number))
-    ends.sort()
-    height = axes.get_position().height * chart.height
-    gap = LABEL_GAP / height
-    places = [y for y, _ in ends]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + gap)
-    if places and places[-1] > 1.02:
-        places[-1] = 1.02
-        for index in range(len(places) - 2, -1, -1):
-            places[index] = min(places[index], places[index + 1] - gap)
-    for place, (_, number) in zip(places, ends, strict=True):
-        axes.annotate(
-            labels[number], (1, place), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center",
-            color=_colour(chart.lines[number]), fontweight="bold",
-        )  # fmt: skip
+        visible = np.isfinite(line.values) & ((line.values > 0) | (chart.scale != "log"))
+        if visible.any():
+            x, y = to_axes.transform((line.steps[visible][-1], line.values[visible][-1]))
+            ends.append((1.0 if x > 1 - SAME_END else float(x), float(np.clip(y, 0, 1)), number))
+    gap = LABEL_GAP / (axes.get_position().height * chart.height)
+    for _, group in groupby(sorted(ends), key=lambda one: round(one[0] / SAME_END)):
+        together = list(group)
+        places = spread([y for _, y, _ in together], gap)
+        for (x, _, number), place in zip(together, places, strict=True):
+            axes.annotate(
+                labels[number], (x, place), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+                color=_colour(chart.lines[number]), fontweight="bold",
+            )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move places on an axis from 0 to 1, lowest first, up so far that they are ``gap`` apart, then down if need be."""
+    apart = list(places)
+    for index in range(1, len(apart)):
+        apart[index] = max(apart[index], apart[index - 1] + gap)
+    if apart and apart[-1] > 1.02:
+        apart[-1] = 1.02
+        for index in range(len(apart) - 2, -1, -1):
+            apart[index] = min(apart[index], apart[index + 1] - gap)
+    return apart
 
 
 def _colour(line: Line) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -28,6 +29,12 @@ DASH = "\N{EN DASH}"
 """Stands for a figure that there is not."""
 SHOWN_EVENTS = 20
 """Single events listed of each group."""
+NOTABLE_POINTS = 1.0
+"""Points of mIoU from which a change is coloured as a gain or a loss; seeds of one run differ by some tenths."""
+LARGEST_MATRIX = 40
+"""Classes of a confusion matrix that is shown whole."""
+SHOWN_CONFUSIONS = 8
+"""Pairs of classes that are listed as taken for one another."""
 NOT_COMPARED = ("seed", "run.folder")
 """Settings in which repetitions of a run differ."""
 REBUILT_BY: Mapping[str, str] = {
@@ -69,6 +76,17 @@ class EventGroup:
     last: int | None
     examples: list[str]
     """The first ``SHOWN_EVENTS`` in words, where they say more than kind and cause."""
+
+
+class Confusion(NamedTuple):
+    """Which classes are taken for which, as shares of the labelled pixels of the true one in percent."""
+
+    columns: list[tuple[str, str]]
+    """Name and colour of the classes that are labelled or predicted; none where they are too many to show."""
+    rows: list[tuple[str, str, list[float]]]
+    """Name and colour of each class that is labelled, and what it is taken for, by column."""
+    pairs: list[tuple[str, str, float]]
+    """True class, predicted class and share, the largest first."""
 
 
 class Probe(NamedTuple):
@@ -128,6 +146,7 @@ def render(runs: Sequence[Run], *, images: int) -> str:
             "gains": _gains(run),
             "unlabelled": _unlabelled(run),
             "probe": probe_of(run),
+            "confusion": confusion_of(run),
         }
     else:
         context |= {
@@ -159,6 +178,7 @@ def _templates() -> Environment:
     filters: dict[str, Callable[..., Any]] = {
         "score": lambda value: f"{value:.1f}" if math.isfinite(value) else DASH,
         "change": _change,
+        "tone": lambda gain: "up" if gain >= NOTABLE_POINTS else "down" if gain <= -NOTABLE_POINTS else "",
         "of_one": lambda value: f"{value:.3f}" if math.isfinite(value) else DASH,
         "share": lambda value: 0.0 if not math.isfinite(value) else min(max(value, 0.0), 100.0),
         "grouped": lambda value: DASH if value is None else f"{value:,}",
@@ -233,6 +253,24 @@ def _unlabelled(run: Run) -> list[tuple[str, str, float, float]]:
         for name, words in FIGURES.items()
         if name in last
     ]
+
+
+def confusion_of(run: Run) -> Confusion | None:
+    """Return which classes the last evaluation takes for which; None if that is not known."""
+    counts = run.last.confusion if run.last else None
+    if counts is None or not counts.any():
+        return None
+    names = list(zip(run.classes.names, map(hexadecimal, run.classes.palette), strict=True))
+    labelled = [index for index in range(len(names)) if counts[index].any()]
+    occurring = [index for index in range(len(names)) if counts[index].any() or counts[:, index].any()]
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    mistaken = [(names[i][0], names[j][0], float(shares[i, j])) for i in labelled for j in occurring if i != j]
+    shown = len(occurring) <= LARGEST_MATRIX
+    return Confusion(
+        [names[index] for index in occurring] if shown else [],
+        [(*names[index], shares[index, occurring].tolist()) for index in labelled] if shown else [],
+        [pair for pair in sorted(mistaken, key=lambda pair: -pair[2])[:SHOWN_CONFUSIONS] if pair[2] > 0],
+    )
 
 
 def probe_of(run: Run) -> Probe | None:

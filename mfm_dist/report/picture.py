@@ -79,13 +79,14 @@ def overlay_prediction(panels: Pixels, image: Pixels, palette: Sequence[Colour])
     """Return the prediction [H, W] that ``save_overlay`` laid over ``image``, or None if it is of another image.
 
     Args:
-        panels: RGB [H, 3 W + 2 gaps, 3], as saved: image, label, prediction; or [H, 2 W + gap, 3] without a label.
+        panels: RGB, as saved: image, label, prediction, [H, 3 W + 2 gaps], or image and prediction, and a legend below.
     """
     height, width = image.shape[:2]
+    row = panels[:height]
     sizes = [(height, count * (width + GAP) - GAP, 3) for count in (2, 3)]
-    if panels.shape not in sizes or not np.array_equal(panels[:, :width], image):
+    if row.shape not in sizes or not np.array_equal(row[:, :width], image):
         return None
-    blended = panels[:, -width:].astype(np.float32)
+    blended = row[:, -width:].astype(np.float32)
     colour = (blended - (1 - OPACITY) * image) / OPACITY
     distance = [((colour - np.array(one, dtype=np.float32)) ** 2).sum(axis=-1) for one in palette]
     nearest: Pixels = np.argmin(np.stack(distance), axis=0).astype(np.uint8)

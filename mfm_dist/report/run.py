@@ -37,6 +37,12 @@ class Evaluation(NamedTuple):
     """Percent; NaN if no labelled source images were scored."""
     unlabelled: dict[str, float]
     """What there is to say of target images without labels, by name; empty where they have some."""
+    boundary_miou: float
+    """Percent; NaN if unknown."""
+    boundary_iou: dict[str, float]
+    """Percent by class name; NaN where unknown."""
+    confusion: Floats | None
+    """Pixels by true class (row) and predicted class (column), [C, C]; None if unknown."""
 
     def score(self, name: str) -> float:
         """Return the IoU of a class; NaN for one that is none of the run's."""
@@ -215,11 +221,34 @@ def _evaluations(folder: Path, classes: ClassSet, problems: list[str]) -> list[E
         seen = content.get("unlabelled")
         unlabelled = {name: finite_or_nan(value) for name, value in seen.items()} if isinstance(seen, dict) else {}
         counted = images if isinstance(images, int) else None
-        of_source = finite_or_nan(content.get("source_miou"))
-        found.append(Evaluation(step, finite_or_nan(miou), by_class, counted, of_source, unlabelled))
+        of_source, of_boundary = (finite_or_nan(content.get(key)) for key in ("source_miou", "boundary_miou"))
+        listed = content.get("boundary_iou")
+        boundary = listed if isinstance(listed, dict) else {}
+        found.append(
+            Evaluation(
+                step,
+                finite_or_nan(miou),
+                by_class,
+                counted,
+                of_source,
+                unlabelled,
+                of_boundary,
+                {name: finite_or_nan(boundary.get(name)) for name in classes.names},
+                _confusion(content.get("confusion"), len(classes)),
+            )
+        )
     if not found:
         problems.append("There is no evaluation yet, so there is no mIoU.")
     return sorted(found, key=lambda one: one.step)
+
+
+def _confusion(value: object, classes: int) -> Floats | None:
+    """Return a matrix of counts, or None for anything else."""
+    try:
+        counts = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return counts if counts.shape == (classes, classes) and np.isfinite(counts).all() and (counts >= 0).all() else None
 
 
 def _is_step(value: object) -> bool:

@@ -30,6 +30,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.predict_labels import predict_labels
+from mfm_dist.inference.readme import readme_text
 from mfm_dist.inference.segmentor import TrainedSegmentor, read_card
 from mfm_dist.methods.mfm import rebuild
 from mfm_dist.models.preprocessing import normalise
@@ -145,6 +146,31 @@ def test_the_config_says_what_it_is(exported: Path, trained_run: Path) -> None:
     assert card["class_names"][13] == "car"
     assert card["palette"][13] == [0, 0, 142]
     assert card["mean"] == [123.675, 116.28, 103.53]
+
+
+def test_the_readme_says_what_it_is_and_cannot_be_more_than_text(exported: Path, trained_run: Path) -> None:
+    text = (exported / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: mfm_dist\n")
+    scores = json.loads((trained_run / "eval" / "step_00000004.json").read_text())
+    assert f"| **mean** | {scores['miou']:.2f} | {scores['boundary_miou']:.2f} |" in text
+    for expected in ("`test_resnet`", "student after 4 steps of dacs + MFM", "| source, with labels | game\\_train |"):
+        assert expected in text, expected
+    card = replace(read_card(exported), run="<img src=x>|`*", class_names=("<b>", *CLASSES.names[1:]))
+    hostile = readme_text(card, None, {"iou": 3, "protocol": "<script>", "images": None})
+    assert "<img" not in re.sub(r"\\.", "", hostile)
+    assert "<script>" not in hostile
+    assert "come from elsewhere" in hostile
+    assert "not scored" in readme_text(replace(card, miou=None))
+
+
+def test_an_upload_that_fails_leaves_the_export(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    arguments = ["--run", str(trained_run), "--output", str(folder), "--push", "no/such/name"]
+    assert export.main(arguments) == 2  # the Hub's own library refuses the name before it asks the network
+    assert "could not be uploaded" in capsys.readouterr().err
+    assert mfm_dist.load(folder).card.step == 4
 
 
 def test_the_teacher_has_its_own_parameters_and_the_students_statistics(trained_run: Path, tmp_path: Path) -> None:
@@ -291,7 +317,7 @@ def test_a_segmentor_of_two_resolutions_is_exported_with_its_attention_and_windo
     card = replace(read_card(exported), attention="segformer", attention_options={"width": 8}, crop=(32, 32))
     hrda = TrainedSegmentor(card)
     hrda.segmentor.load_state_dict(student.state_dict())
-    export.write_export(hrda, tmp_path / "hrda")
+    export.write_export(hrda, tmp_path / "hrda", readme_text(card))
     model = mfm_dist.load(tmp_path / "hrda")
     image = torch.randint(0, 256, (3, 40, 70), dtype=torch.uint8)
     assert torch.equal(model.predict(image), predict_labels(student, image, CPU))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.inference.overlays import overlay, read_image
 from mfm_dist.inference.segmentor import TrainedSegmentor
+from mfm_dist.inference.video import frames_of
 from mfm_dist.predict import picture_names
 from tests.helpers.classes import CLASSES
 
@@ -70,7 +73,7 @@ def test_every_good_image_is_done_and_the_bad_one_named(
     assert printed.out.startswith("3 of 4 images")
     pictures = {"a.jpg.png", "a.png.png", "day 1/B.png"}
     expected_files = {f"{kind}/{picture}" for kind in ("ids", "overlays") for picture in pictures}
-    assert files_below(output) == expected_files | {"predictions.json"}
+    assert files_below(output) == expected_files | {"predictions.json", "legend.png"}
     summary = json.loads((output / "predictions.json").read_text())
     assert summary["ids"]["a.jpg"] == "ids/a.jpg.png"
     assert list(summary["bad"]) == ["bad.jpg"]
@@ -97,6 +100,81 @@ def test_a_run_predicts_as_its_export_and_one_file_will_do(
     assert files_below(output) == {"ids/a.png", "predictions.json"}
     ids = torch.from_numpy(np.array(Image.open(output / "ids" / "a.png")))
     assert torch.equal(ids.long(), model.predict(read_image(photos / "a.png")))
+
+
+@pytest.fixture
+def film(street: Image.Image, tmp_path: Path) -> Path:
+    """Five frames of 127 x 63 pixels, the third of which stands for a second, without loss; a text that is no video."""
+    av = pytest.importorskip("av")
+    folder = tmp_path / "films"
+    folder.mkdir()
+    with av.open(folder / "a.mkv", "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 127, 63, "bgr0"
+        for number, tenths in enumerate((0, 1, 2, 12, 13)):
+            picture = np.roll(np.array(street)[:63, :127], 9 * number, axis=1)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = 100 * tenths, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (folder / "bad.mp4").write_text("not a video")
+    street.save(folder / "a.png")
+    return folder
+
+
+def test_a_video_becomes_a_video_of_the_same_times_and_a_folder_of_ids(
+    film: Path, street: Image.Image, exported: Path, model: TrainedSegmentor, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(exported), "--input", str(film), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict.main(arguments) == 3
+    summary = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert summary["ids"] == {"a.mkv": "ids/a.mp4", "a.png": "ids/a.png"}
+    assert list(summary["bad"]) == ["bad.mp4"]
+    assert {f"ids/a.mp4/{number:06d}.png" for number in range(5)} < files_below(tmp_path / "out")
+    frames = list(frames_of(tmp_path / "out" / "overlays" / "a.mp4"))
+    assert [round(frame.seconds, 3) for frame in frames] == [0.0, 0.1, 0.2, 1.2, 1.3]
+    for number, frame in enumerate(frames):
+        picture = np.ascontiguousarray(np.roll(np.array(street)[:63, :127], 9 * number, axis=1))
+        ids = model.predict(torch.from_numpy(picture).permute(2, 0, 1))
+        with Image.open(tmp_path / "out" / "ids" / "a.mp4" / f"{number:06d}.png") as stored:
+            assert torch.equal(torch.from_numpy(np.array(stored)).long(), ids)
+        assert frame.image.shape == (3, 64, 128)
+        shown = frame.image.permute(1, 2, 0).numpy()[:63, :127]
+        assert np.abs(shown.astype(float) - overlay(picture, ids, CLASSES.palette)).mean() < 12  # colour is halved
+
+
+def test_a_video_alone_and_no_ids(film: Path, exported: Path, tmp_path: Path) -> None:
+    one = ["--model", str(exported), "--input", str(film / "a.mkv"), "--output", str(tmp_path / "out"), "--no-ids"]
+    assert predict.main([*one, "--device", "cpu"]) == 0
+    assert files_below(tmp_path / "out") == {"overlays/a.mp4", "legend.png", "predictions.json"}
+    with pytest.raises(SystemExit, match="2"):
+        predict.main([*one, "--no-overlays"])
+
+
+def test_of_a_video_that_breaks_off_nothing_half_is_left(film: Path, model: TrainedSegmentor, tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def predict_frame(image: Tensor) -> Tensor:
+        seen.append(image)
+        if len(seen) == 3:
+            torch.empty(1 << 60)
+        return model.predict(image)
+
+    careless: Any = SimpleNamespace(predict=predict_frame, card=model.card)
+    done, bad = predict.predict_all(careless, film, [Path("a.mkv")], tmp_path / "out")
+    assert (done, bad) == ({}, {"a.mkv": "frame 2: 127 x 63 pixels are too many for the device's memory"})
+    ids = {"ids/a.mp4/000000.png", "ids/a.mp4/000001.png"}
+    assert files_below(tmp_path / "out") == ids | {"legend.png", "predictions.json"}
+
+
+def test_without_pyav_a_video_is_refused_with_the_fix(
+    film: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it could not be imported
+    one = ["--model", str(exported), "--input", str(film / "a.mkv"), "--output", str(tmp_path / "out")]
+    assert predict.main(one) == 2
+    assert "videos need PyAV: pip install av" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_below_the_input_is_not_taken_for_images(photos: Path, exported: Path) -> None:
@@ -164,7 +242,9 @@ def test_a_full_disk_ends_with_4(photos: Path, exported: Path, tmp_path: Path, m
 def test_picture_names_never_meet() -> None:
     files = ("a.jpg", "a.png", "a.jpg.png", "b.jpg", "B.png", "c.jpg", "s/a.jpg", "s.t.jpg", "s.u.jpg")
     names = [Path(file) for file in files]
+    names += [Path("v.mp4"), Path("v.mov"), Path("w.avi")]
     pictures = picture_names(names)
+    assert pictures[Path("w.avi")] == Path("w.mp4")
     assert len({str(p).lower() for p in pictures.values()}) == len(names)
     assert pictures[Path("c.jpg")] == Path("c.png")
     assert pictures[Path("s/a.jpg")] == Path("s/a.png")

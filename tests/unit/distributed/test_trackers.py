@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mfm_dist import train
@@ -40,7 +43,8 @@ def expected(run: Path) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, list[tuple[int, float]]] = {}
     for file in sorted((run / "eval").glob("step_*.json")):
         scores = json.loads(file.read_text())
-        values = {"eval/miou": scores["miou"]} | {f"eval/iou/{name}": value for name, value in scores["iou"].items()}
+        values = {f"eval/{name}": scores[name] for name in ("miou", "boundary_miou")}
+        values |= {f"eval/iou/{name}": value for name, value in scores["iou"].items()}
         for name, value in values.items():
             if value is not None:
                 points.setdefault(name, []).append((scores["step"], pytest.approx(value)))
@@ -58,6 +62,38 @@ def test_tensorboard_shows_what_the_run_wrote(trained_run: Path) -> None:
     assert [step for step, _ in points["loss/mfm"]] == [1, 2, 3, 4]
     assert [step for step, _ in points["eval/miou"]] == [0, 4]
     assert any(name.startswith("eval/iou/") for name in points)
+
+
+def test_tensorboard_shows_the_overlays_of_each_evaluation(trained_run: Path) -> None:
+    events = EventAccumulator(str(trained_run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (saved,) = {path.name for path in (trained_run / "eval").glob("*/*.png")}
+    assert events.Tags()["images"] == [f"overlays/{saved.removesuffix('.png')}"]
+    for shown in events.Images(events.Tags()["images"][0]):
+        with (
+            Image.open(trained_run / "eval" / f"step_{shown.step:08d}" / saved) as picture,
+            Image.open(io.BytesIO(shown.encoded_image_string)) as found,
+        ):
+            assert np.array_equal(np.array(found), np.array(picture))
+
+
+def test_large_overlays_are_shown_smaller_and_to_tensorboard_alone(
+    tiny_config: RunConfig, service: list[Recorder], tmp_path: Path
+) -> None:
+    tiny_config.log.trackers = ("wandb", "tensorboard")
+    tiny_config.run.folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4000, 1000), (1, 2, 3)).save(tmp_path / "wide.png")
+    trackers = Trackers(tiny_config, enabled=True, step=0)
+    assert trackers.show(tmp_path, 0) == trackers.show(tmp_path / "nothing", 1) == []
+    (tmp_path / "bad.png").write_text("not a picture")
+    (problem,) = trackers.show(tmp_path, 2)
+    assert problem.startswith("tensorboard failed and is left out")
+    trackers.close()
+    assert service[0].points == []
+    events = EventAccumulator(str(tiny_config.run.folder / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Images("overlays/wide")
+    assert (shown.step, shown.width, shown.height) == (0, 1600, 400)
 
 
 def test_a_resumed_run_shows_no_point_twice(trained_run: Path, scenes: Path, tmp_path: Path) -> None:

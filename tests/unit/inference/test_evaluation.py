@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_dist.build import build_student
-from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.geometry import resize_box
@@ -21,38 +19,16 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.inference.evaluation import (
     OneProcess,
     batch_norm_buffers,
-    confusion_matrix,
     evaluate,
     evaluation_mode,
-    iou_percent,
-    mean_iou_percent,
-    means_over,
 )
+from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import tiny_overrides
-
-
-def test_confusion_and_iou_against_pixel_sets() -> None:
-    generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 5, (3, 7, 9), generator=generator)
-    prediction = torch.randint(0, 5, (3, 7, 9), generator=generator)
-    label[label == 3] = 2  # class 3 is predicted but never labelled
-    prediction[prediction == 4] = 0
-    label[label == 4] = 0  # class 4 occurs nowhere
-    label[0, 0] = IGNORE_INDEX
-    scores = iou_percent(confusion_matrix(label, prediction, 5))
-    counts = label.flatten() != IGNORE_INDEX
-    for c in range(4):
-        labelled = {i for i, (v, k) in enumerate(zip(label.flatten(), counts, strict=True)) if k and v == c}
-        predicted = {i for i, (v, k) in enumerate(zip(prediction.flatten(), counts, strict=True)) if k and v == c}
-        assert scores[c] == pytest.approx(100 * len(labelled & predicted) / len(labelled | predicted))
-    assert scores[3] == 0.0
-    assert math.isnan(scores[4])
-    assert mean_iou_percent(confusion_matrix(label, prediction, 5)) == pytest.approx(sum(scores[:4]) / 4)
 
 
 class Collected(OneProcess):
@@ -152,62 +128,6 @@ def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_conf
     assert turns == [0, 1, 2]
     assert student.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
-
-
-ABSENT = ("terrain", "truck", "train")
-"""Not in SYNTHIA."""
-
-
-def slow_means(label: Tensor, prediction: Tensor, names: list[str], *, ignore_others: bool) -> float:
-    """Class by class from the pixels: hits over the union."""
-    keep = {CLASSES.names.index(name) for name in names}
-    counted = [
-        (int(true), int(guess))
-        for true, guess in zip(label.flatten(), prediction.flatten(), strict=True)
-        if int(true) != IGNORE_INDEX and (not ignore_others or int(true) in keep)
-    ]
-    values = []
-    for index in keep:
-        hits = sum(true == guess == index for true, guess in counted)
-        union = sum(index in (true, guess) for true, guess in counted)
-        if union:
-            values.append(100 * hits / union)
-    return sum(values) / len(values)
-
-
-def some_pixels() -> tuple[Tensor, Tensor]:
-    """A label, ignored pixels in it, and a prediction that is right half of the time."""
-    generator = torch.Generator().manual_seed(0)
-    label = torch.randint(0, 19, (40, 50), generator=generator)
-    guess = torch.randint(0, 19, (40, 50), generator=generator)
-    prediction = torch.where(torch.rand(40, 50, generator=generator) < 0.5, label, guess)
-    label[:3] = IGNORE_INDEX
-    return label, prediction
-
-
-@pytest.mark.parametrize(("group", "left_out"), [("synthia16", ()), ("synthia13", ("wall", "fence", "pole"))])
-def test_means_for_synthia_in_both_conventions(group: str, left_out: tuple[str, ...]) -> None:
-    label, prediction = some_pixels()
-    names = [name for name in CLASSES.names if name not in (*ABSENT, *left_out)]
-    assert len(names) == int(group.removeprefix("synthia"))
-    means = means_over(group, CLASSES.indices(CLASSES.groups[group]), confusion_matrix(label, prediction, 19))
-    assert means == {
-        f"miou_{group}": pytest.approx(slow_means(label, prediction, names, ignore_others=False)),
-        f"miou_{group}_others_ignored": pytest.approx(slow_means(label, prediction, names, ignore_others=True)),
-    }
-    assert means[f"miou_{group}"] < means[f"miou_{group}_others_ignored"]
-
-
-def test_the_mean_over_16_is_19_sixteenths_of_that_over_19_where_nothing_absent_is_predicted() -> None:
-    """UDA_FACTS 8: the three classes score 0 in the mean over 19."""
-    label, prediction = some_pixels()
-    for name in ABSENT:
-        prediction[prediction == CLASSES.names.index(name)] = 0
-    confusion = confusion_matrix(label, prediction, 19)
-    shared = CLASSES.indices(CLASSES.groups["synthia16"])
-    assert means_over("synthia16", shared, confusion)["miou_synthia16"] == pytest.approx(
-        mean_iou_percent(confusion) * 19 / 16
-    )
 
 
 def test_the_sets_asked_for_are_in_the_results(tiny_config: RunConfig, scenes: Path) -> None:

@@ -147,7 +147,8 @@ def test_without_a_teacher_there_is_nothing_to_agree_with(module: TrainModule, t
     assert json.loads(scores.to_json())["miou"] is None
     (picture,) = (tmp_path / "pictures").iterdir()
     with Image.open(picture) as panels:
-        assert panels.size == (2 * 72 + 4, 40)  # the image and what the student sees in it
+        assert panels.width == 2 * 72 + 4  # the image and what the student sees in it
+        assert panels.height > 40  # a legend
 
 
 def test_all_images_bad_leave_no_number(module: TrainModule, shard_folder: ShardFolder) -> None:

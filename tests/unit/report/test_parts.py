@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,8 +19,8 @@ from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.errors import ConfigError
 from mfm_dist.inference.overlays import save_overlay
-from mfm_dist.report.charts import BUCKETS, Chart, Line, draw, envelope, short_number
-from mfm_dist.report.page import differing_settings, group_events, repeated, settings
+from mfm_dist.report.charts import BUCKETS, Chart, Line, draw, envelope, short_number, spread
+from mfm_dist.report.page import confusion_of, differing_settings, group_events, render, repeated, settings
 from mfm_dist.report.picture import label_map, overlay_prediction
 from mfm_dist.report.run import Run, read_runs
 from mfm_dist.run.folder import CLASSES as CLASSES_FILE
@@ -100,6 +101,57 @@ def test_a_chart_is_one_safe_element_with_ids_of_its_own() -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_the_label_of_a_shorter_curve_stands_at_its_end() -> None:
+    long, short = np.arange(101.0), np.arange(51.0)
+    curves = {"long": long, "short": short, "equal": long}
+    lines = [Line(label=name, steps=steps, values=steps / 100, colour=0) for name, steps in curves.items()]
+    root = ElementTree.fromstring(draw(Chart(title="", caption="", lines=lines), "x"))
+    places = {}
+    for text in root.iter("text"):
+        found = re.search(r"translate\(([\d.]+) ([\d.]+)\)", text.get("transform", ""))
+        places[text.text] = (float(text.get("x") or (found[1] if found else 0)), float(text.get("y") or 0))
+    right = max(x for x, _ in places.values())
+    assert places["long"][0] == places["equal"][0] == right
+    assert places["short"][0] < 0.6 * right
+    assert abs(places["long"][1] - places["equal"][1]) > 10
+
+
+def test_labels_are_moved_apart_and_stay_in_the_chart() -> None:
+    assert spread([0.1, 0.15, 0.6], 0.2) == pytest.approx([0.1, 0.3, 0.6])
+    assert spread([0.9, 0.95, 1.0], 0.1) == pytest.approx([0.82, 0.92, 1.02])
+    assert spread([], 0.1) == []
+
+
+def test_confusions_are_shares_of_the_labelled_pixels_the_largest_first(tmp_path: Path) -> None:
+    make_run(tmp_path, miou=(50.0,))
+    counts = np.zeros((19, 19), dtype=int)
+    counts[0, [0, 1]], counts[13, [13, 14, 2]] = (3, 1), (50, 30, 20)
+    path = tmp_path / "eval" / "step_00000000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "confusion": counts.tolist(), "boundary_miou": 4.5}))
+    (run,) = read_runs([tmp_path])
+    found = confusion_of(run)
+    assert found is not None
+    assert [name for name, _ in found.columns] == ["road", "sidewalk", "building", "car", "truck"]
+    assert [(name, shares) for name, _, shares in found.rows] == [
+        ("road", [75.0, 25.0, 0.0, 0.0, 0.0]),
+        ("car", [0.0, 0.0, 20.0, 50.0, 30.0]),
+    ]
+    assert found.pairs == [("car", "truck", 30.0), ("road", "sidewalk", 25.0), ("car", "building", 20.0)]
+    page = render([run], images=0)
+    assert "car for truck 30.0 %" in page
+    assert '<td class="number">4.5</td>' in page
+    for bad in ([[1]], [["x"] * 19] * 19, [[-1] * 19] * 19, "text", None, [[1], [1, 2]]):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "confusion": bad}))
+        assert confusion_of(read_runs([tmp_path])[0]) is None
+
+
+@pytest.mark.parametrize(("gain", "tone"), [(-0.2, ""), (0.2, ""), (-3.0, "down"), (3.0, "up")])
+def test_a_change_within_the_noise_has_no_colour(gain: float, tone: str, tmp_path: Path) -> None:
+    page = render([make_run(tmp_path, miou=(20.0, 20.0 + gain))], images=0)
+    assert f'<strong class="{tone}">' in page
+    assert f'<td class="number {tone}">' in page
+
+
 def test_events_of_one_kind_and_cause_are_one_line() -> None:
     skipped = [{"step": step, "event": "skipped_step", "reason": "gradient not finite"} for step in range(100, 600)]
     bad = [{"step": 3, "event": "bad_sample", "reason": "empty", "shard": "a.tar", "key": f"k{n}"} for n in range(30)]
@@ -176,7 +228,7 @@ def test_a_prediction_is_read_back_from_its_overlay(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(256, (3, 20, 30), generator=generator, dtype=torch.uint8)
     prediction = torch.randint(19, (20, 30), generator=generator)
-    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction, CLASSES.palette)
+    save_overlay(tmp_path / "x.png", image, torch.full((20, 30), IGNORE_INDEX), prediction, CLASSES)
     panels = np.asarray(Image.open(tmp_path / "x.png"))
     photo = image.permute(1, 2, 0).numpy()
     found = overlay_prediction(panels, photo, CLASSES.palette)

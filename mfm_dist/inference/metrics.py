@@ -1,0 +1,152 @@
+"""Scores of a prediction against its label: what is counted of each image, and what follows from the sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_dist.classes import IGNORE_INDEX
+
+BOUNDARY_WIDTH = 0.005
+"""Width of a boundary as a share of the image's diagonal: that of Cheng et al. 2021 (arXiv 2103.16562, and their code)
+for Cityscapes; for COCO they take 0.02."""
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What is summed over images and ranks, and all that scores are made of."""
+
+    confusion: Tensor
+    """int64 [C, C] (``confusion_matrix``)."""
+    boundary: Tensor
+    """int64 [3, C] (``boundary_counts``)."""
+    images: int = 0
+
+    @classmethod
+    def of_nothing(cls, num_classes: int) -> Counts:
+        """Return the counts of no image."""
+        count = num_classes
+        return cls(confusion=torch.zeros(count, count).long(), boundary=torch.zeros(3, count).long())
+
+    def add(self, label: Tensor, prediction: Tensor) -> None:
+        """Count one image."""
+        count = len(self.confusion)
+        self.confusion += confusion_matrix(label, prediction, count)
+        self.boundary += boundary_counts(label, prediction, count)
+        self.images += 1
+
+    def summed(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> Counts:
+        """Return the sum over ranks, of which each has its own. Collective."""
+        own = torch.cat([self.confusion.flatten(), self.boundary.flatten(), torch.tensor([self.images])])
+        *parts, images = sum_over_ranks(own).split([self.confusion.numel(), self.boundary.numel(), 1])
+        return Counts(confusion=parts[0].view_as(self.confusion), boundary=parts[1].view_as(self.boundary),
+                      images=int(images))  # fmt: skip
+
+
+def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true class (row) and predicted class (column), without ignored ones: int64 [C, C].
+
+    Args:
+        label: integer [..., H, W] with ``IGNORE_INDEX`` where unlabelled.
+        prediction: integer, of the same shape, in 0..C-1.
+    """
+    counts = label != IGNORE_INDEX
+    pairs = label[counts].long() * num_classes + prediction[counts].long()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def boundary_counts(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Count what Boundary IoU is made of, by class: int64 [3, C], boundary pixels of label, of prediction, of both.
+
+    The boundary of a class are those of its pixels that lie within a width of its contour, and the edge of the image is
+    contour, too (Cheng et al. 2021). Ignored pixels are taken out of both, so they end a class in the same places.
+
+    Args:
+        label: integer [H, W] with ``IGNORE_INDEX`` where unlabelled.
+        prediction: integer [H, W] in 0..C-1.
+    """
+    label, prediction = label.byte(), prediction.byte()
+    ignored = label == IGNORE_INDEX
+    prediction = prediction.masked_fill(ignored, IGNORE_INDEX)
+    width = boundary_width(label.shape[0], label.shape[1])
+    of_label = label.masked_fill(~near_contour(label, width), IGNORE_INDEX)
+    of_prediction = prediction.masked_fill(~near_contour(prediction, width), IGNORE_INDEX)
+    of_both = of_label.masked_fill(of_label != of_prediction, IGNORE_INDEX)
+    parts = (of_label, of_prediction, of_both)
+    counts = [torch.bincount(part.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes] for part in parts]
+    return torch.stack(counts)
+
+
+def boundary_width(height: int, width: int) -> int:
+    """Return the width of a boundary in pixels, at least 1."""
+    return max(1, round(BOUNDARY_WIDTH * math.hypot(height, width)))
+
+
+def near_contour(label: Tensor, width: int) -> Tensor:
+    """Tell which pixels of a label map [H, W] lie within ``width`` pixels of another value or of the edge: bool.
+
+    Pixels that are left of their class by ``width`` erosions with a 3 x 3 square, as the authors' code has it, are
+    those around which a square of 2 ``width`` + 1 pixels holds one value: its lowest is its highest.
+    """
+    span = 2 * width + 1
+    if min(label.shape) < span:  # every pixel is near the edge
+        return torch.ones_like(label, dtype=torch.bool)
+    lowest, highest = (_in_squares(label, span, of_two) for of_two in (torch.minimum, torch.maximum))
+    return F.pad(lowest != highest, [width] * 4, value=True)
+
+
+def _in_squares(values: Tensor, side: int, of_two: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Reduce every square of ``side`` pixels of [H, W]: [H - side + 1, W - side + 1], by windows that double."""
+    for dim in (0, 1):
+        length = 1
+        while length < side:
+            step = min(length, side - length)
+            left = values.shape[dim] - step
+            values = of_two(values.narrow(dim, 0, left), values.narrow(dim, step, left))
+            length += step
+    return values
+
+
+def iou_percent(confusion: Tensor) -> list[float]:
+    """Return IoU = TP / (TP + FP + FN) of each class in percent; NaN for a class neither labelled nor predicted."""
+    true_positive = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return (100.0 * true_positive / union).tolist()
+
+
+def boundary_iou_percent(counts: Tensor) -> list[float]:
+    """Return the Boundary IoU of each class in percent, from summed ``boundary_counts``; NaN as in ``iou_percent``."""
+    of_label, of_prediction, both = counts.double()
+    return (100.0 * both / (of_label + of_prediction - both)).tolist()
+
+
+def mean_of_known(values: Sequence[float]) -> float:
+    """Return the mean of the values that are no NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def mean_iou_percent(confusion: Tensor, classes: Sequence[int] | None = None) -> float:
+    """Return the mean of ``iou_percent`` over the classes that have one, all or some of them."""
+    iou = iou_percent(confusion)
+    return mean_of_known(iou if classes is None else [iou[index] for index in classes])
+
+
+def means_over(group: str, classes: list[int], confusion: Tensor) -> dict[str, float]:
+    """Return the mean IoU in percent over some classes, in the two conventions of the literature on SYNTHIA.
+
+    ``miou_<group>`` (DAFormer, HRDA, MIC) counts every labelled pixel: those of other classes are false positives of
+    what is predicted there. ``miou_<group>_others_ignored`` leaves pixels labelled with other classes out. Classes
+    that do not occur are in no mean.
+    """
+    known = torch.zeros_like(confusion)
+    known[classes] = confusion[classes]
+    return {
+        f"miou_{group}": mean_iou_percent(confusion, classes),
+        f"miou_{group}_others_ignored": mean_iou_percent(known, classes),
+    }
