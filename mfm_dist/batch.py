@@ -46,13 +46,14 @@ class UDABatch:
 
     def to(self, device: torch.device) -> UDABatch:
         """Return the same block with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> UDABatch:
         """Return the same block in page-locked memory; torch's DataLoader looks for a method of this name."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:
+        """Return the same block with every tensor changed."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         values["draws"] = {name: change(value) for name, value in self.draws.items()}

@@ -120,7 +120,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                         say(f"resuming {checkpoint.path}")
                         check_resumable(checkpoint, config, fingerprints, readers.classes, say)
                 with watchdog.phase("start", 0):
-                    engine.prepare(module, build_optimizer(module, config.optim))
+                    engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
                     if checkpoint is not None:
                         trainer.resume(checkpoint)

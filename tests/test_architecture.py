@@ -51,7 +51,7 @@ DOORS = {
     "yaml": ("mfm_dist/config/yaml_text.py",),
     "fvcore": ("mfm_dist/profiling/counting.py",),
     "av": ("mfm_dist/inference/video.py",),
-    "huggingface_hub": ("mfm_dist/export.py",),
+    "huggingface_hub": ("mfm_dist/export.py", "mfm_dist/models/backbone.py"),
     "jinja2": ("mfm_dist/report/",),
     "matplotlib": ("mfm_dist/report/", "tools/lab.py"),
     "mfm_dist.shards": ("mfm_dist/shards/", "mfm_dist/build.py", "tools/"),

@@ -101,7 +101,7 @@ class DeepSpeedEngine(Engine):
         for shard in self._flat_shards():
             state = {key: torch.zeros_like(shard.data) for key in keys}
             if self._counts_steps:
-                state["step"] = torch.tensor(float(applied))
+                state["step"] = self._step_count(applied, shard.device)
             self._base.state[shard] = state
         for parameter, tensors in states:
             for key, value in tensors.items():

@@ -255,8 +255,17 @@ class Engine:
         for parameter, tensors in states:
             state: dict[str, Any] = {key: value.to(parameter.device) for key, value in tensors.items()}
             if self._counts_steps:
-                state["step"] = torch.tensor(float(applied))
+                state["step"] = self._step_count(applied, parameter.device)
             self.optimizer.state[parameter] = state
+
+    @property
+    def fuses_optimizer(self) -> bool:
+        """Whether the optimiser's step is one kernel, of a GPU that holds what it steps."""
+        return self.device.type == "cuda" and not self.config.memory.offload_optimizer
+
+    def _step_count(self, applied: int, device: torch.device) -> Tensor:
+        """Return AdamW's count of steps, which lies beside the weights where it is fused and on the CPU otherwise."""
+        return torch.tensor(float(applied), device=device if self.fuses_optimizer else None)
 
     def _finish_backward(self) -> None:
         """Make sure, after the last backward of a step, that all gradients are exchanged."""

@@ -74,7 +74,8 @@ def embed_all(embeddings: nn.ModuleList, features: list[Tensor]) -> Tensor:
     embedded = []
     for embedding, feature in zip(embeddings, features, strict=True):
         tokens = embedding(feature.permute(0, 2, 3, 1))  # [B, h_i, w_i, width]
-        embedded.append(resize(tokens.permute(0, 3, 1, 2), features[0].shape[-2:]))
+        # Autocast enlarges in fp32: what reads these maps wants them as they were, once and not each for itself.
+        embedded.append(resize(tokens.permute(0, 3, 1, 2), features[0].shape[-2:]).to(tokens.dtype))
     return torch.cat(embedded, dim=1)
 
 

@@ -1,6 +1,7 @@
-"""Count and time what a run does: mfm-profile (flops | step | data) [--config FILE] [section.key=value ...]
+"""Count and time what a run does: mfm-profile (flops | kernels | step | data) [--config FILE] [section.key=value ...]
 
-flops: parameters and operations by module, and of a training step by term; step: images a second and the parts of a
+flops: parameters and operations by module, and of a training step by term; kernels: what a
+GPU would be asked to do in a step; step: images a second and the parts of a
 step, with and without MFM, against a bare PyTorch loop; data: the data pipeline by part.
 """
 
@@ -10,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from mfm_dist.config.arguments import Command, run_named
-from mfm_dist.profiling import flops, throughput
+from mfm_dist.profiling import flops, kernels, throughput
 
-COMMANDS: dict[str, Command] = {"flops": flops.main, **throughput.COMMANDS}
+COMMANDS: dict[str, Command] = {"flops": flops.main, "kernels": kernels.main, **throughput.COMMANDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

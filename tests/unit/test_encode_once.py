@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import Pass, StepInputs
@@ -27,9 +29,15 @@ def built(*overrides: str, once: str = "auto") -> TrainModule:
     return build_train_module(config_with(*fixed, *overrides), CLASSES)
 
 
+def batch() -> UDABatch:
+    """A micro-batch that has all that any method looks at."""
+    few = block(4)
+    return replace(block(), labelled_target_image=few.source_image, labelled_target_label=few.source_label)
+
+
 def step(module: TrainModule) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses, and gradients by name."""
-    output = module(block(), 0.7)
+    output = module(batch(), 0.7)
     output.total.backward()
     return output.losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
