@@ -1,6 +1,7 @@
 """Count what a GPU would be asked to do in one step, on a machine without one: mfm-profile kernels mfm.enabled=true
 
-One whole step runs on fake CPU tensors, which have shapes and no numbers: forward, backward, clipping, optimiser, EMA.
+One whole step of one micro-batch runs on fake CPU tensors, which have shapes and no numbers: forward, backward,
+clipping, optimiser, EMA.
 Every operator that is no view is one kernel; a fused or for-each operator of the optimiser is one, too, though a GPU
 may cut it in several. In bf16, types are cast as CUDA's autocast does, whose lists differ from a CPU's; attention is
 one operator. Of a micro-batch that draws jitter and blur. What it says of time is a bound: no kernel is faster than
@@ -215,10 +216,9 @@ def count_kernels(config: RunConfig) -> StepCount:
     Raises:
         ConfigError: networks that cannot be built; a precision or an option whose step is not this one.
     """
-    if config.train.precision == "bf16_weights" or config.memory.lean or config.blocks_per_step > 1:
+    if config.train.precision == "bf16_weights" or config.memory.lean:
         raise ConfigError(
-            "kernels are counted for one micro-batch in fp32 or bf16: set train.precision=fp32 or bf16, "
-            f"memory.lean=false and train.global_batch={config.train.micro_batch}"
+            "kernels are counted for one backward in fp32 or bf16: set train.precision=fp32 or bf16, memory.lean=false"
         )
     module = build_without_storage(config)
     counter, fake = Counter(), FakeTensorMode()
