@@ -106,6 +106,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
             yield None
         else:
             with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
+                say(f"training in {engine.place}, {config.train.precision}")
                 with watchdog.phase("start", 0):
                     engine.from_main(lambda: render_scenes(config))
                     readers = engine.run_collectively(lambda: open_readers(config))

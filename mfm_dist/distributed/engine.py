@@ -201,6 +201,12 @@ class Engine:
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return {"gpus": gpus, "world_size": self.world_size, "device": str(self.device)}
 
+    @property
+    def place(self) -> str:
+        """What trains, for people: a GPU that was expected and is not used shows here."""
+        on = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        return f"{self.world_size} {'process' if self.world_size == 1 else 'processes'}, {on}"
+
     def inference_context(self) -> AbstractContextManager[Any]:
         """Give what a forward outside ``forward_backward`` has to run in."""
         return nullcontext()

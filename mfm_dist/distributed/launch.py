@@ -29,6 +29,10 @@ NOT_THESE = {
 """Settings that look like those above and are not, with the reason."""
 
 
+GPU_VARIABLES = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")
+"""Set by Slurm for a job that has GPUs."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """Facts of this process's start, before anything distributed is set up."""
@@ -92,6 +96,27 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
         if environment.get(variable, "false").lower() == "true":
             problems.append(f"{name} is not supported: use DDP (distributed_type: MULTI_GPU) or DeepSpeed ZeRO 1 to 3")
     return problems
+
+
+def device_problems(
+    launch: Launch, visible: int, environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> list[str]:
+    """Say so where a machine or job has GPUs and none can be used: training would go on on the CPU without a word.
+
+    Args:
+        visible: GPUs that torch sees.
+        devices: where the driver shows them.
+    """
+    if visible or launch.use_cpu or environment.get("CUDA_VISIBLE_DEVICES") == "":
+        return []
+    signs = [str(path) for path in sorted(devices.glob("nvidia[0-9]*"))]
+    signs += [f"{name}={environment[name]}" for name in GPU_VARIABLES if environment.get(name, "0") not in ("", "0")]
+    if not signs:
+        return []
+    return [
+        f"there are signs of a GPU ({', '.join(signs)}), and torch sees none: look at nvidia-smi "
+        "and at the driver. To train on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+    ]
 
 
 def combination_problems(config: RunConfig, launch: Launch) -> list[str]:

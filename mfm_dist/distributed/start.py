@@ -8,6 +8,7 @@ Faults of accelerate and DeepSpeed that are avoided here, each measured:
 * A resident ZeRO-3 parameter would hide the teacher's update, so nothing is kept resident (threshold 0).
 * DeepSpeed compiles a shared-memory kernel for inference at the first start, 55 s and a stale lock after a kill;
   it is switched off.
+* Under torch_autocast DeepSpeed exchanges gradients in bf16 unless it is told of no module that may be, so it is.
 * Several processes without a distributed type train apart in silence; that start is refused.
 """
 
@@ -25,7 +26,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.bf16_engine import BF16Engine
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Zero0Engine
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
 from mfm_dist.errors import ConfigError
 
@@ -49,6 +50,7 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         *launch_problems(),
         *combination_problems(config, launch),
         *config.world_problems(launch.world_size),
+        *device_problems(launch, torch.cuda.device_count()),
         *tracker_problems(config),
     ]
     if problems:
@@ -121,7 +123,12 @@ def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
         ds_config["bf16"] = {"enabled": True}
         ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
     else:
-        ds_config["torch_autocast"] = {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"}
+        ds_config["torch_autocast"] = {
+            "enabled": config.train.precision == "bf16",
+            "dtype": "bfloat16",
+            # DeepSpeed would reduce the gradients of every Linear and convolution in bf16, and gather them so (0.19.8).
+            "lower_precision_safe_modules": [],
+        }
     if config.memory.offload_optimizer:
         pinned = torch.cuda.is_available()
         ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}

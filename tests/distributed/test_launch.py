@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
 from mfm_dist.distributed.start import deepspeed_config
 from mfm_dist.train import main
 from tests.helpers.runs import run_train, tiny_overrides
@@ -76,6 +76,30 @@ def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
         assert "memory.offload_optimizer needs ZeRO 1 to 3" in offload
     assert len(combination_problems(config, Launch(2, 0, 1))) == 1
     assert combination_problems(config, Launch(2, 0, 3)) == []
+
+
+def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_the_cpu(tmp_path: Path) -> None:
+    def problems(visible: int = 0, *, use_cpu: bool = False, **environment: str) -> list[str]:
+        return device_problems(Launch(1, 0, None, use_cpu=use_cpu), visible, environment, tmp_path)
+
+    assert problems() == []
+    assert problems(SLURM_GPUS_ON_NODE="0") == []
+    (of_slurm,) = problems(SLURM_GPUS_ON_NODE="8")
+    assert "SLURM_GPUS_ON_NODE=8" in of_slurm
+    assert "set CUDA_VISIBLE_DEVICES= (empty)" in of_slurm
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    (broken,) = problems()
+    assert f"signs of a GPU ({tmp_path / 'nvidia0'})" in broken
+    assert problems(1) == problems(use_cpu=True) == problems(CUDA_VISIBLE_DEVICES="") == []
+
+
+def test_zero_exchanges_the_gradients_of_autocast_in_fp32() -> None:
+    """Told of no module that may be exchanged in bf16, DeepSpeed marks none; told nothing, all layers."""
+    config = RunConfig()
+    config.train.precision = "bf16"
+    told = deepspeed_config(config, Launch(1, 0, 2))["torch_autocast"]
+    assert told == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def test_a_global_batch_that_does_not_fit_is_refused(scenes: Path, tmp_path: Path) -> None:
