@@ -306,7 +306,7 @@ class Rebuilder(nn.Module):
         else:
             # Positions come after masking: a hidden cell says where it is, and nothing else.
             hidden = mask.flatten(1)[..., None].to(tokens.device)
-            tokens = torch.where(hidden, self.mask_token, tokens) + self.positions
+            tokens = torch.where(hidden, self.mask_token, tokens) + self.positions.to(self.mask_token.dtype)
             for block in self.blocks:
                 tokens = block(tokens)
             cells = self.norm(tokens)
@@ -325,12 +325,13 @@ class Rebuilder(nn.Module):
         # Visible cells first, each in the order of the grid.
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True).to(tokens.device)
         num_visible = hidden.shape[1] - num_hidden
-        visible = (tokens + self.positions).gather(1, order[:, :num_visible, None].expand(-1, -1, tokens.shape[2]))
+        positions = self.positions.to(self.mask_token.dtype)  # of the weights' type: norms take no other
+        visible = (tokens + positions).gather(1, order[:, :num_visible, None].expand(-1, -1, tokens.shape[2]))
         visible = torch.cat([self.always_visible.to(tokens.dtype).expand(len(tokens), 1, -1), visible], dim=1)
         for block in self.blocks:
             visible = block(visible)
         visible = self.norm(visible)
-        x = self.mask_token + self.positions[order[:, num_visible:]]  # [B, hidden, width]
+        x = self.mask_token + positions[order[:, num_visible:]]  # [B, hidden, width]
         for block in self.readout:
             x = block(x, visible)
         both = torch.cat([visible[:, 1:], x.to(visible.dtype)], dim=1)
