@@ -238,7 +238,8 @@ def _noting_ctrl_c(interrupts: list[int]) -> Iterator[None]:
 
 def _begin_worker() -> None:
     """Let a pool process end at once on Ctrl-C, and within a second when the command is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()  # before torch is loaded, which takes a while
     import torch

@@ -114,6 +114,8 @@ def test_ctrl_c_ends_at_once_without_traceback_and_the_next_run_goes_on(tmp_path
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Where the tests themselves run in the background of a script, it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     process.stdout.readline()  # the first shard is there
