@@ -293,7 +293,7 @@ def why_not_once(config: RunConfig, backbone: Backbone) -> str | None:
     """Say why the images of all terms are not to be encoded in one call; None where they may."""
     if config.memory.lean:
         return "memory.lean holds the activations of one term at a time"
-    if any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
+    if not backbone.frozen and any(isinstance(layer, _BatchNorm) for layer in backbone.modules()):
         return f"the encoder {config.model.backbone} has BatchNorm, which would normalise all images together"
     return None
 

@@ -397,13 +397,13 @@ class Trainer:
             self.bad_samples.record(bad, self.progress.step)
         if stopping:
             raise Stopped
-        return batches
+        return [self._drawn(batch) for batch in batches]
 
     def _fetch(self, blocks: Iterator[UDABatch]) -> tuple[list[UDABatch], DataError | None]:
         """Fetch this rank's micro-batches of the next step, or say why there are none."""
         with self.phase("data"), self.step_log.waiting_for_data():
             try:
-                return [self._drawn(next(blocks)) for _ in range(self.engine.accumulation)], None
+                return [next(blocks) for _ in range(self.engine.accumulation)], None
             except DataError as error:
                 return [], error
 

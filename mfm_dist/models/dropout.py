@@ -71,9 +71,9 @@ def shares_kept(layers: Sequence[KeyedDropout]) -> Tensor:
 
 
 @contextmanager
-def masked(layers: Sequence[KeyedDropout], masks: Tensor | None) -> Iterator[None]:
-    """Give layers their masks [B, sum of widths] for what runs in here; None: each draws its own."""
-    if masks is None or not layers:
+def masked(layers: Sequence[KeyedDropout], masks: Tensor) -> Iterator[None]:
+    """Give layers their masks [B, sum of widths] for what runs in here."""
+    if not layers:
         yield
         return
     for layer, mask in zip(layers, masks.split([layer.width for layer in layers], dim=1), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +57,9 @@ class Segmentor(nn.Module):
             return self.decoder(features)
 
     def _head_masks_of(self, number: int) -> AbstractContextManager[None]:
-        return masked(dropouts_of(self.heads), None if self.head_masks is None else self.head_masks[number])
+        if self.head_masks is None:
+            return nullcontext()
+        return masked(dropouts_of(self.heads), self.head_masks[number])
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn a normalised image [B, 3, H, W] into fp32 logits [B, num_classes, H, W]."""

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import Readers, build_train_module, open_readers, render_scenes
+from mfm_dist.build import Readers, build_train_module, open_readers, render_scenes, train_pipeline
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
@@ -153,18 +152,7 @@ class Blocks:
 
     def __init__(self, config: RunConfig, readers: Readers) -> None:
         self._count = config.blocks_per_step
-        pipeline = TrainPipeline(
-            source=readers.labelled,
-            target=readers.target,
-            target_labelled=readers.target_labelled,
-            seed=config.seed,
-            data=config.data,
-            micro_batch=config.train.micro_batch,
-            rank=0,
-            world_size=1,
-            blocks_per_step=config.blocks_per_step,
-        )
-        self._blocks: Iterator[UDABatch] = iter(pipeline)
+        self._blocks: Iterator[UDABatch] = iter(train_pipeline(config, readers, 0, 1, first_block=0))
 
     def take(self, round_number: int) -> list[UDABatch]:
         """Return the blocks of one step, numbered by the round: all four draw the same jitter, blur and masks in it."""

@@ -126,6 +126,7 @@ def test_where_the_encoder_looks_at_the_batch_it_is_refused_with_the_reason() ->
     with pytest.raises(ConfigError, match="encode_once=always: the encoder test_resnet has BatchNorm"):
         build_train_module(config_with("train.encode_once=always"), CLASSES)
     assert not build_train_module(config_with(), CLASSES).encodes_once
+    assert build_train_module(config_with("model.freeze=true", "mfm.enabled=false"), CLASSES).encodes_once
     with pytest.raises(ConfigError, match=r"encode_once=always: memory\.lean holds the activations of one term"):
         built("memory.lean=true", once="always")
     assert not built("memory.lean=true").encodes_once
