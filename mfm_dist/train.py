@@ -89,7 +89,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     """
     # Not at the top: these imports take seconds, and by now signals are heard.
     from mfm_dist.build import build_train_module, open_readers, render_scenes
-    from mfm_dist.checkpoint.resume import check_resumable, find_resumable
+    from mfm_dist.checkpoint.resume import check_resumable, load_newest
     from mfm_dist.cluster.lease import Lease
     from mfm_dist.distributed.start import start_engine
     from mfm_dist.optim import build_optimizer
@@ -115,16 +115,17 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                     module = build_train_module(config, readers.classes)
                     fingerprints = {**readers.fingerprints, **module.fingerprints()}
                 with watchdog.phase("start", 0):
-                    # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
-                    checkpoint = engine.from_main(lambda: find_resumable(run.checkpoints, say))
-                    if checkpoint is not None:
-                        say(f"resuming {checkpoint.path}")
-                        check_resumable(checkpoint, config, fingerprints, readers.classes, say)
-                with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
-                    if checkpoint is not None:
+
+                    def resume(checkpoint: Checkpoint) -> None:
+                        say(f"resuming {checkpoint.path}")
+                        check_resumable(checkpoint, config, fingerprints, readers.classes, say)
                         trainer.resume(checkpoint)
+
+                with watchdog.phase("start", 0):
+                    checkpoint = load_newest(run.checkpoints, engine, resume, say)
+                    if checkpoint is not None:
                         engine.run_collectively(lambda: set_aside(checkpoint, run, say))
                     start, classes = trainer.progress.step, readers.classes
                     engine.run_collectively(lambda: run.begin(config, classes, engine.environment, start))

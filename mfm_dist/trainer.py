@@ -12,8 +12,9 @@ import torch
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
 from mfm_dist.checkpoint.contents import load_state
-from mfm_dist.checkpoint.files import Checkpoint, find_sound
+from mfm_dist.checkpoint.files import Checkpoint, sound_first
 from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.resume import load_newest
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
@@ -93,7 +94,8 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Collective."""
-        load_state(checkpoint, self.module, self.engine)
+        read = self.engine.gather_objects(load_state(checkpoint, self.module, self.engine))
+        self.run.event("resume", step=checkpoint.progress.step, path=checkpoint.path.name, read_bytes=read)
         if checkpoint.world_size != self.engine.world_size:
             self.console.line(
                 f"  written by {checkpoint.world_size} processes, read by {self.engine.world_size}: all go on from the "
@@ -215,11 +217,15 @@ class Trainer:
         before = progress.rollback_step if progress.rollbacks else None
         with self.phase("save"):
             self.writer.wait()
-            checkpoint = self.engine.from_main(lambda: find_sound(run.checkpoints, before, self.console.line))
+            checkpoint = load_newest(
+                run.checkpoints,
+                self.engine,
+                lambda checkpoint: load_state(checkpoint, self.module, self.engine),
+                self.console.line,
+                order=lambda folder, report: sound_first(folder, before, report),
+            )
             # Before the first checkpoint the weights are all there is; no skipped step has touched them.
             back = gone_back(progress, checkpoint.progress if checkpoint else progress)
-            if checkpoint is not None:
-                load_state(checkpoint, self.module, self.engine)
         run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
