@@ -119,6 +119,8 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of one part whole. Raises DamagedCheckpointError."""
         wanted = {key: spec for key, spec in self.specs.items() if key.startswith(f"{name}/")}
+        if not wanted:
+            return {}
         found = self._read([file_of("rank", rank) for rank in range(self.world_size)], wanted)
         return {key.removeprefix(f"{name}/"): tensor for key, tensor in found.items()}
 
@@ -202,6 +204,11 @@ def begin_checkpoint(final: Path) -> None:
     make_empty(temporary_folder(final))
 
 
+def discard_checkpoint(final: Path) -> None:
+    """Remove what was written of a checkpoint that will not be complete."""
+    shutil.rmtree(temporary_folder(final), ignore_errors=True)
+
+
 def write_rank(final: Path, rank: int, snapshot: Snapshot) -> None:
     """Write what one rank has to, on the disk when this returns, and leave word of it for rank 0.
 
@@ -243,37 +250,33 @@ def complete_checkpoint(
         OSError, CorruptFileError: if the disk is full or not writable. Earlier checkpoints are then as they were.
     """
     temporary = temporary_folder(final)
-    try:
-        files = _words(final, world_size, patience, abandoned)
-        state = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "config": config,
-            "data": data,
-            "classes": classes.to_tree(),
-            "world_size": world_size,
-            "torch": torch.__version__,
-        }
-        path = temporary / "state.json"
-        path.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        fsync(path)
-        manifest = {
-            "chunk_bytes": CHUNK_BYTES,
-            "files": {
-                "state.json": {"bytes": path.stat().st_size, "sha256": sha256_of(path)},
-                **{name: {"bytes": size, "sha256": chunks} for name, (size, chunks) in files.items()},
-            },
-            "tensors": {name: spec.to_tree() for name, spec in tensors.items()},
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        fsync(temporary / "manifest.json")
-        for rank in range(world_size):
-            _word_of(temporary, rank).unlink()
-        # There is one already if it is damaged, or if the run was resumed from an earlier step.
-        put_in_place(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    files = _words(final, world_size, patience, abandoned)
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "config": config,
+        "data": data,
+        "classes": classes.to_tree(),
+        "world_size": world_size,
+        "torch": torch.__version__,
+    }
+    path = temporary / "state.json"
+    path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    fsync(path)
+    manifest = {
+        "chunk_bytes": CHUNK_BYTES,
+        "files": {
+            "state.json": {"bytes": path.stat().st_size, "sha256": sha256_of(path)},
+            **{name: {"bytes": size, "sha256": chunks} for name, (size, chunks) in files.items()},
+        },
+        "tensors": {name: spec.to_tree() for name, spec in tensors.items()},
+    }
+    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    fsync(temporary / "manifest.json")
+    for rank in range(world_size):
+        _word_of(temporary, rank).unlink()
+    # There is one already if it is damaged, or if the run was resumed from an earlier step.
+    put_in_place(temporary, final)
     write_atomically(final.with_name("latest"), final.name + "\n")
     if not progress.skipped:
         _remove_old(final, keep)
@@ -282,9 +285,9 @@ def complete_checkpoint(
 def write_checkpoint(final: Path, tensors: Mapping[str, Mapping[str, Tensor]], **settings: Any) -> None:
     """Write a checkpoint of whole tensors, by part and name, in one process; else as ``complete_checkpoint``."""
     whole = {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
-    begin_checkpoint(final)
     specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in whole.items()}
     pieces = [Piece(name, 0, tensor.flatten()) for name, tensor in whole.items() if tensor.numel()]
+    begin_checkpoint(final)
     write_rank(final, 0, Snapshot(tensors=specs, pieces=pieces))
     complete_checkpoint(final, specs, world_size=1, patience=0.0, abandoned=Event(), **settings)
 
@@ -304,7 +307,7 @@ def _words(final: Path, world_size: int, patience: float, abandoned: Event) -> d
                 missing = [str(rank) for rank in range(world_size) if not _word_of(folder, rank).exists()]
                 raise StorageError(
                     f"{final} is not complete: rank {', '.join(missing[:8])} has not written its pieces"
-                    + ("" if abandoned.is_set() else f" within {patience:.0f} s")
+                    + ("" if abandoned.is_set() else f" within {patience:g} s")
                 )
         words |= read_json(_word_of(folder, rank))
     return words

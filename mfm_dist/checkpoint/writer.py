@@ -14,7 +14,14 @@ from pathlib import Path
 from threading import Event
 
 from mfm_dist.checkpoint.contents import collect
-from mfm_dist.checkpoint.files import Snapshot, begin_checkpoint, complete_checkpoint, step_folder, write_rank
+from mfm_dist.checkpoint.files import (
+    Snapshot,
+    begin_checkpoint,
+    complete_checkpoint,
+    discard_checkpoint,
+    step_folder,
+    write_rank,
+)
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import to_tree
@@ -77,6 +84,7 @@ class CheckpointWriter:
         self._pending: Future[Saved] | None = None
         self._problem: str | None = None
         self._abandoned = Event()
+        self._saving = folder
 
     def save(self, module: TrainModule, progress: Progress) -> None:
         """Begin a checkpoint, after the one before is written. Collective.
@@ -85,7 +93,9 @@ class CheckpointWriter:
             StorageError: on every rank, if the one before could not be written; without a thread, also this one.
         """
         began = time.perf_counter()
-        self._settle(step_folder(self.folder, progress.step))
+        following = step_folder(self.folder, progress.step)
+        self._settle(following)
+        self._saving = following
         snapshot = collect(module, self.engine, copy=self.config.checkpoint.background)
         collected = time.perf_counter()
         self._pending = self._thread.submit(self._write, snapshot, copy(progress), module.classes, began, collected)
@@ -111,8 +121,7 @@ class CheckpointWriter:
         """Let the write that was begun end, whatever became of the run. Not collective, raises nothing."""
         if self._pending is not None and self.engine.world_size > 1:
             wait_for([self._pending], min(self.patience, PATIENCE_AT_THE_END))
-            self._abandoned.set()
-        self._finish()
+        self._give_up()
         self._thread.shutdown(wait=False)
 
     def _settle(self, next_folder: Path | None = None) -> None:
@@ -133,8 +142,15 @@ class CheckpointWriter:
         """Raise on every rank what one of them has met with. Collective."""
         problems = [problem for problem in self.engine.gather_objects(self._problem) if problem]
         if problems:
-            self._abandoned.set()
+            self._give_up()
             raise StorageError(problems[0])
+
+    def _give_up(self) -> None:
+        """Have rank 0 wait for nobody any more, and remove what there is."""
+        self._abandoned.set()
+        self._finish()
+        if self.engine.is_main and self._problem is not None:
+            discard_checkpoint(self._saving)
 
     def _finish(self) -> None:
         """Wait for the thread and note what became of its write."""
@@ -146,7 +162,10 @@ class CheckpointWriter:
         except StorageError as error:
             self._problem = str(error)
         except NotDoneError:
-            self._problem = f"rank {self.engine.rank} has not written its pieces within {self.patience:.0f} s"
+            self._problem = (
+                f"{self._saving} is not complete: rank {self.engine.rank} has not written its pieces within "
+                f"{self.patience:g} s"
+            )
         else:
             if self.engine.is_main:
                 self._written(saved)

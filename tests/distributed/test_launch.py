@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
 from mfm_dist.distributed.start import deepspeed_config
@@ -123,7 +123,7 @@ def test_a_launch_file_that_is_not_there_is_told_with_those_that_are(capsys: pyt
 def test_bf16_trains_on_fp32_weights(launch: str | None, scenes: Path, tmp_path: Path) -> None:
     completed = run_train([*tiny_overrides(scenes, tmp_path / "run"), "train.precision=bf16"], launch=launch)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    student = load_file(tmp_path / "run" / "checkpoints" / "step_00000004" / "student.safetensors")
+    student = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000004").tensors("student")
     assert {t.dtype for t in student.values() if t.is_floating_point()} == {torch.float32}
     losses = [json.loads(line)["loss/total"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < loss < 20 for loss in losses)
@@ -138,7 +138,7 @@ def test_bf16_weights_are_saved_in_fp32_and_go_on_at_another_stage(scenes: Path,
         assert completed.returncode == 0, completed.stderr[-3000:]
     for step in (4, 6):
         for part in ("student", "teacher", "rebuilder"):
-            tensors = load_file(run / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+            tensors = read_checkpoint(run / "checkpoints" / f"step_{step:08d}").tensors(part)
             weights = {name: t for name, t in tensors.items() if "running_" not in name and "num_batches" not in name}
             assert {t.dtype for t in weights.values()} == {torch.float32}
             rounded = sum(int((t.bfloat16().float() == t).sum()) for t in weights.values())
