@@ -37,7 +37,7 @@ from mfm_dist.errors import (
     first_line,
     joined,
 )
-from mfm_dist.run.folder import OUTCOME, RunFolder, storage_error, write_outcome
+from mfm_dist.run.folder import LEASE, OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 from mfm_dist.storage import read_json
 
@@ -101,6 +101,8 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
         engine.run_collectively(run.create)
+        held = engine.from_main((run.path / LEASE).read_text)
+        engine.run_collectively(lambda: run.check_shared(held, engine.rank))
         stop.owns_folder = True
         if engine.from_main(lambda: report_finished(config, run)):
             yield None

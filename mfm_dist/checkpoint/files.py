@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import chain, count, groupby
@@ -117,19 +117,39 @@ class Checkpoint:
         return {key.removeprefix(prefix): spec for key, spec in self.specs.items() if key.startswith(prefix)}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read the tensors of one part whole. Raises DamagedCheckpointError."""
-        wanted = {key: spec for key, spec in self.specs.items() if key.startswith(f"{name}/")}
-        if not wanted:
-            return {}
-        found = self._read([file_of("rank", rank) for rank in range(self.world_size)], wanted)
-        return {key.removeprefix(f"{name}/"): tensor for key, tensor in found.items()}
+        """Read the tensors of one part whole, in one process. Raises DamagedCheckpointError."""
+        return {key.removeprefix(f"{name}/"): whole for key, whole in self.stream(f"{name}/")}
+
+    def stream(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Read every tensor whole whose name begins so, one after another, in one process.
+
+        Raises:
+            DamagedCheckpointError: if a file is not as it was written.
+        """
+        specs = {name: spec for name, spec in self.specs.items() if name.startswith(prefix)}
+        if not specs:
+            return
+        reader = self.reader()
+        share = self.share(reader, 0, 1)
+        with naming(self.path):
+            check_cover(specs, (sum(place.length for _, place in share.get(name, [])) for name in specs))
+            for name, spec in specs.items():
+                whole = torch.empty(spec.shape, dtype=spec.dtype)
+                for file, place in share.get(name, []):
+                    reader.read(file, place.start, as_bytes(whole)[place.offset : place.offset + place.length])
+                yield name, whole
 
     def buffers(self, rank: int) -> dict[str, Tensor]:
         """Read one rank's own BatchNorm statistics. Raises DamagedCheckpointError."""
         file, reader = file_of("buffers", rank), self.reader()
+        found: dict[str, Tensor] = {}
         with naming(self.path):
-            wanted = {place.name: self.specs[place.name] for place in reader.places(file)}
-        return {key.removeprefix("student/"): tensor for key, tensor in self._read([file], wanted).items()}
+            for place in reader.places(file):
+                spec = self.specs[place.name]
+                check_cover({place.name: spec}, [place.length])
+                whole = found[place.name.removeprefix("student/")] = torch.empty(spec.shape, dtype=spec.dtype)
+                reader.read(file, place.start, as_bytes(whole))
+        return found
 
     def verify(self) -> None:
         """Read every byte. Raises DamagedCheckpointError."""
@@ -167,22 +187,6 @@ class Checkpoint:
                         part = Place(place.name, place.offset + begin - place.start, begin, end - begin)
                         share.setdefault(place.name, []).append((file, part))
         return share
-
-    def _read(self, files: Iterable[str], wanted: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-        """Read whole tensors out of files, one after another."""
-        reader = self.reader()
-        found = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in wanted.items()}
-        held = dict.fromkeys(wanted, 0)
-        with naming(self.path):
-            for file in files:
-                for place in reader.places(file):
-                    if place.name in found:
-                        held[place.name] += place.length
-                        memory = as_bytes(found[place.name])
-                        reader.read(file, place.start, memory[place.offset : place.offset + place.length])
-                reader.forget(file)
-            check_cover(wanted, held.values())
-        return found
 
 
 def file_of(kind: str, rank: int) -> str:

@@ -97,26 +97,33 @@ class FileSums(NamedTuple):
     """SHA-256 in hex digits of every ``CHUNK_BYTES`` of it."""
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> FileSums:
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> FileSums:
     """Write a safetensors file of pieces, and have it on the disk when this returns."""
-    header: dict[str, Any] = {}
-    end = 0
-    pieces = list(pieces)
-    for name, first, values in pieces:
-        start, end = end, end + values.nbytes
-        header[f"{name}[{first}:{first + values.numel()}]"] = {
-            "dtype": _NAMES[values.dtype], "shape": [values.numel()], "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    specs = {
+        f"{name}[{first}:{first + values.numel()}]": TensorSpec(values.dtype, values.shape)
+        for name, first, values in pieces
+    }
     with path.open("wb") as file:
         summed = _Summed(file)
-        summed.write(len(text).to_bytes(8, "little") + text)
-        for _, _, values in pieces:
-            summed.write(as_bytes(values.cpu()))
+        write_tensors(summed, specs, (values for _, _, values in pieces))
         file.flush()
         os.fsync(file.fileno())
     return summed.sums()
+
+
+def write_tensors(file: BinaryIO | _Summed, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Write what a safetensors file holds: tensors in the order of ``specs``, which are asked for one by one."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.nbytes
+        dtype, shape = spec.to_tree()
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        file.write(as_bytes(tensor.cpu()))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -61,6 +61,7 @@ class BF16Engine(DeepSpeedEngine):
         if self._is_stage_3:
             for teacher, own in self._average.items():
                 self._local_piece(teacher)[1].copy_(own)
+            self._drop_copies(self._average)
         else:
             self._gather_teacher()
 

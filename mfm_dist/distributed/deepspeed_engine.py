@@ -66,6 +66,10 @@ class DeepSpeedEngine(Engine):
         keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
         return {key: self._local_shards(parameter, key) for key in keys}
 
+    def update_teacher(self, decay: float) -> None:
+        super().update_teacher(decay)
+        self._drop_copies(teacher for _, teacher in self._teacher_pairs)
+
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         flat = whole.flatten()
@@ -76,6 +80,7 @@ class DeepSpeedEngine(Engine):
             parameter.data.copy_(whole)
         for place, master in self._local_shards(parameter):
             master.copy_(flat[place])
+        self._drop_copies([parameter])
 
     @property
     def replicates_parameters(self) -> bool:
@@ -188,6 +193,16 @@ class DeepSpeedEngine(Engine):
         flat = self.sum(flat.view(torch.int32)).view(torch.float32)
         for whole, (shape, _) in zip(flat.split(sizes), bucket, strict=True):
             yield whole.view(shape)
+
+    def _drop_copies(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have the second copies that hpZ keeps within a node made again from the shards, which were written to.
+
+        DeepSpeed gathers a parameter from such a copy where there is one, and renews it for what its own optimiser
+        stepped alone (0.19.8): a teacher would stay where it was without a word.
+        """
+        for parameter in parameters:
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
     def _local_piece(self, parameter: nn.Parameter) -> Piece:
         """Return ZeRO-3's piece of a parameter: its place in the flat whole, and the piece without padding."""
