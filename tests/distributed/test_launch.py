@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +78,27 @@ def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
         assert "memory.offload_optimizer needs ZeRO 1 to 3" in offload
     assert len(combination_problems(config, Launch(2, 0, 1))) == 1
     assert combination_problems(config, Launch(2, 0, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "stage", "told"),
+    [
+        (2, 4, 3, None),
+        (1, 3, 2, None),
+        (2, 3, 3, r"does not divide the 3 processes .*\(1, 3 would do\)"),
+        (8, 4, 3, r"does not divide the 4 processes"),
+        (2, 4, 2, "needs ZeRO-3, this launch has 2"),
+        (0, 4, 3, "is no number of processes"),
+        ("2", 4, 3, "is no number of processes"),
+    ],
+)
+def test_hpz_needs_a_stage_and_a_world_that_it_divides(
+    size: Any, world_size: int, stage: int, told: str | None
+) -> None:
+    launch = Launch(world_size, 0, stage, {"stage": stage, "zero_hpz_partition_size": size})
+    problems = combination_problems(RunConfig(), launch)
+    assert bool(problems) == bool(told)
+    assert all(re.search(told or "", problem) for problem in problems)
 
 
 def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_the_cpu(tmp_path: Path) -> None:

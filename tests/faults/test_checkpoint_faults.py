@@ -13,12 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from threading import Barrier, Event
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +36,7 @@ from mfm_dist.errors import ConfigError, StorageError
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.train import set_aside
 from tests.helpers.classes import CLASSES
+from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -300,25 +299,6 @@ def problem_of(writes: CheckpointWriter, step: int) -> StorageError | None:
     except StorageError as error:
         return error
     return None
-
-
-def on_ranks(world_size: int, work: Callable[[Any], str]) -> list[str]:
-    """Do ``work`` with the engine of each rank, in a thread each; what it returns."""
-    barrier, values = Barrier(world_size, timeout=60), [None] * world_size
-
-    def gather(rank: int, own: Any) -> Sequence[Any]:
-        values[rank] = own
-        barrier.wait()
-        everyone = list(values)
-        barrier.wait()
-        return everyone
-
-    engines = [
-        SimpleNamespace(rank=rank, is_main=rank == 0, world_size=world_size, gather_objects=partial(gather, rank))
-        for rank in range(world_size)
-    ]
-    with ThreadPoolExecutor(world_size) as threads:
-        return list(threads.map(work, engines))
 
 
 def told(work: Callable[[], object]) -> str:
