@@ -160,7 +160,7 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     Raises:
         ConfigError: if it is the run of another configuration.
     """
-    from mfm_dist.checkpoint.files import read_checkpoint, step_folder
+    from mfm_dist.checkpoint.files import DamagedCheckpointError, read_checkpoint, step_folder
     from mfm_dist.checkpoint.resume import check_resumable
 
     step = config.train.steps
@@ -168,7 +168,7 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
         score = read_json(run.evaluation(step))["miou"]
         miou = None if score is None else float(score)
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
-    except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
+    except (OSError, ValueError, KeyError, TypeError, CorruptFileError, DamagedCheckpointError):
         return False  # something is left to do, or to mend
     named = config.data.classes
     check_resumable(checkpoint, config, {}, load_class_set(named) if named else checkpoint.classes)
