@@ -71,7 +71,7 @@ def main(overrides: list[str]) -> None:
     coarse = [tensor.bfloat16() for tensor in initial]
     for step in range(engine.config.train.steps):
         train(engine, step)
-        engine.update_teacher(DECAY)
+        engine.update_teacher(torch.tensor(DECAY))
         for kept, rounded, now in zip(exact, coarse, engine.full_parameters(students), strict=True):
             kept.lerp_(now.double(), 1.0 - DECAY)
             rounded.lerp_(now.bfloat16(), 1.0 - DECAY)
