@@ -10,7 +10,7 @@ Layout of ``checkpoints/step_XXXXXXXX/``; neither the world size nor the ZeRO st
                                optimizer/PARAMETER/KEY, e.g. .../exp_avg
     buffers_XXXXX.safetensors  that rank's own BatchNorm statistics
     state.json                 progress, configuration, fingerprints of the training data, versions
-    manifest.json              size and SHA-256 of every other file, of those of tensors one of every 4 MiB, and type and
+    manifest.json              size and SHA-256 of every other file, of those of tensors one of every 4 MiB; type and
                                shape of every tensor; written last, by rank 0
 
 ``checkpoints/latest`` names the newest, for people and scripts; a start looks for itself. Nothing is ever unpickled.

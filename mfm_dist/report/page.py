@@ -341,7 +341,7 @@ def differing_settings(configs: Sequence[RunConfig | None]) -> list[tuple[str, l
 
 
 def group_events(events: Iterable[Mapping[str, Any]]) -> list[EventGroup]:
-    """Return events out of the ordinary (checkpoints and resumes are not) by kind and cause, the most frequent first."""
+    """Return events out of the ordinary (saves and resumes are not) by kind and cause, the most frequent first."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         kind = text(event.get("event", "unknown"))
