@@ -226,7 +226,7 @@ def write_probe(folder: Path, name: str) -> None:
     tensors = {"student": {"probe": torch.rand(PROBE_BYTES // 4)}}
     classes, probe = load_class_set(DEFAULT), folder / name / "step_00000000"
     probe.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, classes=classes, world_size=1, keep=1)
+    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, classes=classes, keep=1)
     read_checkpoint(probe)
     checkpoints = [path for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints]
