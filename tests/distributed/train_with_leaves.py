@@ -1,6 +1,6 @@
 """Trains the same steps under ZeRO-3 without and with leaf modules; says how far the weights are apart.
 
-LEAVES is the class of the leaf modules. Prints one JSON object: whether all weights, teacher and Rebuilder among them, are
+LEAVES is the class of the leaf modules. Prints one JSON object: whether all weights, the teacher too, are
 the same bits, how many modules had hooks in each way, and what was refused, if something was.
 """
 
@@ -42,7 +42,7 @@ def trained(overrides: list[str]) -> tuple[dict[str, Tensor], int]:
         for number in range(engine.accumulation):
             engine.forward_backward(block((step * engine.accumulation + number) * engine.world_size + engine.rank), 1.0)
         assert engine.step().applied
-        engine.update_teacher(0.9)
+        engine.update_teacher(torch.tensor(0.9))
     names, parameters = zip(*module.named_parameters(), strict=True)
     return {n: whole.clone() for n, whole in zip(names, engine.full_parameters(parameters), strict=True)}, hooked
 
