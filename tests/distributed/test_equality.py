@@ -149,17 +149,15 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
     assert_same_training(run, stable_alone, initial_state(scenes, *STABLE))
 
 
+HOUR = 3600
+"""Seconds for one start of the large preset, on cores that others may use too."""
 LARGE = [
     *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
     "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4", "optim.rebuilder_lr=0.005",
     "checkpoint.every=10", "checkpoint.keep=2", "checkpoint.background=false", "log.every=20", "eval.every=20",
-    "train.steps=20",
+    "train.steps=20", f"watchdog.seconds={HOUR}",
 ]  # fmt: skip
 """configs/rebuilder/large.yaml at the rates of these tests; no write in the background, which copies all it writes."""
-
-
-HOUR = 3600.0
-"""Seconds for one start of it, on cores that others may use too."""
 
 
 @pytest.fixture(scope="module")
