@@ -153,7 +153,7 @@ HOUR = 3600
 """Seconds for one start of the large preset, on cores that others may use too."""
 LARGE = [
     *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
-    "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4", "optim.rebuilder_lr=0.005",
+    "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4",
     "checkpoint.every=10", "checkpoint.keep=2", "checkpoint.background=false", "log.every=20", "eval.every=20",
     "train.steps=20", f"watchdog.seconds={HOUR}",
 ]  # fmt: skip

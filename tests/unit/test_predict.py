@@ -351,7 +351,7 @@ def test_what_is_no_file_or_too_large_costs_no_other_image(
 
     careless: Any = SimpleNamespace(predict=predict_image, card=model.card)
     names = [Path("a.png"), Path("day 1/B.WEBP"), Path("pipe.png")]
-    done, bad = predict.predict_all(careless, photos, names, tmp_path / "out", overlays=False)
+    done, bad, _ = predict.predict_all(careless, photos, names, tmp_path / "out", overlays=False)
     assert list(done) == ["a.png"]
     assert bad == {
         "day 1/B.WEBP": "65 x 33 pixels are too many for the device's memory",
