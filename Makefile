@@ -56,6 +56,7 @@ campaign: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.damaged_shards
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.hostile_inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.slurm_rounds
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero3.yaml -m tests.campaign.large_state
 
 slurm-cluster: $(STAMP)
 	$(BIN)/python -m tests.slurm.cluster

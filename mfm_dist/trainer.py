@@ -121,6 +121,8 @@ class Trainer:
         )
         self.launched: deque[LaunchedStep] = deque()
         """Steps whose outcome was not read yet: at most the last one, but for a moment."""
+        self.nothing_said = torch.zeros(len(Flag), device=engine.device)
+        """Flags of a batch that has none."""
         self.batches: list[UDABatch] = []
         """Of the last step."""
         self.no_data: DataError | None = None
@@ -198,7 +200,7 @@ class Trainer:
             own_losses.append(losses["total"])
         limits = ceilings(progress, config.recovery)
         with self.phase("update"):
-            result = self.engine.step(limits, batch.flags)
+            result = self.engine.step(limits, self.nothing_said if batch.flags is None else batch.flags)
             if module.teacher is not None:
                 self.engine.update_teacher(ema_decay_at(self.engine.applied, config.self_training.ema_decay))
         self.compiled = True

@@ -129,14 +129,13 @@ def measure(engine: Engine, module: Any, folder: Path) -> dict[str, Any]:
         engine.config.checkpoint.background = background
         saved: list[Any] = []
         writes = CheckpointWriter(folder, engine, engine.config, data_fingerprints={}, written=saved.append)
+        started = time.perf_counter()
         writes.save(module, Progress(step=step, applied=1))
         found[f"stall_{'background' if background else 'at_once'}_seconds"] = time.perf_counter() - started
         writes.wait()
         writes.close()
 
     for step, background in ((1, False), (2, True)):
-        engine.barrier()
-        started = time.perf_counter()
         timed("save_background" if background else "save", lambda b=background, s=step: save(b, s))  # type: ignore[misc]
     pieces = own_pieces(engine, module)
     timed("deepspeed_save", lambda: engine._wrapped.save_checkpoint(str(folder), tag="deepspeed"))  # type: ignore[operator]
