@@ -22,6 +22,8 @@ from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
 Result = TypeVar("Result")
+Piece = tuple[slice, Tensor]
+"""A place in a flattened tensor, and the values that belong there."""
 
 
 class HostCopy:
@@ -93,7 +95,7 @@ class Engine:
         self.module = module.to(self.device)
         if self.device.type == "cuda":
             # As maps lie: cuDNN would turn every weight round at every call. Not under ZeRO, which keeps weights flat.
-            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
@@ -287,6 +289,13 @@ class Engine:
         with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
             yield
 
+    def mean_on_main(self, values: Tensor) -> Tensor:
+        """Take the element-wise mean over ranks, on rank 0 alone; what the others get means nothing."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.reduce(values, dst=0)
+        return values / self.world_size
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
@@ -316,9 +325,28 @@ class Engine:
         for parameter in parameters:
             yield parameter.detach()
 
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        """Return what this rank has to save of a parameter in full precision; those of all ranks cover it once.
+
+        They may share memory with what is trained. Nothing is exchanged.
+        """
+        return self._even_share(parameter)
+
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, list[Piece]]:
+        """Return likewise the optimiser's tensors of a parameter, not its step count; empty before step 1."""
+        state = self.optimizer.state.get(parameter, {})
+        tensors = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+        return {key: self._even_share(value) for key, value in tensors.items()}
+
+    def _even_share(self, whole: Tensor) -> list[Piece]:
+        """Return this rank's part of what every rank holds, none where there is less than one element for it."""
+        length = -(-whole.numel() // self.world_size)
+        place = slice(self.rank * length, min((self.rank + 1) * length, whole.numel()))
+        return [(place, whole.detach().flatten()[place])] if place.start < place.stop else []
+
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Put back what ``full_parameters`` gave for one, after ``prepare``."""
+        """Set a parameter from its whole, in full precision, after ``prepare``."""
         parameter.copy_(whole)
 
     @property
@@ -330,23 +358,23 @@ class Engine:
         """List the parameters that differ from the copy of them that the optimiser steps, on this rank."""
         return []
 
-    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
-        """Yield the optimiser's whole tensors of each parameter, not its step count; empty before step 1. Collective.
+    def reset_optimizer(self, keys: Iterable[str], applied: int) -> None:  # noqa: ARG002 - DeepSpeed's shards need both
+        """Forget the optimiser's state, before ``set_optimizer_state`` puts another in its place.
 
-        They may share memory with the optimiser's: copy what is to be kept.
+        Args:
+            keys: of the tensors that follow.
+            applied: the optimiser's step count.
         """
-        for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            yield {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+        self.optimizer.state.clear()
 
-    def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
-        """Put back what ``optimizer_states`` gave, after ``prepare``. ``applied`` is the optimiser's step count."""
-        for parameter, tensors in states:
-            # Laid out in memory as the parameter is, which a fused optimiser takes for granted.
-            state: dict[str, Any] = {key: torch.empty_like(parameter).copy_(value) for key, value in tensors.items()}
-            if self._counts_steps:
-                state["step"] = self._step_count(applied, parameter.device)
-            self.optimizer.state[parameter] = state
+    @torch.no_grad()
+    def set_optimizer_state(self, parameter: nn.Parameter, key: str, whole: Tensor, applied: int) -> None:
+        """Set one of the optimiser's tensors of a parameter from its whole."""
+        state = self.optimizer.state[parameter]
+        # Laid out in memory as the parameter is, which a fused optimiser takes for granted.
+        state[key] = torch.empty_like(parameter).copy_(whole)
+        if self._counts_steps:
+            state["step"] = self._step_count(applied, parameter.device)
 
     @property
     def fuses_optimizer(self) -> bool:

@@ -44,7 +44,8 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         # A method bound to the block: unlike a closure, a copy of the block (the teacher) gets one of its own. Around
         # the forward that the block has, which may be compiled.
-        block.forward = MethodType(partial(_forward, block.forward.__func__), block)
+        forward: Any = block.forward
+        block.forward = MethodType(partial(_forward, forward.__func__), block)
 
 
 def find_parts(net: nn.Module) -> list[nn.Module]:
