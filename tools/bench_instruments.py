@@ -53,6 +53,7 @@ def measure(config: RunConfig, *, rounds: int, warmup: int) -> dict[str, Any]:
         trainer.progress.step = int(logged)
         began = time.process_time()
         trainer.train_step(batches)
+        trainer.settle(leave=0 if logged else 1)
         if logged:
             trainer.step_log.record(trainer.progress.step)
         return time.process_time() - began
