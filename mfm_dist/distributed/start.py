@@ -55,8 +55,7 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
     ]
     if problems:
         raise ConfigError(problems)
-    # More processes than GPUs would share one, which NCCL refuses: such a launch means the CPU.
-    on_cpu = launch.use_cpu or launch.local_world_size > torch.cuda.device_count()
+    on_cpu = launch.use_cpu or not torch.cuda.device_count()
     if on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
