@@ -265,7 +265,9 @@ class Trainer:
         config = self.config
         return evaluate(
             self.module.student,
-            EvaluationSet(reader, rank=self.engine.rank, world_size=self.engine.world_size),
+            EvaluationSet(
+                reader, rank=self.engine.rank, world_size=self.engine.world_size, workers=config.data.workers
+            ),
             self.engine,
             step=self.progress.step,
             precision=self._precision,
@@ -288,6 +290,7 @@ class Trainer:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 most=config.eval.unlabelled_images,
+                workers=config.data.workers,
                 with_label=False,
             ),
             self.engine,

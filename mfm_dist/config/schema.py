@@ -120,7 +120,8 @@ class DataSection:
     crop: tuple[Pixels, Pixels] = (512, 512)
     """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
     workers: Workers = 2
-    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
+    """Loader processes per rank, and threads that decode for an evaluation; 0 decodes in the training process. Does not
+    change what is read."""
     bad_sample_limit: Share = 0.001
     """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
     render_scenes: bool = False
