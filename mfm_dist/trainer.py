@@ -85,6 +85,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             run.checkpoints, engine, config, data_fingerprints=data_fingerprints, written=self._note_saved
         )
+        watchdog.before_leaving = self.writer.close
         self.scores: Scores | None = None
         self.saved_step = self.audited_step = 0
         """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""

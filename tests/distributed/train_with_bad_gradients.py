@@ -1,4 +1,5 @@
-"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient (BAD_KIND)."""
+"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient, or are too large
+for memory (BAD_KIND)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import os
 import sys
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from mfm_dist import train
 from mfm_dist.run.signals import end_process
@@ -18,6 +21,8 @@ honest_forward = TrainModule.forward
 
 
 def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepOutput:
+    if batch.block in BAD and KIND == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
     output = honest_forward(self, batch, *arguments)
     if batch.block not in BAD:
         return output
