@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -130,7 +131,8 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                         check_resumable(checkpoint, config, fingerprints, readers.classes, say)
                 with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
-                    trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
+                    count = partial(count_global_batch, config)
+                    trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name, count)
                     if checkpoint is not None:
                         trainer.resume(checkpoint)
                         engine.run_collectively(lambda: set_aside(checkpoint, run, say))
@@ -139,6 +141,13 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                 stop.training_begins()
                 yield trainer
     engine.close()
+
+
+def count_global_batch(config: RunConfig) -> int:
+    """Count the floating-point operations that the networks need for a global batch. Takes seconds."""
+    from mfm_dist.profiling.counting import count_step
+
+    return config.blocks_per_step * sum(term.flop for term in count_step(config).values())
 
 
 def set_aside(checkpoint: Checkpoint, run: RunFolder, say: Callable[[str], object]) -> None:

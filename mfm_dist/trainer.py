@@ -28,6 +28,7 @@ from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.logging import Console, StepLog
 from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, record_applied
 from mfm_dist.run.signals import Stopped
+from mfm_dist.run.trace import StepTrace
 from mfm_dist.run.watchdog import Phase, Watchdog
 from mfm_dist.schedules import (
     averaged_norms,
@@ -57,12 +58,14 @@ class Trainer:
         data_fingerprints: Mapping[str, str],
         watchdog: Watchdog,
         asked_to_stop: Callable[[], str | None],
+        count_flop: Callable[[], int] | None = None,
     ) -> None:
         """
         Args:
             engine: with the module prepared.
             data_fingerprints: of what the run has to find again when it goes on.
             asked_to_stop: gives the signal that asked for it, if one did.
+            count_flop: counts the floating-point operations of a global batch.
         """
         self.config = config = engine.config
         self.engine = engine
@@ -73,7 +76,8 @@ class Trainer:
         self.asked_to_stop = asked_to_stop
         self.progress = Progress()
         self.console = Console(enabled=engine.is_main, steps=config.train.steps)
-        self.step_log = StepLog(engine, images_per_step=config.images_per_step)
+        self.step_log = StepLog(engine, images_per_step=config.images_per_step, count_flop=count_flop)
+        self.trace = StepTrace(config.log.profile, run.path, enabled=engine.is_main, say=self.console.line)
         self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
             total=readers.samples,
@@ -113,6 +117,7 @@ class Trainer:
                 if self._evaluation_is_missing():
                     self.evaluate()
                 while self.progress.step < self.config.train.steps:
+                    self.trace.before_step(self.progress.step)
                     self.train_step(self._next_batches(blocks))
                     self._after_step()
             except Stopped:
@@ -174,7 +179,10 @@ class Trainer:
         trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
         self.console.begin(step)
         self.step_log.begin(step)
-        with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
+        with (
+            closing(trackers) as self.trackers, closing(self.console), closing(self.writer), closing(self.trace),
+            self.phase("loop"),
+        ):  # fmt: skip
             yield
 
     def _after_step(self) -> None:

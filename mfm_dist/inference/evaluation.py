@@ -209,8 +209,7 @@ def evaluate(
             assert sample.label is not None
             counts.add(sample.label.to(ranks.device), prediction)
             if overlay_folder is not None and number < overlays:
-                path = overlay_folder / f"{sample.key}.png"
-                save_overlay(path, sample.image, sample.label, prediction.cpu(), classes)
+                save_overlay(overlay_folder / f"{sample.key}.png", sample.image, sample.label, prediction, classes)
     counts = counts.summed(lambda own: ranks.sum(own).cpu())
     boundary_iou = boundary_iou_percent(counts.boundary)
     scores = Scores(
