@@ -23,6 +23,8 @@ honest_forward = TrainModule.forward
 def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepOutput:
     if batch.block in BAD and KIND == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    if batch.block in BAD and KIND == "gpu memory":
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     output = honest_forward(self, batch, *arguments)
     if batch.block not in BAD:
         return output
