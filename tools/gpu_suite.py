@@ -265,8 +265,7 @@ def syncs(machine: Machine) -> Figures:
 def whole_runs(machine: Machine) -> Figures:
     """Train on embedded scenes with the real command: the same bits twice, and after a stop by SIGTERM (75)."""
     steps = 4 if machine.tiny else 60
-    size = ["scenes.train=8", "scenes.val=2", "scenes.size=64x128", *TINY] if machine.tiny else ["scenes.train=60"]
-    size += [] if machine.tiny else ["scenes.val=10"]
+    size = ["scenes.train=8", "scenes.val=2"] if machine.tiny else ["scenes.train=60", "scenes.val=10"]
     base = [
         "--config",
         "configs/quickstart.yaml",
@@ -286,7 +285,7 @@ def whole_runs(machine: Machine) -> Figures:
     if codes != [0, 0]:
         raise Wrong(f"a run ended with {codes}; its log says why")
     if machine.tiny:
-        return {"same_bits": same_weights(*runs.values(), steps)}
+        return {"same_bits": same_weights(runs["once"], runs["again"], steps)}
     stopped = machine.out / "run_stopped"
     with (machine.out / "logs" / "stopped.log").open("w") as log:
         process = subprocess.Popen([sys.executable, *_train(stopped, base)], cwd=REPOSITORY, stdout=log, stderr=log)
@@ -299,7 +298,7 @@ def whole_runs(machine: Machine) -> Figures:
     found = {
         "stopped": code,
         "resumed": resumed,
-        "same_bits": same_weights(*runs.values(), steps),
+        "same_bits": same_weights(runs["once"], runs["again"], steps),
         "same_bits_resumed": same_weights(runs["once"], stopped, steps),
     }
     if found != {"stopped": 75, "resumed": 0, "same_bits": True, "same_bits_resumed": True}:
@@ -384,8 +383,7 @@ def trace(machine: Machine) -> Figures:
         _wait(engine.device)
         wall = time.perf_counter() - began
     traced.export_chrome_trace(str(machine.out / "trace.json.gz"))
-    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = [event for event in traced.key_averages() if event.device_type == device]
+    events = [event for event in traced.key_averages() if event.device_type.name == ("CUDA" if on_gpu else "CPU")]
 
     def took(event: Any) -> float:
         return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
@@ -409,7 +407,7 @@ def encode(machine: Machine) -> Figures:
         for part in images.chunk(parts):
             with torch.autocast(machine.device.type, dtype=torch.bfloat16):
                 maps = module.student.encode(part)
-            sum(feature.float().square().mean() for feature in maps).backward()
+            torch.stack([feature.float().square().mean() for feature in maps]).sum().backward()
 
     times: dict[int, list[float]] = {1: [], 3: []}
     for number in range(2 if machine.tiny else 20):
