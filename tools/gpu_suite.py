@@ -330,14 +330,11 @@ def _run(arguments: Sequence[str], *, seconds: float) -> subprocess.CompletedPro
     return done
 
 
-def time_steps(
-    machine: Machine, *overrides: str, tf32: bool = False, stage: int | None = None, leaves: Sequence[str] = ()
-) -> Figures:
+def time_steps(machine: Machine, *overrides: str, stage: int | None = None, leaves: Sequence[str] = ()) -> Figures:
     """Train 30 steps after 10 on noise: time, throughput, memory, use of the card."""
     warmup, steps = (1, 2) if machine.tiny else (10, 30)
     config = machine.config(*overrides)
     engine, batches = prepared(config, stage, leaves)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     seconds, began = [], time.perf_counter()
     for number in range(warmup + steps):
         before = time.perf_counter()
@@ -359,7 +356,11 @@ def time_steps(
             "gib": torch.cuda.max_memory_allocated() / 2**30,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         }
-        found |= {"mfu": flop / median / peak_flops(card, config.train.precision, tf32=tf32)} if card else {}
+        found |= (
+            {"mfu": flop / median / peak_flops(card, config.train.precision, tf32=config.train.fp32_math == "tf32")}
+            if card
+            else {}
+        )
     return found
 
 
@@ -477,7 +478,7 @@ def _rebuilders() -> Iterator[tuple[str, Item]]:
         "14M": [], "300M": ["rebuilder.width=1024", "rebuilder.depth=24", "rebuilder.heads=16"],
         "1B": ["rebuilder.width=2048", "rebuilder.depth=20", "rebuilder.heads=32"],
     }  # fmt: skip
-    leaves = ["timm.models.pvt_v2.Block", "mfm_dist.models.rebuilder.Block"]
+    leaves = ["Block"]  # of MiT and of the Rebuilder
     forms: dict[str, dict[str, Any]] = {
         "plain": {}, "ZeRO-2": {"stage": 2}, "ZeRO-3": {"stage": 3}, "ZeRO-3, leaves": {"stage": 3, "leaves": leaves},
     }  # fmt: skip
@@ -500,7 +501,7 @@ CALLS: dict[str, dict[str, Item]] = {
     "fast": {
         "about": Item(about, 60),
         "fp32": _steps("train.precision=fp32"),
-        "fp32, TF32": _steps("train.precision=fp32", tf32=True),
+        "fp32, TF32": _steps("train.precision=fp32", "train.fp32_math=tf32"),
         "bf16": _steps("train.precision=bf16", on_cpu=True),
         "bf16, without MFM": _steps("train.precision=bf16", "mfm.enabled=false"),
         "bf16, encodes apart": _steps("train.precision=bf16", "train.encode_once=never"),

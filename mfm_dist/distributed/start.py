@@ -62,9 +62,8 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(config.train.threads)
-    elif not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        # Images of several sizes, and terms that come and go, leave holes that nothing fits into.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # images of several sizes leave holes that nothing fits into
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

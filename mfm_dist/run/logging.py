@@ -106,8 +106,8 @@ class StepLog:
             self._flop = self._count_flop()
         flops = self._flop / seconds / self.engine.world_size
         card = card_of(torch.cuda.get_device_name(self.engine.device))
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        peak = card and peak_flops(card, self.engine.config.train.precision, tf32=tf32)
+        train = self.engine.config.train
+        peak = card and peak_flops(card, train.precision, tf32=train.fp32_math == "tf32")
         return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
     def _of_the_rebuilder(self, squares: Sequence[float]) -> dict[str, float]:
