@@ -3,8 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two processes are for the CPU, also where there is a GPU.
-TRAIN := CUDA_VISIBLE_DEVICES= $(BIN)/python -m mfm_dist.train --launch configs/accelerate/cpu_zero2.yaml
+TRAIN := $(BIN)/python -m mfm_dist.train --launch configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 SEVERAL := tests/distributed tests/end_to_end tests/faults tests/slurm
 

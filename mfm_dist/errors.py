@@ -19,6 +19,7 @@ EXIT_DATA = 3
 EXIT_STORAGE = 4
 EXIT_BROKEN_PIPE = 141  # as a shell has it of a program that SIGPIPE ended
 EXIT_UNSTABLE = 5  # training left the rails again and again; running it again would not help
+EXIT_OUT_OF_MEMORY = 6  # the same settings would not fit the next time either
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved after a signal, run me again
 EXIT_HUNG = 76  # nothing moved for watchdog.seconds; run me again from the last checkpoint
 EXIT_MISMATCH = 77  # ranks disagree about a weight; run me again from the last checkpoint
@@ -98,6 +99,27 @@ class UnstableError(UserError):
     """Training diverges at one place again and again; the message says what was seen and what to try."""
 
     exit_code = EXIT_UNSTABLE
+
+
+class OutOfMemoryError(UserError):
+    """The memory of a GPU does not hold the run; the message says where, and what needs less.
+
+    Raised on one rank alone, the first that ran out; the others get ``EndedByPeerError``.
+    """
+
+    exit_code = EXIT_OUT_OF_MEMORY
+
+
+class EndedByPeerError(Exception):
+    """Another rank has ended the run and says why; this one has nothing to add.
+
+    Attributes:
+        exit_code: to end with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"another rank ended the run with code {exit_code}")
 
 
 class RankMismatchError(UserError):

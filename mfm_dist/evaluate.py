@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = OneProcess()
     scores, _ = evaluate(
         model.segmentor.to(ranks.device),
-        EvaluationSet(reader, rank=0, world_size=1),
+        EvaluationSet(reader, rank=0, world_size=1, workers=DataSection().workers),
         ranks,
         step=model.card.step,
         classes=classes,

@@ -3,8 +3,8 @@
 One process, or those of a launch file, which `accelerate launch --config_file LAUNCH.yaml -m mfm_dist.train ...` starts
 alike. The same command again resumes the run in run.folder. Without arguments it runs the quickstart. Files are those
 of the working folder, or what is shipped under that name. Exit codes: 0 done, 2 configuration, 3 bad data, 4 storage,
-5 training that does not get past a step, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the same in
-all the places that hold it (75 to 77: run the same command again); outcome.json says the same.
+5 training that does not get past a step, 6 out of memory, 75 stopped by a signal after saving, 76 hung, 77 a weight is
+not the same in all the places that hold it (75 to 77: run the same command again); outcome.json says the same.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +33,8 @@ from mfm_dist.errors import (
     EXIT_ERROR,
     ConfigError,
     CorruptFileError,
+    EndedByPeerError,
+    OutOfMemoryError,
     StorageError,
     UserError,
     first_line,
@@ -66,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_with_launcher(launch)
         with StopRequested(folder, launch.rank) as stop, start_run(config, stop) as trainer:
             return EXIT_DONE if trainer is None else trainer.fit()
+    except EndedByPeerError as ended:
+        return ended.exit_code
     except Exception as error:
         step = trainer.progress.step if trainer else -1
         owned = stop is not None and stop.owns_folder
@@ -93,6 +98,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     from mfm_dist.cluster.lease import Lease
     from mfm_dist.distributed.start import start_engine
     from mfm_dist.optim import build_optimizer
+    from mfm_dist.run.out_of_memory import ending_out_of_memory
     from mfm_dist.run.watchdog import LONGEST_WAIT, watch_run
     from mfm_dist.trainer import Trainer
 
@@ -107,7 +113,10 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
         if engine.from_main(lambda: report_finished(config, run)):
             yield None
         else:
-            with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
+            with (
+                closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog,
+                ending_out_of_memory(run, engine, watchdog),
+            ):
                 say(f"training in {engine.place}, {engine.arithmetic}")
                 with watchdog.phase("start", 0):
                     engine.from_main(lambda: render_scenes(config))
@@ -118,7 +127,8 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                     fingerprints = {**readers.fingerprints, **module.fingerprints()}
                 with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
-                    trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
+                    count = partial(count_global_batch, config)
+                    trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name, count)
 
                     def resume(checkpoint: Checkpoint) -> None:
                         say(f"resuming {checkpoint.path}")
@@ -134,6 +144,13 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                 stop.training_begins()
                 yield trainer
     engine.close()
+
+
+def count_global_batch(config: RunConfig) -> int:
+    """Count the floating-point operations that the networks need for a global batch. Takes seconds."""
+    from mfm_dist.profiling.counting import count_step
+
+    return config.blocks_per_step * sum(term.flop for term in count_step(config).values())
 
 
 def set_aside(checkpoint: Checkpoint, run: RunFolder, say: Callable[[str], object]) -> None:
@@ -216,8 +233,11 @@ def check(config: RunConfig) -> None:
 
 
 def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: bool) -> int:
-    """Print the message, once, for it is the same on every rank; write it to the run folder too, if there is one."""
-    if rank != 0:
+    """Print the message, once, for it is the same on every rank; write it to the run folder too, if there is one.
+
+    Out of memory is the exception: one rank says so for all.
+    """
+    if rank != 0 and not isinstance(error, OutOfMemoryError):
         # The launcher ends every rank as soon as one has ended, and rank 0 may not have spoken yet. Who is still there
         # after the wait met with something that rank 0 did not.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

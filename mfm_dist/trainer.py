@@ -33,6 +33,7 @@ from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.logging import Console, StepLog
 from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, record_applied
 from mfm_dist.run.signals import Stopped
+from mfm_dist.run.trace import StepTrace
 from mfm_dist.run.watchdog import Phase, Watchdog
 from mfm_dist.schedules import (
     averaged_norms,
@@ -91,12 +92,14 @@ class Trainer:
         data_fingerprints: Mapping[str, str],
         watchdog: Watchdog,
         asked_to_stop: Callable[[], str | None],
+        count_flop: Callable[[], int] | None = None,
     ) -> None:
         """
         Args:
             engine: with the module prepared.
             data_fingerprints: of what the run has to find again when it goes on.
             asked_to_stop: gives the signal that asked for it, if one did.
+            count_flop: counts the floating-point operations of a global batch.
         """
         self.config = config = engine.config
         self.engine = engine
@@ -107,7 +110,8 @@ class Trainer:
         self.asked_to_stop = asked_to_stop
         self.progress = Progress()
         self.console = Console(enabled=engine.is_main, steps=config.train.steps)
-        self.step_log = StepLog(engine, images_per_step=config.images_per_step)
+        self.step_log = StepLog(engine, images_per_step=config.images_per_step, count_flop=count_flop)
+        self.trace = StepTrace(config.log.profile, run.path, enabled=engine.is_main, say=self.console.line)
         self.skipped = SkippedSteps(engine, run)
         self.bad_samples = BadSamples(
             total=readers.samples,
@@ -119,6 +123,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             run.checkpoints, engine, config, data_fingerprints=data_fingerprints, written=self._note_saved
         )
+        watchdog.before_leaving = self.writer.close
         self.launched: deque[LaunchedStep] = deque()
         """Steps whose outcome was not read yet: at most the last one, but for a moment."""
         self.nothing_said = torch.zeros(len(Flag), device=engine.device)
@@ -157,6 +162,7 @@ class Trainer:
                 if self._evaluation_is_missing():
                     self.evaluate()
                 while self.progress.step < self.config.train.steps:
+                    self.trace.before_step(self.progress.step)
                     self.train_step(self.next_batches(blocks))
                     self._after_step()
                     if self.stopping and self.progress.step < self.config.train.steps:
@@ -264,7 +270,10 @@ class Trainer:
         trackers = self.engine.run_collectively(lambda: Trackers(config, enabled=self.engine.is_main, step=step))
         self.console.begin(step)
         self.step_log.begin(step)
-        with closing(trackers) as self.trackers, closing(self.console), closing(self.writer), self.phase("loop"):
+        with (
+            closing(trackers) as self.trackers, closing(self.console), closing(self.writer), closing(self.trace),
+            self.phase("loop"),
+        ):  # fmt: skip
             yield
 
     def _after_step(self) -> None:
@@ -375,7 +384,9 @@ class Trainer:
         config = self.config
         return evaluate(
             self.module.student,
-            EvaluationSet(reader, rank=self.engine.rank, world_size=self.engine.world_size),
+            EvaluationSet(
+                reader, rank=self.engine.rank, world_size=self.engine.world_size, workers=config.data.workers
+            ),
             self.engine,
             step=self.progress.step,
             precision=self._precision,
@@ -398,6 +409,7 @@ class Trainer:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 most=config.eval.unlabelled_images,
+                workers=config.data.workers,
                 with_label=False,
             ),
             self.engine,

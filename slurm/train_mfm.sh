@@ -96,6 +96,10 @@ processes=${MFM_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 if [ -z "$processes" ]; then
     processes=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || processes=1
 fi
+# Neither Slurm nor the node knows of a GPU: the CPU is meant. Where one of them does, the ranks insist on GPUs.
+if [ "${SLURM_GPUS_ON_NODE:-0}" = 0 ] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
+    export CUDA_VISIBLE_DEVICES=
+fi
 stage=zero${MFM_ZERO_STAGE:-2}
 launch_file=$code/configs/accelerate/multinode_${stage/zeroddp/ddp}.yaml
 deepspeed_file=$code/configs/deepspeed/$stage.json # named relative to the clone in the launch file

@@ -52,6 +52,7 @@ SpikeFactor = Annotated[
     float,
     Range("be above 1 and at most 1,000,000,000, or 0 for never", lambda number: number == 0 or 1 < number <= 10**9),
 ]
+TracedSteps = Annotated[int, between(0, 100)]
 SpikeWindow = Annotated[
     int, Range("be 1 to 10000 steps, whose losses every checkpoint holds", lambda number: 1 <= number <= 10_000)
 ]
@@ -120,7 +121,8 @@ class DataSection:
     crop: tuple[Pixels, Pixels] = (512, 512)
     """Training crop (height, width) in pixels of the stored images. UDA: 512 x 512."""
     workers: Workers = 2
-    """Loader processes per rank; 0 decodes in the training process. Does not change what is read."""
+    """Loader processes per rank, and threads that decode for an evaluation; 0 decodes in the training process. Does not
+    change what is read."""
     bad_sample_limit: Share = 0.001
     """Share of all samples that may be unreadable; with more the run stops with exit code 3."""
     render_scenes: bool = False
@@ -477,11 +479,21 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"
 
 
 @dataclass(kw_only=True)
+class ProfileSection:
+    start: IntFrom0 = 10
+    """Steps before it begins; the first ones are slower than the rest."""
+    steps: TracedSteps = 0
+    """Steps that it holds; 0: none. A file of some MB a step, and the steps are slower meanwhile."""
+
+
+@dataclass(kw_only=True)
 class LogSection:
     every: IntFrom1 = 50
     """Steps between lines of metrics.jsonl, of the console and of the trackers."""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
     """Where else to log, by Accelerate's trackers; [] for nowhere. All but tensorboard have to be installed."""
+    profile: ProfileSection = field(default_factory=ProfileSection)
+    """Write a chrome trace of some steps of rank 0 into the run folder, `trace_STEP.json.gz`, once in each start."""
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,10 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -29,6 +32,8 @@ from mfm_dist.rng import Stream, keyed_seed
 
 PREFETCHED_BLOCKS = 4
 """Blocks each worker keeps ready."""
+PREFETCHED_IMAGES = 2
+"""Whole images of an evaluation that each worker keeps ready, or works on."""
 _KEPT_BY_THE_HEAP = 24 << 20
 """Bytes; several decoded images, and below the 32 MiB from which on glibc learns nothing."""
 _ENDLESS = sys.maxsize
@@ -204,19 +209,28 @@ class EvaluationSet:
     """This rank's share of a data set: every sample on exactly one rank, as many turns on each.
 
     Turns are equal in number because under ZeRO-3 every forward is collective; in a turn without a sample the rank
-    still has to run one.
+    still has to run one. Threads decode ahead, for decoders let go of Python's lock.
     """
 
     def __init__(
-        self, reader: ShardReader, *, rank: int, world_size: int, most: int | None = None, with_label: bool = True
+        self,
+        reader: ShardReader,
+        *,
+        rank: int,
+        world_size: int,
+        most: int | None = None,
+        with_label: bool = True,
+        workers: int = 0,
     ) -> None:
         """
         Args:
             most: samples to take, the first ones; None: all.
+            workers: threads that decode ahead of whoever iterates; 0: it decodes itself.
         """
         assert 0 <= rank < world_size
         self._reader = reader
         self._with_label = with_label
+        self._workers = workers
         self.samples = len(reader) if most is None else min(most, len(reader))
         """Of all ranks."""
         turns = -(-self.samples // world_size)
@@ -226,6 +240,26 @@ class EvaluationSet:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[EvaluationItem]:
-        for number in self._numbers:
-            there = number < self.samples
-            yield EvaluationItem(number, self._reader.read(number, with_label=self._with_label) if there else None)
+        if not self._workers:
+            yield from (self._read(self._reader, number) for number in self._numbers)
+            return
+        own = threading.local()  # the open files of a reader are no two threads'
+
+        def read(number: int) -> EvaluationItem:
+            return self._read(own.reader, number)
+
+        threads = ThreadPoolExecutor(self._workers, initializer=lambda: setattr(own, "reader", copy(self._reader)))
+        try:
+            ahead: deque[Future[EvaluationItem]] = deque()
+            for number in self._numbers:
+                ahead.append(threads.submit(read, number))
+                if len(ahead) > PREFETCHED_IMAGES * self._workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _read(self, reader: ShardReader, number: int) -> EvaluationItem:
+        there = number < self.samples
+        return EvaluationItem(number, reader.read(number, with_label=self._with_label) if there else None)

@@ -101,21 +101,34 @@ def launch_problems(environment: Mapping[str, str] = os.environ) -> list[str]:
 def device_problems(
     launch: Launch, visible: int, environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
 ) -> list[str]:
-    """Say so where a machine or job has GPUs and none can be used: training would go on on the CPU without a word.
+    """Say so where GPUs are asked for or there, and not enough can be used: the CPU would train without a word.
+
+    One process on a machine with no GPU and no sign of one trains on the CPU. Several have to be told: by a launch file
+    that is for the CPU (``cpu_*.yaml``), or by ``CUDA_VISIBLE_DEVICES`` without a GPU in it.
 
     Args:
         visible: GPUs that torch sees.
         devices: where the driver shows them.
     """
-    if visible or launch.use_cpu or environment.get("CUDA_VISIBLE_DEVICES") == "":
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    none_wanted = chosen is not None and all(device.strip() in ("", "-1") for device in chosen.split(","))
+    if launch.use_cpu or none_wanted or visible >= launch.local_world_size:
         return []
     signs = [str(path) for path in sorted(devices.glob("nvidia[0-9]*"))]
     signs += [f"{name}={environment[name]}" for name in GPU_VARIABLES if environment.get(name, "0") not in ("", "0")]
-    if not signs:
+    signs += [f"CUDA_VISIBLE_DEVICES={chosen}"] if chosen else []
+    if not visible and signs:
+        return [
+            f"there are signs of a GPU ({', '.join(signs)}), and torch sees none: look at nvidia-smi "
+            "and at the driver. To train on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+        ]
+    if launch.world_size == 1:
         return []
+    here = f"{launch.local_world_size} process{'es' * (launch.local_world_size > 1)} on this machine"
     return [
-        f"there are signs of a GPU ({', '.join(signs)}), and torch sees none: look at nvidia-smi "
-        "and at the driver. To train on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+        f"the launch starts {here}, one a GPU, and torch sees {visible} GPU{'s' * (visible != 1)}: start as many "
+        "processes as there are GPUs (--num_processes N). To train on the CPU, launch with "
+        "configs/accelerate/cpu_*.yaml, or set CUDA_VISIBLE_DEVICES= (empty)"
     ]
 
 

@@ -57,12 +57,13 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
     ]
     if problems:
         raise ConfigError(problems)
-    # More processes than GPUs would share one, which NCCL refuses: such a launch means the CPU.
-    on_cpu = launch.use_cpu or launch.local_world_size > torch.cuda.device_count()
+    on_cpu = launch.use_cpu or not torch.cuda.device_count()
     if on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(config.train.threads)
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # images of several sizes leave holes that nothing fits into
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -194,7 +194,7 @@ def evaluate(
         overlays: how many of the data set's first images to save into ``overlay_folder``, by whichever rank has them.
         before_turn: called with the number of each turn, from 0. It may end all by raising, on all ranks in the same.
     """
-    counts = Counts.of_nothing(len(classes))
+    counts = Counts.of_nothing(len(classes), ranks.device)
     bad: list[BadSample] = []
 
     def logits_of(image: Tensor, box: tuple[int, int] | None) -> Tensor:
@@ -203,14 +203,14 @@ def evaluate(
 
     with evaluation_mode(student, ranks):
         for number, sample, image, box in turns_of(items, fit_into, before_turn, bad):
-            prediction = views.predict(image, box, logits_of).cpu()
+            prediction = views.predict(image, box, logits_of).byte()
             if sample is None:
                 continue
             assert sample.label is not None
-            counts.add(sample.label, prediction)
+            counts.add(sample.label.to(ranks.device), prediction)
             if overlay_folder is not None and number < overlays:
                 save_overlay(overlay_folder / f"{sample.key}.png", sample.image, sample.label, prediction, classes)
-    counts = counts.summed(lambda own: ranks.sum(own.to(ranks.device)).cpu())
+    counts = counts.summed(lambda own: ranks.sum(own).cpu())
     boundary_iou = boundary_iou_percent(counts.boundary)
     scores = Scores(
         step=step,

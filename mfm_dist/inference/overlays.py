@@ -29,7 +29,7 @@ def colourise(label: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8]
     """Turn indices of classes [H, W] into uint8 RGB [H, W, 3] in their colours; ignored pixels are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(palette)] = palette
-    return table[label.numpy().astype(np.uint8)]
+    return table[label.cpu().numpy().astype(np.uint8)]
 
 
 def overlay(image: npt.NDArray[np.uint8], label: Tensor, palette: Sequence[Colour]) -> npt.NDArray[np.uint8]:

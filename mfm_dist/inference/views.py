@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mfm_dist.data.geometry import scaled_size
-from mfm_dist.inference.predict_labels import seen_size
+from mfm_dist.inference.predict_labels import most_probable, seen_size
 
 Box = tuple[int, int]
 
@@ -31,7 +31,7 @@ class Views:
             logits_of: gives the logits [1, C, H, W] of an image fitted into a box, at the image's own size.
         """
         if self == SINGLE:
-            return logits_of(image, fit_into).argmax(dim=1)[0]
+            return most_probable(logits_of(image, fit_into)[0])
         size, total = seen_size(image, fit_into), None
         for scale in self.scales:
             for mirrored in (False, True) if self.flip else (False,):
@@ -39,7 +39,7 @@ class Views:
                 view = view.flip(-1) if mirrored else view
                 total = view if total is None else total.add_(view)  # one image of probabilities at a time
         assert total is not None, "there is a scale at least"
-        return total.argmax(dim=1)[0]
+        return most_probable(total[0])
 
     def __str__(self) -> str:
         if self == SINGLE:

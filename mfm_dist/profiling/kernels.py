@@ -41,14 +41,8 @@ from mfm_dist.profiling.counting import blank_batch, build_without_storage
 from mfm_dist.profiling.host_syncs import DEEPSPEED, OPTIMIZER, OURS, HostSyncs, count_host_syncs
 from mfm_dist.profiling.records import write_record
 from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.run.cards import CARDS, peak_flops
 from mfm_dist.train_module import TrainModule
-
-CARDS: Mapping[str, tuple[float, float, float]] = {
-    "a100": (1.555e12, 312e12, 19.5e12),
-    "h100": (3.35e12, 989e12, 67e12),
-    "h200": (4.8e12, 989e12, 67e12),
-}
-"""Bytes/s of the memory, FLOP/s in bf16 and in fp32 (IEEE), of NVIDIA's data sheets (A100 40 GB, H100 and H200 SXM)."""
 
 LOWER = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear"),
@@ -312,8 +306,8 @@ class Saved:
 
 def roofline_ms(count: Count, card: str, precision: str) -> float:
     """Return the time in ms below which no card of this name gets: of its bytes, or of its FLOP if that is longer."""
-    bandwidth, bf16, fp32 = CARDS[card]
-    return 1000 * max(count.bytes / bandwidth, count.flop / (bf16 if precision == "bf16" else fp32))
+    rates = CARDS[card]
+    return 1000 * max(count.bytes / rates.bandwidth, count.flop / peak_flops(rates, precision, tf32=False))
 
 
 def small_step(path: Path | None, overrides: Sequence[str]) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -388,8 +388,18 @@ def environment(run: Run) -> list[tuple[str, str]]:
         rows.insert(0, ("command", " ".join(map(str, command))))
     memory = [value for value in run.series("memory_gib")[1] if math.isfinite(value)]
     waiting = run.median("data_wait_fraction")
+    reserved = [value for value in run.series("memory_reserved_gib")[1] if math.isfinite(value)]
     if memory:
-        rows.append(("peak memory of a process", f"{max(memory):.2f} GiB"))
+        of_allocator = f", {max(reserved):.2f} GiB reserved" if reserved else ""
+        rows.append(("peak memory of a process", f"{max(memory):.2f} GiB{of_allocator}"))
+    tflops, mfu, spread = (run.median(key) for key in ("tflops", "mfu", "rank_spread"))
+    if math.isfinite(tflops):
+        share = f", {mfu:.1%} of its highest rate (MFU)" if math.isfinite(mfu) else ""
+        rows.append(("work of a GPU", f"{tflops:.1f} TFLOP/s of the networks' own{share} (median)"))
+    if math.isfinite(spread):
+        named = Counter(run.series("slowest_rank")[1].tolist()).most_common(1)
+        slowest = f", slowest most often: rank {named[0][0]:g}" if named else ""
+        rows.append(("spread of ranks", f"{spread:.1%} of their own time in a step (median){slowest}"))
     if math.isfinite(waiting):
         rows.append(("time waiting for data", f"{waiting:.1%} (median)"))
     return rows

@@ -6,27 +6,35 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfm_dist.distributed.engine import Engine
+from mfm_dist.run.cards import card_of, peak_flops
 
 
 class StepLog:
     """Collects what every rank knows of its steps, and gives one record of them all."""
 
-    def __init__(self, engine: Engine, *, images_per_step: int) -> None:
+    def __init__(self, engine: Engine, *, images_per_step: int, count_flop: Callable[[], int] | None = None) -> None:
         """
         Args:
+            engine: with the module prepared, whose forwards are timed.
             images_per_step: source and target images of a global batch.
+            count_flop: counts the floating-point operations of a global batch. Called once, on rank 0 of a run on GPUs,
+                with the first record, for it takes seconds.
         """
         self.engine = engine
         self.images_per_step = images_per_step
+        self._count_flop = count_flop if engine.is_main and engine.device.type == "cuda" else None
+        self._forwards = ForwardClock(engine.module, engine.device)
+        self._flop: int | None = None
         self.grad_norms: Mapping[str, Tensor] = {}
         """Of the last step, by part."""
         self.begin(0)
@@ -36,6 +44,7 @@ class StepLog:
         self._losses, self._measured = RunningMean(), RunningMean()
         self._map_norms: Tensor | None = None
         self._waited = 0.0
+        self._forwards.clear()
         self._step, self._since = step, time.perf_counter()
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
@@ -64,12 +73,15 @@ class StepLog:
     def record(self, step: int) -> dict[str, Any]:
         """Take means over the steps since the last record and over ranks, in one all-reduce. Collective."""
         losses, measured = self._losses.pop(), self._measured.pop()
-        seconds = time.perf_counter() - self._since
+        seconds, steps, world_size = time.perf_counter() - self._since, step - self._step, self.engine.world_size
         vector = torch.stack([*losses.values(), *measured.values()])
-        waited = torch.tensor([self._waited / seconds], device=vector.device)
-        squares = self.engine.update_squares("rebuilder")
-        *means, data_wait_fraction = self.engine.mean(torch.cat([vector, squares.to(vector), waited])).tolist()
-        means, squares_of_updates = means[:-3], [mean * self.engine.world_size for mean in means[-3:]]
+        of_ranks = torch.zeros(world_size)  # each fills its own place, so the sum tells all of them apart
+        of_ranks[self.engine.rank] = (self._waited + self._forwards.seconds()) / steps
+        times = torch.cat([torch.tensor([self._waited / seconds]), of_ranks]).to(vector)
+        squares = self.engine.update_squares("rebuilder").to(vector)
+        found = self.engine.mean(torch.cat([vector, squares, times])).tolist()
+        means, found = found[: len(vector)], found[len(vector) :]
+        squares_of_updates, data_wait_fraction, own_times = [world_size * x for x in found[:3]], found[3], found[4:]
         record: dict[str, Any] = {"step": step}
         record |= {
             name if "/" in name or name == "pseudo_weight" else f"loss/{name}": value
@@ -80,11 +92,23 @@ class StepLog:
         record |= {f"grad_norm/{part}": float(norm) for part, norm in self.grad_norms.items()}
         # Layers of one part share its name; the last one of them learns fastest, and stands for all.
         record |= {f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
-        record["images_per_second"] = self.images_per_step * (step - self._step) / seconds
+        record["images_per_second"] = self.images_per_step * steps / seconds
         record["data_wait_fraction"] = data_wait_fraction
-        record["memory_gib"] = peak_memory_gib(self.engine.device)
+        record |= spread_of_ranks(own_times) | memory_gib(self.engine.device) | self._utilisation(seconds / steps)
         self.begin(step)
         return record
+
+    def _utilisation(self, seconds: float) -> dict[str, float]:
+        """Say how many TFLOP/s a GPU made of what the networks need in a step, and of its highest rate, where known."""
+        if self._count_flop is None:
+            return {}
+        if self._flop is None:
+            self._flop = self._count_flop()
+        flops = self._flop / seconds / self.engine.world_size
+        card = card_of(torch.cuda.get_device_name(self.engine.device))
+        train = self.engine.config.train
+        peak = card and peak_flops(card, train.precision, tf32=train.fp32_math == "tf32")
+        return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
     def _of_the_rebuilder(self, squares: Sequence[float]) -> dict[str, float]:
         """Describe the last measured step: MFM's gradient and weight, and how far the Rebuilder went.
@@ -126,11 +150,79 @@ class RunningMean:
         return means
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Measure the peak GPU memory of this process, or its peak resident memory on a CPU, in GiB."""
+class ForwardClock:
+    """Times the forwards of a module: by events in the GPU's stream, which wait for nothing, or the host's clock.
+
+    Of a step on several ranks they tell which one is slow: everything else waits for the others in between.
+    """
+
+    KEPT = 1000
+    """Newest forwards that the time of all is estimated from."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._began: Any = None
+        self.clear()
+        module.register_forward_pre_hook(self._start)
+        module.register_forward_hook(self._stop)
+
+    def clear(self) -> None:
+        """Forget all forwards."""
+        self._spans: deque[tuple[Any, Any]] = deque(maxlen=self.KEPT)
+        self._count = 0
+
+    def seconds(self) -> float:
+        """Return the time of all forwards since ``clear``; waits for the GPU to end the last one."""
+        if not self._spans:
+            return 0.0
+        if self._on_gpu:
+            self._spans[-1][1].synchronize()
+            each = [began.elapsed_time(ended) / 1000 for began, ended in self._spans]
+        else:
+            each = [ended - began for began, ended in self._spans]
+        return sum(each) / len(each) * self._count
+
+    def _start(self, *_: Any) -> None:
+        self._began = self._now()
+
+    def _stop(self, *_: Any) -> None:
+        self._spans.append((self._began, self._now()))
+        self._count += 1
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def spread_of_ranks(own_times: Sequence[float]) -> dict[str, float]:
+    """Name the rank that takes longest for its own part of a step, data and forward, and how far they lie apart.
+
+    Args:
+        own_times: by rank, in any unit.
+
+    Returns:
+        nothing of a single rank; ``rank_spread`` is slowest minus fastest, as a share of the mean.
+    """
+    if len(own_times) == 1:
+        return {}
+    slowest, mean = max(own_times), sum(own_times) / len(own_times)
+    return {"slowest_rank": own_times.index(slowest), "rank_spread": (slowest - min(own_times)) / mean}
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Measure this process's peak in GiB: on a GPU allocated and reserved, since the last call; on a CPU resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"memory_gib": found[0] / 2**30, "memory_reserved_gib": found[1] / 2**30}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+SPREAD_WORTH_A_WORD = 0.1
+"""Of ``rank_spread``, from which the console names the slowest rank."""
 
 
 class Console:
@@ -157,15 +249,16 @@ class Console:
         """Show the figures of one line of metrics.jsonl."""
         losses = {name.removeprefix("loss/"): value for name, value in record.items() if name.startswith("loss/")}
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        speed = f"{record['images_per_second']:.1f} images/s"
+        speed += f", {record['mfu']:.0%} MFU" if "mfu" in record else ""
+        if record.get("rank_spread", 0.0) > SPREAD_WORTH_A_WORD:
+            speed += f", rank {record['slowest_rank']} slowest (spread {record['rank_spread']:.0%})"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{text} {record['images_per_second']:.1f} images/s")
+            self.bar.set_postfix_str(f"{text} {speed}")
             return
         now, step = time.perf_counter(), record["step"]
         remaining = (now - self.started[0]) / max(step - self.started[1], 1) * (self.steps - step)
-        self.line(
-            f"step {step}/{self.steps}  {text}  {record['images_per_second']:.1f} images/s  "
-            f"{int(remaining) // 60}:{int(remaining) % 60:02d} left"
-        )
+        self.line(f"step {step}/{self.steps}  {text}  {speed}  {int(remaining) // 60}:{int(remaining) % 60:02d} left")
 
     def line(self, text: str) -> None:
         """Print a line that stays."""

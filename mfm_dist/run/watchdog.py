@@ -5,6 +5,7 @@ for ever or until a library aborts them without a name. Here a thread of every r
 the run folder, which works across machines when the network between the ranks does not:
 
     heartbeats/rank_XXXXX.json   where a rank was when it last moved; the file's time says when
+    heartbeats/end_START.txt     the exit code that one rank asks of all others, who may wait for it in an exchange
     hang/rank_XXXXX.txt          one line of JSON and the stacks of all its threads, for every hang of the run
     hang/rank_XXXXX.exchanges.json   the last exchanges with other ranks, begun and ended, as torch recorded them
 """
@@ -22,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
+
+from torch.profiler import record_function
 
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import EXIT_HUNG
@@ -89,12 +92,15 @@ class Watchdog:
         self.seconds = seconds
         self._heartbeats = run / "heartbeats"
         self._reports = run / "hang"
+        self._end_of_all = self._heartbeats / f"end_{start}.txt"
         self._start = start
         self._on_hang = on_hang
         self._exchanges = exchanges
         self._entered = 0
         self._moves = 0
         self._place: tuple[Phase, int] = ("start", 0)
+        self.before_leaving: Callable[[], object] = lambda: None
+        """What to do before this process ends because another rank asks for it."""
         self._ended = threading.Event()
         self._tick = seconds / TICKS
         self._grace = min(max(2.0, 2 * self._tick), 60.0)
@@ -108,7 +114,7 @@ class Watchdog:
     def phase(self, name: Phase, step: int) -> Iterator[None]:
         """Say what this rank is about inside the block, then that it is back in what encloses it.
 
-        Costs nothing, waits for nothing.
+        Costs nothing, waits for nothing. It stands in the trace of a profiler, too.
 
         Args:
             step: global batches consumed so far.
@@ -116,7 +122,8 @@ class Watchdog:
         enclosing, self._place = self._place, (name, step)
         self._entered += 1
         self.keep_alive()
-        yield
+        with record_function(name):
+            yield
         self._place = enclosing
         self.keep_alive()
 
@@ -127,6 +134,24 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching: the run has ended."""
         self._ended.set()
+
+    def end_all(self, code: int) -> bool:
+        """Have every rank end with ``code``, as soon as it looks; tell whether nobody else has said so before."""
+        with suppress(OSError):  # what cannot be written down, the others find out by the watchdog's time limit
+            self._heartbeats.mkdir(parents=True, exist_ok=True)
+            try:
+                self._end_of_all.touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            self._end_of_all.write_text(f"{code}\n", encoding="utf-8")
+        return True
+
+    def told_to_end(self) -> int | None:
+        """Return the exit code that another rank asks of all, if one does."""
+        try:
+            return int(self._end_of_all.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is none, or it is about to be written
+            return None
 
     def report(self) -> Report:
         """Say where this rank is."""
@@ -147,6 +172,8 @@ class Watchdog:
             now = time.monotonic()
             idle += min(now - before, 2 * self._tick)  # a job that was suspended as a whole did not hang meanwhile
             before = now
+            if (code := self.told_to_end()) is not None:
+                self._leave(code)
             if self._moves != seen:
                 seen, idle = self._moves, 0.0
                 self._write_heartbeat()
@@ -154,6 +181,14 @@ class Watchdog:
                 limit = self.seconds * (SLOW_FACTOR if self._place[0] in SLOW else 1)
                 if idle >= limit and self._others_idle() >= limit - self._tick:
                     self._end()
+
+    def _leave(self, code: int) -> NoReturn:
+        """End this process, which may wait in an exchange for a rank that is gone."""
+        last_resort = threading.Timer(SLOW_FACTOR * self.seconds, os._exit, [code])
+        last_resort.daemon = True
+        last_resort.start()
+        self.before_leaving()
+        os._exit(code)
 
     def _write_heartbeat(self) -> None:
         with suppress(OSError):  # a full disk is told by whoever needs it

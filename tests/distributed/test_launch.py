@@ -110,8 +110,11 @@ def test_hpz_needs_a_stage_and_a_world_that_it_divides(
 
 
 def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_the_cpu(tmp_path: Path) -> None:
-    def problems(visible: int = 0, *, use_cpu: bool = False, **environment: str) -> list[str]:
-        return device_problems(Launch(1, 0, None, use_cpu=use_cpu), visible, environment, tmp_path)
+    def problems(
+        visible: int = 0, *, world: int = 1, local: int = 1, use_cpu: bool = False, **environment: str
+    ) -> list[str]:
+        launch = Launch(world, 0, None, local_world_size=local, use_cpu=use_cpu)
+        return device_problems(launch, visible, environment, tmp_path)
 
     assert problems() == []
     assert problems(SLURM_GPUS_ON_NODE="0") == []
@@ -123,6 +126,28 @@ def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_the_cpu(tmp_path: Pa
     (broken,) = problems()
     assert f"signs of a GPU ({tmp_path / 'nvidia0'})" in broken
     assert problems(1) == problems(use_cpu=True) == problems(CUDA_VISIBLE_DEVICES="") == []
+    (tmp_path / "nvidia0").unlink()
+
+    (of_gpu_single,) = problems(CUDA_VISIBLE_DEVICES="0")  # its gpu_ids
+    assert "signs of a GPU (CUDA_VISIBLE_DEVICES=0)" in of_gpu_single
+    (of_node8,) = problems(world=8, local=8)
+    assert "starts 8 processes on this machine, one a GPU, and torch sees 0 GPUs" in of_node8
+    assert "cpu_*.yaml" in of_node8
+    (of_multinode,) = problems(world=2, local=1)
+    assert "starts 1 process on this machine" in of_multinode
+    (too_many,) = problems(1, world=2, local=2, SLURM_GPUS_ON_NODE="2")
+    assert "torch sees 1 GPU: start as many" in too_many
+    assert problems(2, world=2, local=2) == problems(8, world=16, local=8) == []
+    assert problems(world=2, local=2, CUDA_VISIBLE_DEVICES="-1,-1") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_the_launch_file_for_a_gpu_is_refused_without_one(scenes: Path, tmp_path: Path) -> None:
+    """Its ``gpu_ids`` reach the process, whatever was said before. Every test of several ranks starts a cpu_* file."""
+    completed = run_train(["--launch", "configs/accelerate/gpu_single.yaml", *tiny_overrides(scenes, tmp_path / "run")])
+    assert completed.returncode == 2
+    assert "signs of a GPU (CUDA_VISIBLE_DEVICES=0), and torch sees none" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_zero_exchanges_the_gradients_of_autocast_in_fp32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,26 @@ def disturbed(
     arguments = [*tiny_overrides(scenes, run), *LENGTH, *overrides]
     planted = {"BAD_BLOCKS": blocks, "BAD_KIND": kind, **environment}
     return run_train(arguments, launch=launch, module=PLANTED, environment=planted)
+
+
+def test_out_of_memory_on_one_rank_is_told_once_and_ends_all(scenes: Path, tmp_path: Path) -> None:
+    """Block 5 is rank 1's of the third step; rank 0 waits for it in an exchange, and its watchdog ends it."""
+    run = tmp_path / "run"
+    completed = disturbed(run, scenes, "5", "memory", "watchdog.seconds=20", launch="cpu_ddp")
+    told = "rank 1 in 'micro-batch' of step 2 ran out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert completed.stderr.count(told) == 1
+    assert "memory.lean=true" in completed.stderr
+    ended = re.findall(r"exitcode *: (-?\d+)", completed.stderr)  # torchrun's, of each rank that it did not kill
+    assert ended, completed.stderr[-3000:]
+    assert set(ended) == {"6"}
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["code"], outcome["step"]) == (6, 2)
+    assert outcome["reason"].startswith(told)
+    assert [event["step"] for event in of_kind(run, "out_of_memory")] == [2]
+    snapshot = json.loads((run / "out_of_memory" / "rank_00001.json").read_text())
+    assert snapshot["error"].endswith("See documentation")
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+    assert completed.stderr.count("Traceback (most recent call last)") == 1, "accelerate launch's own, of no rank"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient (BAD_KIND), and on
-rank 1 there is no data from block NO_DATA_FROM on, if that is set."""
+"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient, or are too large
+for memory (BAD_KIND), and on rank 1 there is no data from block NO_DATA_FROM on, if that is set."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from mfm_dist import train, trainer
 from mfm_dist.batch import UDABatch
@@ -24,6 +26,10 @@ honest_forward, honest_pipeline = TrainModule.forward, trainer.train_pipeline
 
 
 def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepOutput:
+    if batch.block in BAD and KIND == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    if batch.block in BAD and KIND == "gpu memory":
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
     output = honest_forward(self, batch, *arguments)
     if batch.block not in BAD:
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -62,9 +63,15 @@ def test_the_same_seed_gives_the_same_bits_and_training_reads_no_target_label(
     shutil.copytree(scenes, unlabelled)
     remove_labels(unlabelled / "camera_train")
     assert isinstance(ShardReader(unlabelled / "camera_train").read(0), BadSample), "a label that is read is refused"
-    assert run_train([*tiny_overrides(unlabelled, again), "data.workers=2"]).returncode == 0
+    otherwise = ["data.workers=2", "log.profile.start=1", "log.profile.steps=2"]
+    assert run_train([*tiny_overrides(unlabelled, again), *otherwise]).returncode == 0
     assert_equal_bits(finished, again)
     assert metrics_of(finished) == metrics_of(again)
+    with gzip.open(again / "trace_00000001.json.gz") as file:
+        traced = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert traced.count("update") == 2
+    assert traced.count("micro-batch") == 4
+    assert not list(finished.glob("*trace*"))
 
 
 def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_bits(finished: Path, scenes: Path, tmp_path: Path) -> None:

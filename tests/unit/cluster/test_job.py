@@ -119,7 +119,7 @@ def test_plan_names_lanes_that_leave_processes_idle(folder: Path, capsys: pytest
 
 @pytest.mark.parametrize(
     ("code", "decision"),
-    [(0, ("done", 0)), (2, ("stop", 2)), (3, ("stop", 3)), (4, ("stop", 4)), (5, ("stop", 5)),
+    [(0, ("done", 0)), (2, ("stop", 2)), (3, ("stop", 3)), (4, ("stop", 4)), (5, ("stop", 5)), (6, ("stop", 6)),
      (75, ("requeue", 0)), (76, ("again", 0)), (77, ("again", 0))],
 )  # fmt: skip
 def test_every_exit_code_leads_on(folder: Path, code: int, decision: tuple[str, int]) -> None:

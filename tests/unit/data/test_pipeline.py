@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import subprocess
+import threading
 import time
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -218,7 +219,8 @@ def test_evaluation_covers_every_sample_once_with_as_many_turns_on_each_rank(
     tmp_path: Path, world_size: int, count: int
 ) -> None:
     reader = ShardReader(write_set(tmp_path / "val", count=count, shard_size=3))
-    ranks = [list(EvaluationSet(reader, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    sets = [EvaluationSet(reader, rank=rank, world_size=world_size, workers=count % 3) for rank in range(world_size)]
+    ranks = [list(items) for items in sets]
     assert len({len(items) for items in ranks}) == 1
     assert len(ranks[0]) == len(EvaluationSet(reader, rank=0, world_size=world_size))
     real = [item for items in ranks for item in items if item.found is not None]
@@ -231,11 +233,22 @@ def test_evaluation_covers_every_sample_once_with_as_many_turns_on_each_rank(
 def test_evaluation_excludes_a_bad_sample_and_names_it(shard_folder: ShardFolder) -> None:
     folder = shard_folder("val", count=5)
     damage(folder, 2)
-    items = list(EvaluationSet(ShardReader(folder), rank=0, world_size=2))
-    assert [item.number for item in items] == [0, 2, 4]
-    assert [isinstance(item.found, Sample) for item in items] == [True, False, True]
-    assert isinstance(items[1].found, BadSample)
-    assert items[1].found.key == "sample_0002"
+    for workers in (0, 2):
+        items = list(EvaluationSet(ShardReader(folder), rank=0, world_size=2, workers=workers))
+        assert [item.number for item in items] == [0, 2, 4]
+        assert [isinstance(item.found, Sample) for item in items] == [True, False, True]
+        assert isinstance(items[1].found, BadSample)
+        assert items[1].found.key == "sample_0002"
+
+
+def test_an_evaluation_that_is_broken_off_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = threading.active_count()
+    reader = ShardReader(write_set(tmp_path / "val", count=7, shard_size=3))
+    items = iter(EvaluationSet(reader, rank=0, world_size=1, workers=2))
+    assert next(items).number == 0
+    assert threading.active_count() == before + 2
+    items.close()  # type: ignore[attr-defined]  it is a generator
+    assert threading.active_count() == before
 
 
 def test_workers_end_when_the_iterator_is_dropped(folders: tuple[Path, Path]) -> None:

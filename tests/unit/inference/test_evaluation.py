@@ -23,7 +23,7 @@ from mfm_dist.inference.evaluation import (
     evaluation_mode,
 )
 from mfm_dist.inference.metrics import confusion_matrix, mean_iou_percent
-from mfm_dist.inference.predict_labels import predict_labels
+from mfm_dist.inference.predict_labels import most_probable, predict_labels
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.run.signals import Stopped
@@ -92,6 +92,14 @@ def test_batch_norm_is_averaged_in_a_copy() -> None:
     with evaluation_mode(layer, Halving()):
         assert layer.running_mean.tolist() == [2.0, 2.0]
     assert layer.running_mean.tolist() == [4.0, 4.0]
+
+
+def test_the_most_probable_class_is_argmax() -> None:
+    """Also among equals and where a value is no number."""
+    values = torch.rand(19, 30, 40, generator=torch.Generator().manual_seed(0))
+    values[2:5, 20] = 2.0
+    values[3, :5], values[7, 3:8] = torch.nan, torch.nan
+    assert torch.equal(most_probable(values), values.argmax(dim=0))
 
 
 def test_training_mode_and_statistics_survive(tiny_config: RunConfig, scenes: Path) -> None:

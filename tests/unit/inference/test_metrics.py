@@ -40,6 +40,20 @@ def test_confusion_and_iou_against_pixel_sets() -> None:
     assert mean_iou_percent(confusion_matrix(label, prediction, 5)) == pytest.approx(sum(scores[:4]) / 4)
 
 
+@pytest.mark.parametrize("num_classes", [1, 19, 180, 181, 255])
+def test_counts_of_any_number_of_classes_in_any_type(num_classes: int) -> None:
+    """Pairs of 181 classes and more do not fit 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    label, prediction = torch.randint(0, num_classes, (2, 40, 50), generator=generator)
+    label[:, ::7] = IGNORE_INDEX
+    confusion = [[0] * num_classes for _ in range(num_classes)]
+    for true, predicted in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        if true != IGNORE_INDEX:
+            confusion[true][predicted] += 1
+    assert confusion_matrix(label, prediction, num_classes).tolist() == confusion
+    assert confusion_matrix(label.byte(), prediction.byte(), num_classes).tolist() == confusion
+
+
 def eroded(mask: list[list[bool]]) -> list[list[bool]]:
     """One erosion with a square of 3 x 3 pixels; what lies outside of the image is not of the mask."""
     height, width = len(mask), len(mask[0])

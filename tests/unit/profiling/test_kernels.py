@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfm_dist.profiling.counting import count_step
-from mfm_dist.profiling.kernels import CARDS, Count, Counter, CudaAutocast, count_kernels, main, roofline_ms
+from mfm_dist.profiling.kernels import Count, Counter, CudaAutocast, count_kernels, main, roofline_ms
+from mfm_dist.run.cards import CARDS
 from tests.helpers.methods import EXTRA
 from tests.helpers.modules import config_with
 
@@ -105,7 +106,7 @@ def test_bf16_casts_and_moves_less() -> None:
 
 
 def test_the_bound_is_the_longer_of_bytes_and_flop() -> None:
-    bandwidth, bf16, fp32 = CARDS["h100"]
+    bandwidth, bf16, _, fp32 = CARDS["h100"]
     assert roofline_ms(Count(bytes=int(bandwidth)), "h100", "bf16") == 1000
     assert roofline_ms(Count(bytes=1, flop=int(2 * bf16)), "h100", "bf16") == 2000
     assert roofline_ms(Count(flop=int(fp32)), "h100", "fp32") == 1000
