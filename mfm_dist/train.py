@@ -26,7 +26,7 @@ from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.launcher import start_processes
+from mfm_dist.distributed.launcher import read_launch, start_processes
 from mfm_dist.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
-            check(config)
+            check(config, read_launch(arguments.launch) if arguments.launch else launch)
             return EXIT_DONE
         if arguments.launch:
             return start_processes(arguments.launch, "mfm_dist.train", arguments.of_each_process)
@@ -174,12 +174,17 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     return True
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, launch: Launch | None = None) -> None:
     """Find what can be found wrong without training: configuration, trackers, weights, networks, shards.
+
+    On a machine with GPUs also warn if the run will hardly fit one, started as ``launch`` says, or as
+    this process was.
 
     Raises:
         UserError: for all of it, of the kind of the first.
     """
+    import torch
+
     from mfm_dist.build import build_train_module, check_data, check_shapes
     from mfm_dist.distributed.trackers import tracker_problems
     from mfm_dist.models.backbone import pretrained_problem
@@ -209,6 +214,13 @@ def check(config: RunConfig) -> None:
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
     print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
+    launch = launch or Launch.from_environment()
+    if torch.cuda.is_available() and not launch.use_cpu:
+        from mfm_dist.profiling.plan import does_not_fit
+
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        if warning := does_not_fit(config, launch, gib):
+            print(f"warning: {warning}")
 
 
 def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: bool) -> int:

@@ -20,6 +20,7 @@ import torch
 from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.shipped import find_shipped
+from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.memory import STAGES, StateSizes, ZeroBuffers, exchanged_bytes, rank_bytes
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import ConfigError
@@ -343,3 +344,18 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 def _gib(held: Mapping[str, int]) -> dict[str, float]:
     return {**{name: size / 2**30 for name, size in held.items()}, "total": sum(held.values()) / 2**30}
+
+
+def does_not_fit(config: RunConfig, launch: Launch, gib: float) -> str | None:
+    """Say what a rank would need, where that is more than a GPU of so many GiB has; None where it fits."""
+    ranks, node_ranks = launch.world_size, launch.local_world_size
+    there = Cluster(nodes=ranks // node_ranks, gpus=node_ranks, gpu="h100", gib=gib, within=1, across=1)
+    sizes, precision = state_sizes(build_without_storage(config), config.optim), config.train.precision
+    held = memory(config, sizes, work_of(config, there), there, str(launch.zero_stage or 0), precision)
+    if fits(held, there):
+        return None
+    needs = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in held.items() if size >= 2**28)
+    return (
+        f"this will hardly fit: {on_device(held, there) / 2**30:.1f} GiB a GPU ({needs}), which has {gib:.1f}, "
+        f"of which {LEFT_FREE:.0%} is left free; mfm-profile plan says what each ZeRO stage and precision needs"
+    )

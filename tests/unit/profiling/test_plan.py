@@ -10,10 +10,21 @@ from typing import Any
 import pytest
 
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.launcher import read_launch
 from mfm_dist.distributed.memory import StateSizes
 from mfm_dist.errors import ConfigError
 from mfm_dist.profiling import plan as planning
-from mfm_dist.profiling.plan import Cluster, Work, calibrate, memory, pays_up_to, recommended, scaled, stages_of
+from mfm_dist.profiling.plan import (
+    Cluster,
+    Work,
+    calibrate,
+    does_not_fit,
+    memory,
+    pays_up_to,
+    recommended,
+    scaled,
+    stages_of,
+)
 from mfm_dist.profiling.plan_command import COMPONENTS, main, read_link
 from tests.helpers.modules import SMALL, config_with
 
@@ -122,3 +133,15 @@ def test_more_gpus_pay_while_each_still_works() -> None:
 def test_a_cpu_is_timed() -> None:
     block, update = calibrate(config_with("data.crop=64x64", "train.micro_batch=1"), processes=1)
     assert 0 < update < block < 60
+
+
+def test_a_run_that_will_hardly_fit_is_told() -> None:
+    launch = read_launch(Path("configs/accelerate/multinode_zero3.yaml"))
+    assert (launch.world_size, launch.local_world_size, launch.zero_stage) == (16, 8, 3)
+    assert read_launch(Path("configs/accelerate/node8_ddp.yaml")).zero_stage is None
+    config = config_with("data.crop=64x64")
+    assert does_not_fit(config, launch, gib=80) is None
+    told = does_not_fit(config, launch, gib=0.1)
+    assert told is not None
+    assert "GiB a GPU (" in told
+    assert "which has 0.1" in told
