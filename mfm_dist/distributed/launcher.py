@@ -81,3 +81,15 @@ def read_launch(file: Path) -> Launch:
             if key in deepspeed:
                 environment[f"ACCELERATE_DEEPSPEED_{name}"] = str(deepspeed[key])
     return Launch.from_environment(environment)
+
+
+def choose_zero(stage: int) -> None:
+    """Have this process, which torchrun started, train at a ZeRO stage, with the shipped DeepSpeed file of the stage.
+
+    Says so in the variables of ``accelerate launch``, which both Accelerate and ``Launch`` read.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    file = Path(f"configs/deepspeed/zero{stage}.json")
+    if find_shipped(file).is_file():
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)

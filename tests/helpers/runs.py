@@ -161,7 +161,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     """Read the lines of metrics.jsonl without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timing = ("images_per_second", "data_wait_fraction", "memory_gib")
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+    return [{k: v for k, v in line.items() if k not in timing and "seconds/" not in k} for line in lines]
 
 
 def read_json(path: Path) -> dict[str, Any]:
