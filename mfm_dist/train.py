@@ -4,8 +4,8 @@ One process, or those of a launch file, which `accelerate launch --config_file L
 alike, or those of `torchrun --nproc_per_node N -m mfm_dist.train [--zero STAGE] ...`. The same command again resumes
 the run in run.folder. Without arguments it runs the quickstart. Files are those of the working folder, or what is
 shipped under that name. Exit codes: 0 done, 2 configuration, 3 bad data, 4 storage, 5 training that does not get past a
-step, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the same in all the places that hold it (75 to 77:
-run the same command again); outcome.json says the same.
+step, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the same wherever it is held (75 to 77: run the
+same command again); outcome.json says the same.
 """
 
 from __future__ import annotations

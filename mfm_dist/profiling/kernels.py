@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -238,8 +238,8 @@ def count_kernels(config: RunConfig) -> StepCount:
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
                 output = module(batch, config.mfm.loss_weight, term, inputs)
                 loss, inputs = output.total, output.inputs
-            with counter.within("backward"):
-                loss.backward()
+            with counter.within("backward"), autocast if config.train.precision == "bf16" else nullcontext():
+                loss.backward()  # in which autocast goes on where activations are computed again
             found.cast_weight_bytes = max(found.cast_weight_bytes, sum(t.nbytes for t in autocast.weights.values()))
             found.saved_bytes = max(found.saved_bytes, saved.bytes)
             del output, autocast

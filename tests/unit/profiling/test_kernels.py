@@ -132,4 +132,5 @@ def saved(*overrides: str) -> int:
 def test_what_is_saved_for_the_backward_shrinks_with_checkpointing_and_one_term_at_a_time() -> None:
     whole = saved()
     assert saved("memory.checkpoint_backbone=true") < 0.8 * whole
+    assert saved("memory.checkpoint_backbone=true", "train.precision=bf16") < 0.8 * whole
     assert saved("memory.lean=true") < 0.7 * whole
