@@ -239,7 +239,8 @@ def count_kernels(config: RunConfig) -> StepCount:
                 output = module(batch, config.mfm.loss_weight, term, inputs)
                 loss, inputs = output.total, output.inputs
             with counter.within("backward"), autocast if config.train.precision == "bf16" else nullcontext():
-                loss.backward()  # in which autocast goes on where activations are computed again
+                # Not loss.backward(), below which no mode is on, and activations that are computed again need autocast.
+                torch.autograd.backward(loss)
             found.cast_weight_bytes = max(found.cast_weight_bytes, sum(t.nbytes for t in autocast.weights.values()))
             found.saved_bytes = max(found.saved_bytes, saved.bytes)
             del output, autocast

@@ -56,6 +56,17 @@ def test_a_preset_of_the_rebuilder_has_the_size_that_is_said(name: str, millions
     assert config.rebuilder.variant == ("paper" if name == "paper" else "stable")
 
 
+@pytest.mark.parametrize("encoder", ["mit_b5", "dinov2_large"])
+@pytest.mark.parametrize(("size", "preset"), [("300m", "large"), ("1b", "huge")])
+def test_a_large_run_has_the_rebuilder_of_its_preset(encoder: str, size: str, preset: str) -> None:
+    config = load_config(REPOSITORY / "configs" / "large" / f"{encoder}_{size}.yaml")
+    given = load_config([REPOSITORY / "configs" / "rebuilder" / f"{preset}.yaml"])
+    assert replace(config.rebuilder, grid=given.rebuilder.grid) == given.rebuilder
+    assert config.mfm.enabled
+    assert config.memory.checkpoint_rebuilder
+    assert config.world_problems(8) == []
+
+
 def test_run_folders_differ() -> None:
     folders = [load_config(path).run.folder for path in RUNS]
     assert len(set(folders)) == len(folders)
