@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -239,8 +240,10 @@ def count_kernels(config: RunConfig) -> StepCount:
                 output = module(batch, config.mfm.loss_weight, term, inputs)
                 loss, inputs = output.total, output.inputs
             with counter.within("backward"), autocast if config.train.precision == "bf16" else nullcontext():
-                # Not loss.backward(), below which no mode is on, and activations that are computed again need autocast.
-                torch.autograd.backward(loss)
+                # What loss.backward() calls, which switches modes off; activations computed again need autocast.
+                _engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
             found.cast_weight_bytes = max(found.cast_weight_bytes, sum(t.nbytes for t in autocast.weights.values()))
             found.saved_bytes = max(found.saved_bytes, saved.bytes)
             del output, autocast

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, tell_user_errors
 from mfm_dist.report.paired import PairedDifference, paired_difference
-from mfm_dist.run.folder import OUTCOME
+from mfm_dist.run.folder import OUTCOME, RunFolder
 from mfm_dist.storage import read_json
 
 SEED_FOLDER = re.compile(r"seed_(\d+)")
@@ -34,7 +34,8 @@ def read_scores(sweep: Path) -> tuple[dict[int, float], list[Path]]:
             try:
                 outcome = read_json(run / OUTCOME)
                 assert outcome["code"] == EXIT_DONE
-                scores[int(match[1])] = float(outcome["miou"])
+                last = RunFolder(run, writes=False).evaluation(int(outcome["step"]))
+                scores[int(match[1])] = float(read_json(last)["miou"])
             except (OSError, ValueError, KeyError, TypeError, AssertionError, CorruptFileError):
                 unfinished.append(run)
     if not scores and not unfinished:

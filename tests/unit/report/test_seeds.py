@@ -12,8 +12,10 @@ from mfm_dist.report.seeds import main
 
 
 def finished(run: Path, miou: float) -> None:
-    run.mkdir(parents=True)
-    (run / "outcome.json").write_text(json.dumps({"code": 0, "reason": "done", "step": 4, "miou": miou}))
+    (run / "eval").mkdir(parents=True)
+    (run / "outcome.json").write_text(json.dumps({"code": 0, "reason": "done", "step": 4}))
+    (run / "eval" / "step_00000002.json").write_text(json.dumps({"miou": 99.0}))
+    (run / "eval" / "step_00000004.json").write_text(json.dumps({"miou": miou}))
 
 
 def test_sweeps_are_compared_over_the_seeds_that_both_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
