@@ -26,6 +26,7 @@ from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.optim import build_optimizer, state_sizes
 from mfm_dist.run.signals import end_process
+from mfm_dist.schedules import ema_decay_at
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -59,7 +60,7 @@ def time_steps(config: RunConfig, steps: int) -> dict[str, float] | None:
         for batch in batches:
             engine.forward_backward(batch, config.mfm.loss_weight)
         engine.step()
-        engine.update_teacher(0.99)
+        engine.update_teacher(ema_decay_at(engine.applied, 0.99))
         seconds.append(time.perf_counter() - began)
         values = torch.ones(PROBE)
         engine.barrier()

@@ -41,7 +41,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.memory import ZeroBuffers, rank_bytes
+from mfm_dist.distributed.memory import ZeroBuffers, rank_bytes, stage_of
 from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, UserError
 from mfm_dist.optim import state_sizes
 from mfm_dist.run.folder import RECORDED_PACKAGES, slurm_job_tag
@@ -251,13 +251,14 @@ def room_for_state(config: RunConfig, launch: Launch, memory: int) -> None:
         module = build_train_module(bare, classes_without_data(bare))
     held = rank_bytes(
         state_sizes(module, config.optim),
-        stage=str(launch.zero_stage or 0),
+        stage=stage_of(launch),
         ranks=launch.world_size,
+        node_ranks=launch.local_world_size,
         precision=config.train.precision,
         zero=ZeroBuffers.of(launch.zero_settings),
     )
     on_host = ("optimiser", "master") if config.memory.offload_optimizer else ()
-    lasting = ("parameters", "gradients", "optimiser", "master", "teacher", "frozen")
+    lasting = ("parameters", "gradients", "optimiser", "master", "teacher", "frozen", "hpz_copies")
     state = sum(held.get(name, 0) for name in lasting if name not in on_host)
     if state > memory:
         raise ValueError(f"{state / 2**30:.1f} GiB a GPU, which has {memory / 2**30:.1f}; activations come on top")
@@ -268,7 +269,7 @@ def write_probe(folder: Path, name: str) -> None:
     tensors = {"student": {"probe": torch.rand(PROBE_BYTES // 4)}}
     classes, probe = load_class_set(DEFAULT), folder / name / "step_00000000"
     probe.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, classes=classes, world_size=1, keep=1)
+    write_checkpoint(probe, tensors, progress=Progress(), config={}, data={}, classes=classes, keep=1)
     read_checkpoint(probe)
     checkpoints = [path for path in folder.glob("checkpoints/step_*") if path.is_dir()]
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints]

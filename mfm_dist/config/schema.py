@@ -447,7 +447,8 @@ class CheckpointSection:
     keep: IntFrom1 = 2
     """Newest checkpoints to keep."""
     background: bool = True
-    """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
+    """Write while training goes on. Takes main memory of each rank for a copy of what it writes, its share of the
+    state."""
 
 
 @dataclass(kw_only=True)

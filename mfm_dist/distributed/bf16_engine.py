@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece, parameter_shape
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, parameter_shape
+from mfm_dist.distributed.engine import Piece
+from mfm_dist.distributed.teacher import move_towards
 
 
 class BF16Engine(DeepSpeedEngine):
@@ -50,21 +52,27 @@ class BF16Engine(DeepSpeedEngine):
             self.set_parameter(teacher, whole)
 
     @torch.no_grad()
-    def update_teacher(self, decay: float) -> None:
+    def update_teacher(self, decay: Tensor) -> None:
         pieces = [
             (self._average[teacher], master)
             for teacher, student in self._student_of.items()
             for _, master in self._local_shards(student)
         ]
-        torch._foreach_lerp_([own for own, _ in pieces], [master for _, master in pieces], 1.0 - decay)
+        move_towards([master for _, master in pieces], [own for own, _ in pieces], self._new_share(decay))
         if self._is_stage_3:
             for teacher, own in self._average.items():
                 self._local_piece(teacher)[1].copy_(own)
+            self._drop_copies(self._average)
         else:
             self._gather_teacher()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        return self._gather_full((parameter_shape(p), self._exact_pieces(p)) for p in parameters)
+        return self._gather_full((parameter_shape(p), self.parameter_pieces(p)) for p in parameters)
+
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        if (student := self._student_of.get(parameter)) is not None:
+            return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
+        return self._local_shards(parameter) if parameter.requires_grad else super().parameter_pieces(parameter)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -92,16 +100,6 @@ class BF16Engine(DeepSpeedEngine):
                 count = place.stop - place.start
                 teachers[index].data.view(-1)[place] = flat[first : first + count]
                 first += count
-
-    def _exact_pieces(self, parameter: nn.Parameter) -> list[Piece]:
-        """Return what this rank adds to the whole of a parameter."""
-        if (student := self._student_of.get(parameter)) is not None:
-            return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
-        if parameter.requires_grad:
-            return self._local_shards(parameter)
-        if self._is_stage_3:
-            return [self._local_piece(parameter)]
-        return [(slice(0, parameter.numel()), parameter.data.flatten())] if self.is_main else []
 
 
 class _UnderAutocast(nn.Module):

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.engine import Engine, Piece
 
-Piece = tuple[slice, Tensor]
-"""A place in a flattened tensor, and the values that belong there."""
 BUCKET = 2**24
 """Elements that one exchange assembles, unless a single tensor has more: 64 MiB."""
 
@@ -61,6 +59,17 @@ class DeepSpeedEngine(Engine):
             return super().full_parameters(parameters)
         return self._gather_full((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
 
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        return _filled([self._local_piece(parameter)]) if self._is_stage_3 else super().parameter_pieces(parameter)
+
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, list[Piece]]:
+        keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
+        return {key: self._local_shards(parameter, key) for key in keys}
+
+    def update_teacher(self, decay: Tensor) -> None:
+        super().update_teacher(decay)
+        self._drop_copies(teacher for _, teacher in self._teacher_pairs)
+
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         flat = whole.flatten()
@@ -71,6 +80,7 @@ class DeepSpeedEngine(Engine):
             parameter.data.copy_(whole)
         for place, master in self._local_shards(parameter):
             master.copy_(flat[place])
+        self._drop_copies([parameter])
 
     @property
     def replicates_parameters(self) -> bool:
@@ -86,27 +96,20 @@ class DeepSpeedEngine(Engine):
                     unlike.append(name)
         return unlike
 
-    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
-        keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
-        parameters = list(parameters)
-        whole = self._gather_full((parameter_shape(p), self._local_shards(p, key)) for p in parameters for key in keys)
-        return ({key: next(whole) for key in keys} for _ in parameters)
-
-    def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
+    def reset_optimizer(self, keys: Iterable[str], applied: int) -> None:
+        self._base.state.clear()
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
-            self._base.state.clear()
             return
-        states = list(states)
-        keys = {key for _, tensors in states for key in tensors}
         for shard in self._flat_shards():
             state = {key: torch.zeros_like(shard.data) for key in keys}
             if self._counts_steps:
                 state["step"] = self._step_count(applied, shard.device)
             self._base.state[shard] = state
-        for parameter, tensors in states:
-            for key, value in tensors.items():
-                for place, own in self._local_shards(parameter, key):
-                    own.copy_(value.flatten()[place])
+
+    @torch.no_grad()
+    def set_optimizer_state(self, parameter: nn.Parameter, key: str, whole: Tensor, applied: int) -> None:  # noqa: ARG002
+        for place, own in self._local_shards(parameter, key):
+            own.copy_(whole.flatten()[place])
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
         """Return what DeepSpeed is given in the module's place."""
@@ -133,14 +136,16 @@ class DeepSpeedEngine(Engine):
     def replicates_gradients(self) -> bool:
         return False
 
-    def _update(self, factors: Tensor) -> bool:
+    def _update(self, good: Tensor, gradients: Sequence[Tensor]) -> None:
         zero: Any = self.optimizer
-        if self.config.memory.offload_optimizer and not bool(torch.isfinite(factors).all()):
+        if self.config.memory.offload_optimizer and not bool(good):
             # With offloading DeepSpeed judges by notes taken during the backward, not by the gradients themselves.
             zero.local_overflow = True
             zero.norm_for_param_grads = {key: torch.tensor(torch.inf) for key in zero.norm_for_param_grads}
         self._wrapped.step()  # type: ignore[operator]
-        return bool(self._wrapped.was_step_applied())  # type: ignore[operator]
+        if not self._wrapped.was_step_applied():  # type: ignore[operator]
+            # Its buffers are used again, and their padding is never written: no NaN may stay there.
+            torch._foreach_zero_(list(gradients))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -191,6 +196,16 @@ class DeepSpeedEngine(Engine):
         for whole, (shape, _) in zip(flat.split(sizes), bucket, strict=True):
             yield whole.view(shape)
 
+    def _drop_copies(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have the second copies that hpZ keeps within a node made again from the shards, which were written to.
+
+        DeepSpeed gathers a parameter from such a copy where there is one, and renews it for what its own optimiser
+        stepped alone (0.19.8): a teacher would stay where it was without a word.
+        """
+        for parameter in parameters:
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
     def _local_piece(self, parameter: nn.Parameter) -> Piece:
         """Return ZeRO-3's piece of a parameter: its place in the flat whole, and the piece without padding."""
         shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
@@ -225,6 +240,11 @@ class DeepSpeedEngine(Engine):
             return []
         held = shard.data if key is None else self._base.state[shard][key]
         return [(place, held.narrow(0, start, count))]
+
+
+def _filled(pieces: Iterable[Piece]) -> list[Piece]:
+    """Leave out pieces of nothing."""
+    return [(place, values) for place, values in pieces if values.numel()]
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mfm_dist.distributed.launch import Launch
+
 STAGES = ("0", "1", "2", "3", "3_hpz")
 """ZeRO stages. 0 is DDP's as well; 3_hpz is ZeRO-3 with a second copy of the weights, cut within each node."""
 GATHERED = 1_000_000_000
@@ -62,6 +64,11 @@ class ZeroBuffers:
             live=int(settings.get("stage3_max_live_parameters", default.live)),
             reuse=int(settings.get("stage3_max_reuse_distance", default.reuse)),
         )
+
+
+def stage_of(launch: Launch) -> str:
+    """Return which of ``STAGES`` a launch trains at."""
+    return "3_hpz" if launch.zero_settings.get("zero_hpz_partition_size", 1) > 1 else str(launch.zero_stage or 0)
 
 
 def rank_bytes(

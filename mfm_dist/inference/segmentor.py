@@ -131,7 +131,7 @@ def load_export(folder: Path) -> TrainedSegmentor:
         if not file.is_file():  # a named pipe would be waited for
             raise FileNotFoundError(f"there is no file {WEIGHTS}")
         tensors = load_file(file)
-        if problems := [*wrong_types(tensors, own), *not_finite(tensors)]:
+        if problems := [*wrong_types({name: t.dtype for name, t in tensors.items()}, own), *not_finite(tensors)]:
             raise CorruptFileError(min(problems))
         model.segmentor.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, CorruptFileError) as error:

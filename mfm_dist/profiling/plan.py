@@ -21,14 +21,13 @@ from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.shipped import find_shipped
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.memory import STAGES, StateSizes, ZeroBuffers, exchanged_bytes, rank_bytes
+from mfm_dist.distributed.memory import STAGES, StateSizes, ZeroBuffers, exchanged_bytes, rank_bytes, stage_of
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import ConfigError
 from mfm_dist.optim import build_optimizer, state_sizes
 from mfm_dist.profiling.counting import build_without_storage, count_step, without_weights
 from mfm_dist.profiling.kernels import Count, count_kernels, roofline_ms
 from mfm_dist.profiling.step import random_batch
-from mfm_dist.schedules import ema_decay_at
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def _timed_step(config: RunConfig) -> tuple[float, float]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update_teacher(pairs, ema_decay_at(number + 1, config.self_training.ema_decay))
+        update_teacher(pairs, torch.tensor(1.0 - config.self_training.ema_decay))
         blocks.append(computed - began)
         updates.append(time.perf_counter() - computed)
     return min(blocks[1:]), min(updates[1:])
@@ -351,7 +350,7 @@ def does_not_fit(config: RunConfig, launch: Launch, gib: float) -> str | None:
     ranks, node_ranks = launch.world_size, launch.local_world_size
     there = Cluster(nodes=ranks // node_ranks, gpus=node_ranks, gpu="h100", gib=gib, within=1, across=1)
     sizes, precision = state_sizes(build_without_storage(config), config.optim), config.train.precision
-    held = memory(config, sizes, work_of(config, there), there, str(launch.zero_stage or 0), precision)
+    held = memory(config, sizes, work_of(config, there), there, stage_of(launch), precision)
     if fits(held, there):
         return None
     needs = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in held.items() if size >= 2**28)

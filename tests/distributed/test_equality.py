@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mfm_dist.build import build_train_module
+from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
 from mfm_dist.shards.scene_shards import write_scenes
@@ -72,8 +72,8 @@ def trained(
         timeout=600,
     )
     assert completed.returncode == 0, completed.stderr[-4000:]
-    checkpoint = folder / "checkpoints" / f"step_{steps:08d}"
-    state = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("student", "teacher", "rebuilder")}
+    checkpoint = read_checkpoint(folder / "checkpoints" / f"step_{steps:08d}")
+    state = {name: checkpoint.tensors(name) for name in ("student", "teacher", "rebuilder")}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = json.loads((folder / "eval" / "step_00000000.json").read_text())
     return {"state": state, "metrics": metrics, "scores": scores, "checkpoint": checkpoint}
@@ -391,7 +391,8 @@ def test_a_run_goes_on_in_any_form(
 ) -> None:
     """Two steps in one form, ten more in another, against twelve in one process."""
     alone = written["alone"]
-    tensors = {part: load_file(alone / "checkpoints" / "step_00000012" / f"{part}.safetensors") for part in initial}
+    checkpoint = read_checkpoint(alone / "checkpoints" / "step_00000012")
+    tensors = {part: checkpoint.tensors(part) for part in initial}
     lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     shutil.copytree(written[writer], tmp_path / "run")
     for later in (4, 6, 8, 10, 12):
@@ -425,7 +426,7 @@ def test_what_a_deepspeed_file_may_say_changes_nothing(
     said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     run = trained(scenes, tmp_path / "run", *LARGER, launch=f"cpu_zero{stage}", environment=said)
     assert_same_training(run, larger_alone, initial)
-    ours, theirs = (load_file(one["checkpoint"] / "optimizer.safetensors") for one in (run, larger_alone))
+    ours, theirs = (one["checkpoint"].tensors("optimizer") for one in (run, larger_alone))
     assert ours.keys() == theirs.keys()
     for name, momentum in theirs.items():
         torch.testing.assert_close(ours[name], momentum, rtol=1e-3, atol=1e-3 * float(momentum.abs().max()))
