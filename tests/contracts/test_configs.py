@@ -14,7 +14,8 @@ import yaml
 from mfm_dist.build import build_train_module, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
+from mfm_dist.distributed.launcher import read_launch
 from mfm_dist.shards.card import read_card
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
@@ -286,3 +287,11 @@ def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
     assert launch_problems(environment) == []
     stage = re.search(r"zero(\d)", path.stem)
     assert Launch.from_environment(environment).zero_stage == (int(stage[1]) if stage else None)
+
+
+@pytest.mark.parametrize("path", [path for path in LAUNCHES if "hpz" in path.stem], ids=lambda p: p.stem)
+def test_a_second_copy_is_cut_within_each_node(path: Path) -> None:
+    launch = read_launch(path)
+    assert launch.zero_settings["zero_hpz_partition_size"] == launch.local_world_size == 8
+    assert launch.world_size > 8, "within one node it would be a copy for nothing"
+    assert combination_problems(RunConfig(), launch) == []
