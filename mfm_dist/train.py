@@ -116,7 +116,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
             yield None
         else:
             with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
-                say(f"training in {engine.place}, {config.train.precision}")
+                say(f"training in {engine.place}, {engine.arithmetic}")
                 with watchdog.phase("start", 0):
                     engine.from_main(lambda: render_scenes(config))
                     readers = engine.run_collectively(lambda: open_readers(config))
@@ -206,6 +206,7 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
 
     errors: list[UserError] = []
     module = None
+    config = replace(config, train=replace(config.train, compile=False))  # nothing is computed here
     if problems := tracker_problems(config):
         errors.append(ConfigError(problems))
     try:

@@ -384,6 +384,9 @@ class TrainSection:
     precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
     """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32. bf16_weights, for the largest
     models, under ZeRO-2 and 3: the weights are bf16 too, of fp32 ones that optimiser and teacher keep in shards."""
+    fp32_math: Literal["ieee", "tf32"] = "ieee"
+    """What a GPU computes fp32 matrix products and convolutions in. ieee: in fp32, as a CPU does, so that runs compare.
+    tf32: with 10 bits of mantissa, faster. It concerns what `precision` leaves in fp32: with bf16, evaluations."""
     clip_norm: FloatFrom0 = 0.0
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
     clip_parts: dict[str, Any] = field(default_factory=dict)

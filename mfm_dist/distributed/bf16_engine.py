@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,8 +81,10 @@ class BF16Engine(DeepSpeedEngine):
             for place, master in self._local_shards(student):
                 self._average[parameter] = whole.flatten()[place].to(master.device, torch.float32, copy=True)
 
-    def inference_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    @contextmanager
+    def inference_context(self) -> Iterator[None]:
+        with super().inference_context(), torch.autocast(self.device.type, dtype=torch.bfloat16):
+            yield
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
         return _UnderAutocast(module, self.device.type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.distributed.engine import Engine, Piece
+from mfm_dist.errors import ConfigError
 
 BUCKET = 2**24
 """Elements that one exchange assembles, unless a single tensor has more: 64 MiB."""
@@ -32,6 +34,7 @@ class DeepSpeedEngine(Engine):
         resident = [name for name, p in module.named_parameters() if getattr(p, "ds_persist", False)]
         if resident:
             raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
+        self._leaf_check = LeafCheck(module)
         self._check_gradients()
 
     def forward_backward(self, batch: UDABatch, mfm_weight: float, measure: bool = False) -> dict[str, Tensor]:
@@ -53,6 +56,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation that it was told.
         self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
+        self._leaf_check.after_backward()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         if not self._is_stage_3:
@@ -245,6 +249,47 @@ class DeepSpeedEngine(Engine):
 def _filled(pieces: Iterable[Piece]) -> list[Piece]:
     """Leave out pieces of nothing."""
     return [(place, values) for place, values in pieces if values.numel()]
+
+
+class LeafCheck:
+    """Watches that what a launch file names as leaf modules can be such: ZeRO-3 then gathers the weights of all layers
+    in them at once, with one hook for many, and exchanges their gradients when it has seen the gradient of their input.
+
+    DeepSpeed itself fails, or waits for ever, where a leaf runs twice before a backward, and where no gradient comes to
+    its input (0.19.8).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._ran: set[str] = set()
+        for name, leaf in module.named_modules():
+            if getattr(leaf, "_z3_leaf", False) and any(p.requires_grad for p in leaf.parameters()):
+                leaf.register_forward_pre_hook(partial(self._look, name), prepend=True)
+
+    def after_backward(self) -> None:
+        """Let every leaf run once more."""
+        self._ran.clear()
+
+    def _look(self, name: str, leaf: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Look at a leaf that is about to run.
+
+        Raises:
+            ConfigError: on every rank, for all run alike.
+        """
+        if not torch.is_grad_enabled():
+            return
+        kind = f"leaf_module of the launch's DeepSpeed file: {name} ({type(leaf).__name__})"
+        if name in self._ran:
+            raise ConfigError(
+                f"{kind} runs twice before a backward. That suits blocks of an encoder whose images are encoded in one "
+                "call (train.encode_once) and of the Rebuilder where it runs once, or memory.lean=true; take its class "
+                "out of leaf_module"
+            )
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            raise ConfigError(
+                f"{kind} is the first that trains: without a gradient of its input ZeRO-3 exchanges none of it; take "
+                "its class out of leaf_module, or train what comes before it (model.freeze, model.lora)"
+            )
+        self._ran.add(name)
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

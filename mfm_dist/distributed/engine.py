@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -93,6 +93,9 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
         """Wrap the module for training. Call once."""
         self.module = module.to(self.device)
+        if self.device.type == "cuda":
+            # As maps lie: cuDNN would turn every weight round at every call. Not under ZeRO, which keeps weights flat.
+            self.module.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
@@ -248,7 +251,12 @@ class Engine:
     def environment(self) -> dict[str, Any]:
         """What environment.json says of the processes."""
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return {"gpus": gpus, "world_size": self.world_size, "device": str(self.device)}
+        return {
+            "gpus": gpus,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
+        }
 
     @property
     def place(self) -> str:
@@ -256,9 +264,30 @@ class Engine:
         on = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return f"{self.world_size} {'process' if self.world_size == 1 else 'processes'}, {on}"
 
-    def inference_context(self) -> AbstractContextManager[Any]:
-        """Give what a forward outside ``forward_backward`` has to run in."""
-        return nullcontext()
+    @property
+    def arithmetic(self) -> str:
+        """What training computes in, for people; on a GPU also what it makes of fp32."""
+        settings = self.config.train
+        of_gpu = "" if self.device.type == "cpu" else f", fp32 as {settings.fp32_math}"
+        return settings.precision + of_gpu
+
+    def exchanges(self) -> bytes:
+        """Return torch's record of this rank's last exchanges with others, as JSON; nothing of a rank without any."""
+        if self.world_size == 1:
+            return b""
+        recorded: Any = torch._C._distributed_c10d
+        trace = recorded._dump_fr_trace_json() if self.device.type == "cpu" else recorded._dump_nccl_trace_json()
+        return cast(bytes, trace)
+
+    @contextmanager
+    def inference_context(self) -> Iterator[None]:
+        """Span forwards outside ``forward_backward``.
+
+        They run uncompiled: each size of image would be compiled by itself, amid an evaluation that the watchdog takes
+        to move on; and a score is then the one that mfm-evaluate gives.
+        """
+        with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
+            yield
 
     def mean_on_main(self, values: Tensor) -> Tensor:
         """Take the element-wise mean over ranks, on rank 0 alone; what the others get means nothing."""
@@ -342,7 +371,8 @@ class Engine:
     def set_optimizer_state(self, parameter: nn.Parameter, key: str, whole: Tensor, applied: int) -> None:
         """Set one of the optimiser's tensors of a parameter from its whole."""
         state = self.optimizer.state[parameter]
-        state[key] = whole.to(parameter.device, copy=True)
+        # Laid out in memory as the parameter is, which a fused optimiser takes for granted.
+        state[key] = torch.empty_like(parameter).copy_(whole)
         if self._counts_steps:
             state["step"] = self._step_count(applied, parameter.device)
 

@@ -19,7 +19,7 @@ from mfm_dist.config.shipped import find_shipped
 ZERO_SETTINGS = frozenset({
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
     "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance", "zero_hpz_partition_size",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "zero_hpz_partition_size", "leaf_module",
 })  # fmt: skip
 """What a DeepSpeed file of the launcher may set: how ZeRO exchanges and what it holds, never what it computes."""
 NOT_THESE = {
@@ -129,6 +129,11 @@ def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
         )
     if config.memory.offload_optimizer and launch.zero_stage not in (1, 2, 3):
         problems.append("memory.offload_optimizer needs ZeRO 1 to 3: choose such a launch file, or turn it off")
+    if config.train.compile and launch.zero_stage == 3:
+        problems.append(
+            "train.compile under ZeRO-3: DeepSpeed's hooks on every layer would cut what is compiled into single "
+            "layers, which takes minutes and gains nothing: launch with DDP, ZeRO-1 or 2, or set train.compile=false"
+        )
     return [*problems, *_hpz_problems(launch)]
 
 
@@ -164,6 +169,8 @@ def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list
         f"{name} sets {key!r}: leave it out, {NOT_THESE.get(key, 'the configuration of the run decides it')}"
         for key in (*content, *sorted(set(settings) - ZERO_SETTINGS))
     ]
+    if "leaf_module" in settings and stage != 3:
+        problems.append(f"{name}: leaf_module is of ZeRO-3, and the stage is {stage}: leave it out")
     if stage not in range(4):
         problems.append(f"{name}: zero_optimization.stage={stage}, there are 0, 1, 2 and 3")
     return settings, problems

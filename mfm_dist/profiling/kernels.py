@@ -229,6 +229,7 @@ def count_kernels(config: RunConfig) -> StepCount:
     batch = _drawn_batch(module)
     with fake:
         module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        module.pop_map_squares()  # no buffer: zeros of the meta device, which gradients cannot be added to
         optimizer = build_optimizer(module, config.optim, fused=True)
     batch = batch.map(fake.from_tensor)
     _watch_parts(counter, module)

@@ -71,6 +71,10 @@ def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:
     (problem,) = launch_problems(environment)
     assert "checkpoints would hold the optimiser's state of other parameters" in problem
 
+    for stage, refused in ((2, ["leaf_module is of ZeRO-3"]), (3, [])):
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage, "leaf_module": {"classes": ["Block"]}}}))
+        assert [problem.split(": ")[1].split(",")[0] for problem in launch_problems(environment)] == refused
+
 
 def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
     config = RunConfig()
@@ -82,6 +86,10 @@ def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
         assert "memory.offload_optimizer needs ZeRO 1 to 3" in offload
     assert len(combination_problems(config, Launch(2, 0, 1))) == 1
     assert combination_problems(config, Launch(2, 0, 3)) == []
+    config.train.compile = True
+    assert combination_problems(config, Launch(2, 0, 2)) == []
+    (compiled,) = combination_problems(config, Launch(2, 0, 3))
+    assert "train.compile under ZeRO-3" in compiled
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,16 @@ def test_a_rank_holds_what_was_counted(path: str) -> None:
     for found in record["results"]:
         stage = found["launch"][-1] if "zero" in found["launch"] else "0"
         held = rank_bytes(sizes, stage=stage, ranks=found["processes"], precision=found["precision"])
-        counted = {**found["after backward"]["state"], "gathered_parameters": found["gathered_peak_bytes"]}
+        counted = dict(found["after backward"]["state"])
         buffers = found["after backward"]["buffers"]
         if bucket := buffers.get("reduction bucket"):
             counted["reduction_bucket"] = bucket
         for name, size in counted.items():
             assert held.get(name, 0) == pytest.approx(size, rel=0.05, abs=1e6), (found["launch"], name)
+        # What was seen gathered is the most of samples, so it may be less than there was.
+        counted["gathered_parameters"] = found["gathered_peak_bytes"]
+        assert held.get("gathered_parameters", 0) >= 0.999 * counted["gathered_parameters"]
+        assert sum(held.get(name, 0) for name in counted) == pytest.approx(sum(counted.values()), rel=0.05)
         state = sum(size for name, size in held.items() if name not in BESIDE)
         assert state == pytest.approx(found["rank_bytes"], rel=0.001)
 

@@ -125,6 +125,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "train.precision=fp32 or bf16" in capsys.readouterr().err
 
 
+def test_the_stable_variant_is_counted_too() -> None:
+    """Its budget adds up gradients at the encoder's last map."""
+    assert whole("rebuilder.variant=stable").kernels > whole().kernels
+
+
 def saved(*overrides: str) -> int:
     return count_kernels(config_with(*MIT, *overrides)).saved_bytes
 
