@@ -7,11 +7,12 @@ TRAIN := $(BIN)/python -m mfm_dist.train --launch configs/accelerate/cpu_zero2.y
 RUN := runs/quickstart
 SEVERAL := tests/distributed tests/end_to_end tests/faults tests/slurm
 
-.PHONY: help install quickstart quickstart-source-only scenes lint test campaign slurm-cluster clean
+.PHONY: help install quickstart quickstart-source-only scenes lint test test-torch26 campaign slurm-cluster clean
 
 help:
 	@echo "make quickstart   environment, scenes, a distributed training run, evaluation, report (minutes on 2 cores)"
 	@echo "make test         environment, lint, all tests"
+	@echo "make test-torch26 the tests of single processes with torch 2.6"
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
@@ -48,9 +49,16 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign" $(SEVERAL:%=--ignore=%) -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SEVERAL) -m "not campaign"
 
+# The tests of single processes with the oldest torch that setup.py allows, in an environment of its own.
+test-torch26:
+	test -x $(VENV)-torch26/bin/python || $(PYTHON) -m venv $(VENV)-torch26
+	$(VENV)-torch26/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.6.*' 'torchvision==0.21.*' -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-torch26/bin/python -m pytest tests -m "not campaign" $(SEVERAL:%=--ignore=%) -n 2 --dist loadfile
+
 # One after another; each appends its record, and goes on where an interrupted campaign stopped.
 campaign: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m campaign --record docs/benchmarks/campaign_tests.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.scale
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.damaged_shards
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.hostile_inputs

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mfm_dist.config.schema import OptimSection
+from mfm_dist.distributed.memory import StateSizes
 from mfm_dist.models.activation_checkpointing import find_blocks
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.train_module import TrainModule
@@ -30,6 +31,20 @@ def parameter_groups(module: TrainModule, settings: OptimSection) -> list[dict[s
     if module.rebuilder is not None:
         groups += _rebuilder_groups(module.rebuilder, settings)
     return groups
+
+
+def state_sizes(module: TrainModule, settings: OptimSection) -> StateSizes:
+    """Return how large what a run trains with is; the module may be without storage."""
+    groups = [group["params"] for group in parameter_groups(module, settings)]
+    followers = [follower for _, follower in module.teacher_pairs()]
+    counted = {id(parameter) for parameter in (*(p for group in groups for p in group), *followers)}
+    return StateSizes(
+        groups=[[p.numel() for p in group] for group in groups],
+        teacher=[p.numel() for p in followers],
+        frozen=[p.numel() for p in module.parameters() if id(p) not in counted],
+        buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+        moments=2 if settings.name == "adamw" else 1,
+    )
 
 
 def encoder_layers(network: nn.Module, decay: float) -> Iterator[tuple[list[nn.Parameter], float]]:

@@ -1,16 +1,18 @@
 """Train: mfm-train [--launch LAUNCH.yaml] [--config RUN.yaml ...] [section.key=value ...]
 
 One process, or those of a launch file, which `accelerate launch --config_file LAUNCH.yaml -m mfm_dist.train ...` starts
-alike. The same command again resumes the run in run.folder. Without arguments it runs the quickstart. Files are those
-of the working folder, or what is shipped under that name. Exit codes: 0 done, 2 configuration, 3 bad data, 4 storage,
-5 training that does not get past a step, 6 out of memory, 75 stopped by a signal after saving, 76 hung, 77 a weight is
-not the same in all the places that hold it (75 to 77: run the same command again); outcome.json says the same.
+alike, or those of `torchrun --nproc_per_node N -m mfm_dist.train [--zero STAGE] ...`. The same command again resumes
+the run in run.folder. Without arguments it runs the quickstart. Files are those of the working folder, or what is
+shipped under that name. Exit codes: 0 done, 2 configuration, 3 bad data, 4 storage, 5 training that does not get past a
+step, 6 out of memory, 75 stopped by a signal after saving, 76 hung, 77 a weight is not the same wherever it is held (75
+to 77: run the same command again); outcome.json says the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import signal
 import sys
@@ -22,12 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mfm_dist.config.arguments import config_arguments
+from mfm_dist.config.arguments import config_arguments, whole
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.distributed.launcher import start_processes
+from mfm_dist.distributed.launcher import choose_zero, read_launch, start_processes
 from mfm_dist.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -56,12 +58,14 @@ RANK_0_SPEAKS_WITHIN = 20.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
+    if arguments.zero is not None:
+        choose_zero(arguments.zero)
     launch = Launch.from_environment()
     folder = stop = trainer = None
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
-            check(config)
+            check(config, read_launch(arguments.launch) if arguments.launch else launch)
             return EXIT_DONE
         if arguments.launch:
             return start_processes(arguments.launch, "mfm_dist.train", arguments.of_each_process)
@@ -98,11 +102,15 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     from mfm_dist.cluster.lease import Lease
     from mfm_dist.distributed.start import start_engine
     from mfm_dist.optim import build_optimizer
+    from mfm_dist.run.logging import StartClock
     from mfm_dist.run.out_of_memory import ending_out_of_memory
     from mfm_dist.run.watchdog import LONGEST_WAIT, watch_run
     from mfm_dist.trainer import Trainer
 
+    clock = StartClock()
+    clock.lap("imports")
     engine = start_engine(config, exchange_seconds=LONGEST_WAIT * config.watchdog.seconds)
+    clock.lap("rendezvous")
     run = RunFolder(config.run.folder, writes=engine.is_main)
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
@@ -125,6 +133,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                         say(note)
                     module = build_train_module(config, readers.classes)
                     fingerprints = {**readers.fingerprints, **module.fingerprints()}
+                    clock.lap("data and networks")
                 with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
                     count = partial(count_global_batch, config)
@@ -141,6 +150,9 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                         engine.run_collectively(lambda: set_aside(checkpoint, run, say))
                     start, classes = trainer.progress.step, readers.classes
                     engine.run_collectively(lambda: run.begin(config, classes, engine.environment, start))
+                    clock.lap("resume" if checkpoint is not None else "engine")
+                say(f"started: {clock}")
+                trainer.step_log.start_seconds = dict(clock.seconds)
                 stop.training_begins()
                 yield trainer
     engine.close()
@@ -194,12 +206,17 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     return True
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, launch: Launch | None = None) -> None:
     """Find what can be found wrong without training: configuration, trackers, weights, networks, shards.
+
+    On a machine with GPUs also warn if the run will hardly fit one, started as ``launch`` says, or as
+    this process was.
 
     Raises:
         UserError: for all of it, of the kind of the first.
     """
+    import torch
+
     from mfm_dist.build import build_train_module, check_data, check_shapes
     from mfm_dist.distributed.trackers import tracker_problems
     from mfm_dist.models.backbone import pretrained_problem
@@ -230,6 +247,13 @@ def check(config: RunConfig) -> None:
     student = sum(p.numel() for p in module.student.parameters())
     print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
     print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
+    launch = launch or Launch.from_environment()
+    if torch.cuda.is_available() and not launch.use_cpu:
+        from mfm_dist.profiling.plan import does_not_fit
+
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        if warning := does_not_fit(config, launch, gib):
+            print(f"warning: {warning}")
 
 
 def tell(error: UserError, rank: int, folder: Path | None, *, step: int, owned: bool) -> int:
@@ -284,9 +308,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=files)
     processes = "a launch file: how many processes, on what, at which ZeRO stage (without: one process)"
     parser.add_argument("--launch", type=Path, metavar="FILE", help=processes)
+    stage = "ZeRO stage, where torchrun starts the processes and there is no launch file (without: DDP)"
+    parser.add_argument("--zero", type=whole(0, 3), metavar="N", help=stage)
     parser.add_argument("--check", action="store_true", help="find mistakes without training, then end")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single settings")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.zero is not None and (arguments.launch or "ACCELERATE_USE_DEEPSPEED" in os.environ):
+        parser.error("--zero is for torchrun: the launch file says the ZeRO stage already")
     arguments.config = arguments.config or [QUICKSTART]
     arguments.of_each_process = [*config_arguments(arguments.config), *arguments.overrides]
     return arguments

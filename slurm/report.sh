@@ -21,3 +21,7 @@ for run in "$@"; do
     "${MFM_PREFIX[@]}" "$MFM_PYTHON" -m mfm_dist.evaluate --run "$run"
 done
 "${MFM_PREFIX[@]}" "$MFM_PYTHON" -m mfm_dist.report "$@"
+# Seeds of one sweep, and of another that it is compared with: means and paired differences.
+if [[ $1 =~ /seed_[0-9]+$ ]]; then
+    "${MFM_PREFIX[@]}" "$MFM_PYTHON" -m mfm_dist.report.seeds ${MFM_AGAINST:+"$MFM_AGAINST"} "${1%/*}"
+fi

@@ -5,11 +5,13 @@
 #   slurm/sweep.sh 0-4 runs/dacs configs/scenes/dacs.yaml mfm.enabled=false
 #
 # SEEDS as sbatch --array takes them: 0-4, 1,3,7, 0-8:2 or 0-9%2 (two at a time). Seed 3 trains in RUN/seed_3.
+# MFM_PACK=8 trains eight seeds a job on one node, a process and a GPU each; MFM_AGAINST=runs/other has the report compare
+# with another sweep, paired by seed.
 # Options of sbatch: as SBATCH_ variables, or in SBATCH_OPTIONS, e.g. SBATCH_OPTIONS="--nodes=2 --time=12:00:00".
 
 set -eu
 if [ $# -lt 3 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 cd "$(dirname "$0")/.."
@@ -37,7 +39,19 @@ done
 [[ ${#runs[@]} -gt 0 && $at_once =~ ^(%[1-9][0-9]*)?$ ]] || refuse
 list=$(IFS=, && echo "${!runs[*]}")
 
+pack=${MFM_PACK:-1}
+if ! [[ $pack =~ ^[1-9][0-9]{0,3}$ ]]; then
+    echo "MFM_PACK=$pack: give the number of seeds that share a node" >&2
+    exit 2
+fi
+if [ "$pack" -gt 1 ]; then
+    export MFM_PACK
+    what=(--array="0-$(((${#runs[@]} - 1) / pack))$at_once")
+    what+=(slurm/pack.sh "${!runs[*]}" "$run" "$@")
+else
+    what=(--array="$list$at_once" slurm/train_mfm.sh "$@" "run.folder=$run")
+fi
 # shellcheck disable=SC2086  # several options
-array=$(sbatch --parsable --array="$list$at_once" ${SBATCH_OPTIONS:-} slurm/train_mfm.sh "$@" "run.folder=$run")
+array=$(sbatch --parsable ${SBATCH_OPTIONS:-} "${what[@]}")
 report=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="afterok:${array%;*}" slurm/report.sh "${runs[@]}")
-echo "training: job array $array, one job for each of ${runs[*]}; then the report: job $report"
+echo "training: job array $array, $pack a job of ${runs[*]}; then the report: job $report"

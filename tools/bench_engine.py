@@ -44,9 +44,8 @@ from mfm_dist.storage import write_atomically
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments, config_arguments, whole
 from mfm_dist.profiling.records import write_record
-from mfm_dist.profiling.step import cpu_name
+from mfm_dist.profiling.step import cpu_name, random_batch
 from mfm_dist.profiling.throughput import QUICKSTART
-from tools.bench_memory import random_batch
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from mfm_dist.batch import UDABatch
 from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import MemorySection, RunConfig
@@ -35,7 +34,7 @@ from mfm_dist.optim import build_optimizer
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments, whole
 from mfm_dist.profiling.records import write_record
-from mfm_dist.profiling.step import cpu_name, peak_gib, synchronise
+from mfm_dist.profiling.step import cpu_name, peak_gib, random_batch, synchronise
 
 DEFAULT = ["model.backbone=mit_b0", "data.crop=256x256", "mfm.enabled=true"]
 """Without --config: MiT-B0 and the DAFormer head under DACS with MFM."""
@@ -46,23 +45,6 @@ SETTINGS = {
     "checkpoint_backbone": MemorySection(checkpoint_backbone=True),
     "both": MemorySection(lean=True, checkpoint_backbone=True),
 }
-
-
-def random_batch(config: RunConfig, number: int) -> UDABatch:
-    """Make pictures of noise: neither memory nor time depends on what they show."""
-    generator = torch.Generator().manual_seed(number)
-    size = (config.train.micro_batch, *config.data.crop)
-    images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
-    label = torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8)
-    return UDABatch(
-        source_image=images[0],
-        source_label=label,
-        target_image=images[1],
-        target_valid=torch.ones(size, dtype=torch.bool),
-        labelled_target_image=images[0] if config.data.target_labelled else None,
-        labelled_target_label=label if config.data.target_labelled else None,
-        block=number,
-    )
 
 
 def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:

@@ -31,7 +31,7 @@ from mfm_dist.storage import write_atomically
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments, config_arguments
 from mfm_dist.profiling.records import write_record
-from tools.bench_memory import random_batch
+from mfm_dist.profiling.step import random_batch
 from tools.live_tensors import GatheredPeak, StateCount
 from tools.ranks import run_ranks
 

@@ -46,8 +46,8 @@ from mfm_dist.run.folder import OUTCOME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import whole
+from mfm_dist.report.paired import holm, paired_difference
 from tools.lab_runs import BEDS, OUTCOMES, PLANS, SCORED_AT, Plan, Records, Run, read_plan
-from tools.paired import holm, paired_difference
 
 SOURCES = ("mfm_dist", "tools", "configs", "setup.py", "constraints.txt")
 """What a run depends on; a change of these that is not committed keeps the lab from running."""

@@ -15,11 +15,10 @@ from typing import Any
 from mfm_dist.config.arguments import config_arguments
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.profiling.records import write_record
+from mfm_dist.report.paired import paired_difference
 from mfm_dist.run.folder import OUTCOME
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t for a two-sided 95 % interval of a mean, by number of seeds."""
-MOST_SEEDS = max(T_95)
+MOST_SEEDS = 10
 
 
 def is_finished(run: Path) -> bool:
@@ -77,9 +76,7 @@ def train(files: Sequence[Path], run: Path, overrides: Sequence[str], *, launch:
 
 def interval(values: Sequence[float]) -> float | None:
     """Return the half width of the 95 % interval of the mean; None for a single value."""
-    if len(values) < 2:
-        return None
-    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return paired_difference(values).half_width
 
 
 def mean_of(values: Sequence[float]) -> dict[str, float | None]:

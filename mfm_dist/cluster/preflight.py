@@ -2,7 +2,8 @@
 
 Looks at every node of a launch: versions, devices, folders, shards, whether a checkpoint that one node writes is read
 on the others, the network and the clocks. Each thing wrong is one line with the node's name and what to do about it.
-Exit code 0 if nothing is, else 2; ``preflight.json`` in the run folder says the same.
+Exit code 0 if nothing is, else 2; ``preflight.json`` in the run folder says the same, and ``link.json`` how fast an
+all-reduce is within and across nodes, which ``mfm-profile plan --link`` reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mfm_dist.build import check_data, rendered_sets, sets_of
+from mfm_dist.build import build_train_module, check_data, classes_without_data, rendered_sets, sets_of
 from mfm_dist.checkpoint.files import read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.cluster.job import PREFLIGHT
@@ -39,7 +41,9 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.memory import ZeroBuffers, rank_bytes, stage_of
 from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, DataError, StorageError, UserError
+from mfm_dist.optim import state_sizes
 from mfm_dist.run.folder import RECORDED_PACKAGES, slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
@@ -52,6 +56,7 @@ SEEN_SECONDS = 5.0
 """For a file that one node wrote to be seen by the others."""
 CLOCK_SECONDS = 2.5
 """Clocks further off make log files and heartbeats misleading; NTP keeps them within milliseconds."""
+LINK = "link.json"
 PROBE_BYTES = 16 << 20
 """Size of the checkpoint written to each folder, the least that must be free; also of what is all-reduced."""
 NETWORK = "can the nodes reach one another? MFM_NETWORK in slurm/site.env names the interface between them"
@@ -126,6 +131,10 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
     yield f"multiplying matrices on {device}", partial(multiply, device), "have it looked at"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         yield "a look at the GPUs", partial(inspect_gpus, launch), "see nvidia-smi there, or leave the node out"
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            advice = "mfm-profile plan says what each ZeRO stage and precision needs"
+            yield "finding room for the state", partial(room_for_state, config, launch, memory), advice
         for key, folder in (("run.folder", config.run.folder), ("data.scratch", data.scratch)):
             if folder is not None:
                 yield f"writing to {key}={folder}", partial(write_probe, folder, probe), room
@@ -156,27 +165,42 @@ def meet(run: Path, launch: Launch, device: torch.device, store: Any, said: dict
         problems = run_checks([(what, read, "it must be on a file system that all nodes share")], LOOK_SECONDS / 2)
         dist.barrier()
         clock = time.time()
-        wrong, speed = all_reduce(launch, device)
+        own = [rank for rank, one in enumerate(everything) if one["node"] == said["node"]]
+        wrong, across = all_reduce(launch, device, list(range(world)))
+        within = all_reduce(launch, device, own)[1] if 1 < len(own) < world else across
         if wrong:
             cause = "a cable, switch or memory is faulty; leave this node out (sbatch --exclude)"
             problems.append(f"an all-reduce came out wrong in {wrong} numbers: {cause}")
-        dist.all_gather_object(everything, {"node": said["node"], "problems": problems, "clock": clock, "speed": speed})
+        link = {"within_gb_s": within, "across_gb_s": across}
+        dist.all_gather_object(everything, {"node": said["node"], "problems": problems, "clock": clock, "link": link})
         clocks = [one["clock"] for one in everything]
         for one in everything:
             found += [(one["node"], problem) for problem in one["problems"]]
             if abs(off := one["clock"] - statistics.median(clocks)) > CLOCK_SECONDS:
                 found.append((one["node"], f"its clock is {off:+.1f} s off the others': have NTP set up there"))
-        said["figures"] += f", all-reduce {min(one['speed'] for one in everything):.2f} GB/s"
+        link = {name: min(one["link"][name] for one in everything) for name in link}
+        said["figures"] += f", all-reduce {link['across_gb_s']:.2f} GB/s"
+        if link["within_gb_s"] != link["across_gb_s"]:
+            said["figures"] += f", {link['within_gb_s']:.2f} within a node"
+        if launch.rank == 0:
+            with suppress(OSError):
+                write_atomically(run / LINK, json.dumps({**link, "device": device.type, "processes": world}) + "\n")
         said["figures"] += f", clocks within {1000 * (max(clocks) - min(clocks)):.0f} ms"
     return list(dict.fromkeys(found))
 
 
-def all_reduce(launch: Launch, device: torch.device) -> tuple[int, float]:
-    """Sum a tensor, by gloo, or NCCL on GPUs. Return how many numbers are wrong, and the bus bandwidth. Collective."""
-    world, group = launch.world_size, dist.group.WORLD  # gloo
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        group = dist.new_group(backend="nccl")  # type: ignore[assignment]
+def all_reduce(launch: Launch, device: torch.device, ranks: Sequence[int]) -> tuple[int, float]:
+    """Sum a tensor over some ranks, by gloo, or NCCL on GPUs. Collective among them.
+
+    Returns:
+        how many numbers are wrong, and the bus bandwidth in GB/s, as NCCL's tests count it.
+    """
+    group = dist.group.WORLD  # gloo
+    if device.type == "cuda" or len(ranks) < launch.world_size:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)  # type: ignore[assignment]
     pattern = torch.arange(PROBE_BYTES // 4, device=device, dtype=torch.float32) % 1024
     for _ in range(2):  # the first one connects
         values = pattern + launch.rank
@@ -185,9 +209,8 @@ def all_reduce(launch: Launch, device: torch.device) -> tuple[int, float]:
         dist.all_reduce(values, group=group)
         values[0].item()
         seconds = time.perf_counter() - began
-    wrong = int((values != pattern * world + sum(range(world))).sum())
-    # In GB/s, as NCCL's tests count it.
-    return wrong, 2 * (world - 1) / world * PROBE_BYTES / seconds / 1e9
+    wrong = int((values != pattern * len(ranks) + sum(ranks)).sum())
+    return wrong, 2 * (len(ranks) - 1) / len(ranks) * PROBE_BYTES / seconds / 1e9
 
 
 def run_checks(checks: Iterable[Check], seconds: float) -> list[str]:
@@ -221,6 +244,26 @@ def inspect_gpus(launch: Launch) -> None:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=LOOK_SECONDS, check=True).stdout
         if errors := re.findall(r"^(\d+), ([1-9]\d*)$", answer, re.MULTILINE):
             raise ValueError(f"uncorrected memory errors, GPU and how many: {errors}")
+
+
+def room_for_state(config: RunConfig, launch: Launch, memory: int) -> None:
+    """Find a GPU, of so many bytes, that cannot hold what a rank has of the state, even without activations."""
+    bare = replace(config, model=replace(config.model, pretrained=False, weights=None))
+    with torch.device("meta"):
+        module = build_train_module(bare, classes_without_data(bare))
+    held = rank_bytes(
+        state_sizes(module, config.optim),
+        stage=stage_of(launch),
+        ranks=launch.world_size,
+        node_ranks=launch.local_world_size,
+        precision=config.train.precision,
+        zero=ZeroBuffers.of(launch.zero_settings),
+    )
+    on_host = ("optimiser", "master") if config.memory.offload_optimizer else ()
+    lasting = ("parameters", "gradients", "optimiser", "master", "teacher", "frozen", "hpz_copies")
+    state = sum(held.get(name, 0) for name in lasting if name not in on_host)
+    if state > memory:
+        raise ValueError(f"{state / 2**30:.1f} GiB a GPU, which has {memory / 2**30:.1f}; activations come on top")
 
 
 def write_probe(folder: Path, name: str) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import tarfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,13 +50,53 @@ def build_index(tar: Path) -> np.ndarray:
     return found.rows
 
 
+CHECKED_AT_OPEN = 2000
+"""Shards of a folder whose indexes are all read and checked when it is opened."""
+HELD_BYTES = 64 << 20
+"""Of indexes that are held for reuse: some 600,000 samples."""
+
+
+class IndexRows(Sequence[np.ndarray]):
+    """The index of each shard, one row a sample; read when it is asked for, and held while there is room."""
+
+    def __init__(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        self._folder = folder
+        self._records = records
+        self._held: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._held_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, shard: Any) -> Any:
+        """Return the index of a shard. Raises CorruptFileError: it is gone, or not what was written."""
+        if shard not in self._held:
+            rows = self._held[shard] = _read_index(self._folder, self._records[shard])
+            self._held_bytes += rows.nbytes
+            while self._held_bytes > HELD_BYTES and len(self._held) > 1:
+                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
+        self._held.move_to_end(shard)
+        return self._held[shard]
+
+
+def _read_index(folder: Path, record: ShardRecord) -> np.ndarray:
+    """Read the index of one shard. Raises CorruptFileError."""
+    index = index_path(folder / record.file)
+    rows = read_sidecar(index, record.index_sha256)
+    if problem := _index_problem(rows, record.bytes):
+        raise CorruptFileError(f"{index} is no index of a tar: {problem}")
+    if len(rows) != record.samples:
+        raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
+    return rows
+
+
 @dataclass(frozen=True)
 class DatasetIndex:
     """Every sample of a folder by number, in the order of the shards."""
 
     folder: Path
     manifest: Manifest
-    rows: tuple[np.ndarray, ...]
+    rows: IndexRows
     """The index of each shard."""
     starts: np.ndarray
     """int64 [shards + 1]: number of the first sample of each shard, and the count of all."""
@@ -62,6 +104,8 @@ class DatasetIndex:
     @classmethod
     def open(cls, folder: Path, *, bad_limit: float = 0.0) -> DatasetIndex:
         """Open a finished folder and check everything that costs no read of the tars.
+
+        With more than ``CHECKED_AT_OPEN`` shards an index is checked when it is first read.
 
         Args:
             bad_limit: share of the samples that may be lost with missing or truncated shards; reading one of them
@@ -76,17 +120,25 @@ class DatasetIndex:
         if manifest.samples == 0:
             raise DataError(f"{folder}: its {MANIFEST_FILE} counts no samples; make the shards anew")
         problems: list[str] = []
-        rows = [_open_index(folder, record, problems) for record in manifest.shards]
-        parts = list(zip(manifest.shards, rows, strict=True))
-        damaged = [problem for one, _ in parts if (problem := size_problem(folder / one.file, one))]
-        lost = sum(_lost(folder / one.file, part) for one, part in parts if size_problem(folder / one.file, one))
+        rows = IndexRows(folder, manifest.shards)
+        for shard in range(len(rows) if len(rows) <= CHECKED_AT_OPEN else 0):
+            try:
+                rows[shard]
+            except CorruptFileError as error:
+                problems.append(str(error))
+        damaged, lost = [], 0
+        for shard, record in enumerate(manifest.shards):
+            if problem := size_problem(folder / record.file, record):
+                damaged.append(problem)
+                with suppress(CorruptFileError):
+                    lost += _lost(folder / record.file, rows[shard])
         if damaged and (bad_limit == 0 or lost > bad_limit * manifest.samples):
             problems = sorted([*damaged, *problems])
         if problems:
             fix = f"Remake what is damaged: {remake_hint(folder, manifest)}"
             raise DataError("\n".join([*problems, fix]))
-        starts = np.array([0, *accumulate(len(part) for part in rows)], dtype=np.int64)
-        return cls(folder=folder, manifest=manifest, rows=tuple(rows), starts=starts)
+        starts = np.array([0, *accumulate(record.samples for record in manifest.shards)], dtype=np.int64)
+        return cls(folder=folder, manifest=manifest, rows=rows, starts=starts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -126,21 +178,6 @@ def _lost(tar: Path, rows: np.ndarray) -> int:
     size = tar.stat().st_size if tar.is_file() else 0
     ends = np.maximum(*(rows[member]["offset"] + rows[member]["size"] for member in ("image", "label")))
     return int((ends > size).sum())
-
-
-def _open_index(folder: Path, record: ShardRecord, problems: list[str]) -> np.ndarray:
-    """Read the index of one shard; what is wrong with it is added to ``problems``."""
-    index = index_path(folder / record.file)
-    try:
-        rows = read_sidecar(index, record.index_sha256)
-        if problem := _index_problem(rows, record.bytes):
-            raise CorruptFileError(f"{index} is no index of a tar: {problem}")
-        if len(rows) != record.samples:
-            raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
-    except CorruptFileError as error:
-        problems.append(str(error))
-        return np.empty(0, dtype=index_dtype(1))
-    return rows
 
 
 def _index_problem(rows: np.ndarray, size: int) -> str:

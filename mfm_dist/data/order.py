@@ -256,7 +256,7 @@ class RareClassOrder(Order):
             )
         self.probabilities = class_probabilities(totals, temperature)
         self._cumulated = np.cumsum(self.probabilities)
-        self._samples = [np.flatnonzero(enough[:, i]) for i in range(len(totals))]
+        self._samples = [np.flatnonzero(enough[:, i]).astype(np.uint32) for i in range(len(totals))]
 
     def sample_at(self, position: int, attempt: int) -> int:
         """Draw the sample of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""

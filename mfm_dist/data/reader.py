@@ -171,17 +171,18 @@ class ShardReader:
 
         Returns:
             a ``BadSample`` if the bytes differ from those written, do not decode, or the label is missing or
-            impossible.
+            impossible; without a key if the index of its shard is damaged.
         """
         shard, row = self.index.locate(number)
         record = self.index.manifest.shards[shard]
-        # One call for the whole row; each field by itself would cost as much.
-        name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
-        key = name.decode(errors="replace")
+        key = ""
         # Where the writer counted the pixels of each class and the bytes are the same, no id is wrong.
         num_classes = None if record.pixel_counts else len(self.index.manifest.class_names)
         read_into = partial(self.read_into, shard)
         try:
+            # One call for the whole row; each field by itself would cost as much.
+            name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
+            key = name.decode(errors="replace")
             image = read_member(read_into, image_at, "image")
             label = read_member(read_into, label_at, "label") if with_label else None
             sample = decode_sample(key, image_format.decode(), image, label, num_classes, self._decode_jpeg)

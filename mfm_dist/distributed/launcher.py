@@ -7,7 +7,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from mfm_dist.config.loader import read_yaml
 from mfm_dist.config.shipped import find_shipped
+from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import EXIT_ERROR, EXIT_STOPPED, ConfigError
 
 SETTINGS = {
@@ -31,11 +33,7 @@ def start_processes(file: Path, module: str, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such file.
     """
-    found = find_shipped(file)
-    if not found.is_file():
-        there = sorted(str(file.parent / path.name) for path in find_shipped(file.parent).glob("*.yaml"))
-        known = f"; there are: {', '.join(there)}" if there else ""
-        raise ConfigError(f"--launch {file}: no such launch file{known}")
+    found = find_launch_file(file)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # DeepSpeed looks for a GPU when it is imported, and warns where there is none. The launcher needs none to be found,
@@ -59,3 +57,39 @@ def start_processes(file: Path, module: str, arguments: Sequence[str]) -> int:
     except SignalException:
         return EXIT_STOPPED
     return 0
+
+
+def find_launch_file(file: Path) -> Path:
+    """Return the launch file of the working folder, or the one of that name that is shipped. Raises ConfigError."""
+    found = find_shipped(file)
+    if not found.is_file():
+        there = sorted(str(file.parent / path.name) for path in find_shipped(file.parent).glob("*.yaml"))
+        known = f"; there are: {', '.join(there)}" if there else ""
+        raise ConfigError(f"--launch {file}: no such launch file{known}")
+    return found
+
+
+def read_launch(file: Path) -> Launch:
+    """Read what the processes of a launch file will find in their environment. Raises ConfigError."""
+    tree = read_yaml(find_launch_file(file))
+    processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
+    environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
+    if tree.get("distributed_type") == "DEEPSPEED":
+        deepspeed = tree.get("deepspeed_config", {})
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+        for key, name in (("zero_stage", "ZERO_STAGE"), ("deepspeed_config_file", "CONFIG_FILE")):
+            if key in deepspeed:
+                environment[f"ACCELERATE_DEEPSPEED_{name}"] = str(deepspeed[key])
+    return Launch.from_environment(environment)
+
+
+def choose_zero(stage: int) -> None:
+    """Have this process, which torchrun started, train at a ZeRO stage, with the shipped DeepSpeed file of the stage.
+
+    Says so in the variables of ``accelerate launch``, which both Accelerate and ``Launch`` read.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
+    file = Path(f"configs/deepspeed/zero{stage}.json")
+    if find_shipped(file).is_file():
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)

@@ -15,7 +15,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -196,7 +197,9 @@ class StepCount:
 
     parts: dict[str, Count] = field(default_factory=dict)
     saved_bytes: int = 0
-    """Held for the backward at its beginning, weights not among them."""
+    """Held for the backward at its beginning, weights not among them; with ``memory.lean`` that of the largest term."""
+    cast_weight_bytes: int = 0
+    """Of them, weights in the lower precision, which autocast holds beside those of fp32."""
 
     @property
     def whole(self) -> Count:
@@ -213,15 +216,8 @@ def count_kernels(config: RunConfig) -> StepCount:
     Raises:
         ConfigError: networks that cannot be built; a precision or an option whose step is not this one.
     """
-    if config.train.precision == "bf16_weights" or config.memory.lean:
-        raise ConfigError(
-            "kernels are counted for one backward in fp32 or bf16: set train.precision=fp32 or bf16, memory.lean=false"
-        )
-    if config.train.precision == "bf16" and (config.memory.checkpoint_backbone or config.memory.checkpoint_rebuilder):
-        raise ConfigError(
-            "kernels in bf16 are counted without recomputation, whose casts are not emulated: "
-            "set memory.checkpoint_backbone=false memory.checkpoint_rebuilder=false, or train.precision=fp32"
-        )
+    if config.train.precision == "bf16_weights":
+        raise ConfigError("kernels are counted over weights of fp32: set train.precision=fp32 or bf16")
     module = build_without_storage(config)
     counter, fake = Counter(), FakeTensorMode()
     batch = _drawn_batch(module)
@@ -231,15 +227,24 @@ def count_kernels(config: RunConfig) -> StepCount:
         optimizer = build_optimizer(module, config.optim, fused=True)
     batch = batch.map(fake.from_tensor)
     _watch_parts(counter, module)
-    saved = Saved({parameter.untyped_storage()._cdata for parameter in module.parameters()})
+    found, inputs, loss = StepCount(counter.parts), None, torch.zeros(())
     with fake, counter:
-        with ExitStack() as stack:
-            if config.train.precision == "bf16":
-                stack.enter_context(CudaAutocast())
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
-            loss = module(batch, config.mfm.loss_weight).total
-        with counter.within("backward"):
-            loss.backward()
+        for term in module.term_names if config.memory.lean else [None]:
+            saved, autocast = Saved({p.untyped_storage()._cdata for p in module.parameters()}), CudaAutocast()
+            with ExitStack() as stack:
+                if config.train.precision == "bf16":
+                    stack.enter_context(autocast)
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
+                output = module(batch, config.mfm.loss_weight, term, inputs)
+                loss, inputs = output.total, output.inputs
+            with counter.within("backward"), autocast if config.train.precision == "bf16" else nullcontext():
+                # What loss.backward() calls, which switches modes off; activations computed again need autocast.
+                _engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+            found.cast_weight_bytes = max(found.cast_weight_bytes, sum(t.nbytes for t in autocast.weights.values()))
+            found.saved_bytes = max(found.saved_bytes, saved.bytes)
+            del output, autocast
         with counter.within("clipping"), torch.no_grad():
             _clip(optimizer, loss.detach(), config)
         with counter.within("first step alone"):  # makes the optimiser's state
@@ -249,7 +254,7 @@ def count_kernels(config: RunConfig) -> StepCount:
         with counter.within("EMA"), torch.no_grad():
             update_teacher(list(module.teacher_pairs()), torch.zeros(()))
     del counter.parts["first step alone"]
-    return StepCount(counter.parts, saved.bytes)
+    return found
 
 
 def _drawn_batch(module: TrainModule) -> UDABatch:

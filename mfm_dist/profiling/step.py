@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import Readers, build_train_module, open_readers, render_scenes, train_pipeline
+from mfm_dist.build import (
+    Readers,
+    build_train_module,
+    classes_without_data,
+    open_readers,
+    render_scenes,
+    train_pipeline,
+)
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
@@ -161,6 +168,23 @@ class Blocks:
         """Return the blocks of one step, numbered by the round: all four draw the same jitter, blur and masks in it."""
         first = round_number * self._count
         return [replace(next(self._blocks), block=first + number) for number in range(self._count)]
+
+
+def random_batch(config: RunConfig, number: int) -> UDABatch:
+    """Make pictures of noise: neither memory nor time depends on what they show."""
+    generator = torch.Generator().manual_seed(number)
+    size = (config.train.micro_batch, *config.data.crop)
+    images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
+    label = torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8)
+    return UDABatch(
+        source_image=images[0],
+        source_label=label,
+        target_image=images[1],
+        target_valid=torch.ones(size, dtype=torch.bool),
+        labelled_target_image=images[0] if config.data.target_labelled else None,
+        labelled_target_label=label if config.data.target_labelled else None,
+        block=number,
+    )
 
 
 def synchronise(device: torch.device) -> None:

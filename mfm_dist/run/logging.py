@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,37 @@ from tqdm import tqdm
 
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.run.cards import card_of, peak_flops
+
+
+class StartClock:
+    """Measures what a start of a run takes, from the birth of the process on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        """By what they went to, in order."""
+        self._since = process_began()
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as this."""
+        now = time.clock_gettime(CLOCK)
+        self.seconds[name] = now - self._since
+        self._since = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""The one that Linux counts the starts of processes by."""
+
+
+def process_began() -> float:
+    """Return when this process began, by ``CLOCK``; now, where /proc does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, the 22nd field (man 5 proc)
+    except (OSError, ValueError, IndexError):
+        return time.clock_gettime(CLOCK)
 
 
 class StepLog:
@@ -37,6 +70,8 @@ class StepLog:
         self._flop: int | None = None
         self.grad_norms: Mapping[str, Tensor] = {}
         """Of the last step, by part."""
+        self.start_seconds: dict[str, float] = {}
+        """Of this start, by what they went to; the first record tells them."""
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -61,7 +96,10 @@ class StepLog:
         """Count the time spent inside as waiting for data."""
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        waited = time.perf_counter() - began
+        if self.start_seconds:
+            self.start_seconds.setdefault("first_batch", waited)
+        self._waited += waited
 
     @contextmanager
     def no_training(self) -> Iterator[None]:
@@ -95,6 +133,8 @@ class StepLog:
         record["images_per_second"] = self.images_per_step * steps / seconds
         record["data_wait_fraction"] = data_wait_fraction
         record |= spread_of_ranks(own_times) | memory_gib(self.engine.device) | self._utilisation(seconds / steps)
+        record |= {f"start_seconds/{name}": seconds for name, seconds in self.start_seconds.items()}
+        self.start_seconds = {}
         self.begin(step)
         return record
 

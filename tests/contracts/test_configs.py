@@ -14,7 +14,8 @@ import yaml
 from mfm_dist.build import build_train_module, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launch import Launch, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
+from mfm_dist.distributed.launcher import read_launch
 from mfm_dist.shards.card import read_card
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
@@ -54,6 +55,17 @@ def test_a_preset_of_the_rebuilder_has_the_size_that_is_said(name: str, millions
         assert sum(p.numel() for p in rebuilder.parameters()) / 1e6 == pytest.approx(expected, rel=2e-3)
     assert config.mfm.enabled
     assert config.rebuilder.variant == ("paper" if name == "paper" else "stable")
+
+
+@pytest.mark.parametrize("encoder", ["mit_b5", "dinov2_large"])
+@pytest.mark.parametrize(("size", "preset"), [("300m", "large"), ("1b", "huge")])
+def test_a_large_run_has_the_rebuilder_of_its_preset(encoder: str, size: str, preset: str) -> None:
+    config = load_config(REPOSITORY / "configs" / "large" / f"{encoder}_{size}.yaml")
+    given = load_config([REPOSITORY / "configs" / "rebuilder" / f"{preset}.yaml"])
+    assert replace(config.rebuilder, grid=given.rebuilder.grid) == given.rebuilder
+    assert config.mfm.enabled
+    assert config.memory.checkpoint_rebuilder
+    assert config.world_problems(8) == []
 
 
 def test_run_folders_differ() -> None:
@@ -275,3 +287,11 @@ def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
     assert launch_problems(environment) == []
     stage = re.search(r"zero(\d)", path.stem)
     assert Launch.from_environment(environment).zero_stage == (int(stage[1]) if stage else None)
+
+
+@pytest.mark.parametrize("path", [path for path in LAUNCHES if "hpz" in path.stem], ids=lambda p: p.stem)
+def test_a_second_copy_is_cut_within_each_node(path: Path) -> None:
+    launch = read_launch(path)
+    assert launch.zero_settings["zero_hpz_partition_size"] == launch.local_world_size == 8
+    assert launch.world_size > 8, "within one node it would be a copy for nothing"
+    assert combination_problems(RunConfig(), launch) == []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import torch
 from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
+from mfm_dist.distributed.launcher import choose_zero
 from mfm_dist.distributed.start import deepspeed_config
 from mfm_dist.train import main
-from tests.helpers.runs import run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, REPOSITORY, run_train, tiny_overrides
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
@@ -203,3 +207,42 @@ def test_bf16_weights_are_saved_in_fp32_and_go_on_at_another_stage(scenes: Path,
     assert len(losses) == 6
     assert all(0 < loss < 20 for loss in losses)
     assert "eval mode, bf16," in json.loads((run / "eval" / "step_00000000.json").read_text())["protocol"]
+
+
+def test_torchrun_starts_ranks_at_a_stage_and_the_first_record_says_what_the_start_took(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*DEFAULTS, *tiny_overrides(scenes, run), "train.steps=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "mfm_dist.train", "--zero", "3", *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "training in 2 processes, CPU" in done.stdout
+    first, second = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    told = {key.removeprefix("start_seconds/"): value for key, value in first.items() if "start_seconds/" in key}
+    assert list(told) == ["imports", "rendezvous", "data and networks", "engine", "first_batch"]
+    assert all(0 < seconds < 240 for seconds in told.values())
+    assert not any("start_seconds/" in key for key in second)
+
+
+def test_a_stage_for_torchrun_is_read_like_that_of_a_launch_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    assert Launch.from_environment().zero_stage is None
+    choose_zero(1)
+    assert (Launch.from_environment().zero_stage, Launch.from_environment().zero_settings) == (1, {})
+    choose_zero(3)
+    assert Launch.from_environment().zero_stage == 3
+    assert Launch.from_environment().zero_settings["stage3_prefetch_bucket_size"] == 50_000_000
+    assert launch_problems() == []
+
+
+def test_a_stage_beside_a_launch_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--zero", "2", "--launch", "configs/accelerate/cpu_zero2.yaml"])
+    assert "the launch file says the ZeRO stage already" in capsys.readouterr().err

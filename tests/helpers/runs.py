@@ -180,7 +180,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timing = ("images_per_second", "data_wait_fraction", "memory_gib", "memory_reserved_gib", "slowest_rank",
               "rank_spread", "tflops", "mfu")  # fmt: skip
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+    return [{k: v for k, v in line.items() if k not in timing and not k.startswith("start_seconds/")} for line in lines]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -255,6 +255,16 @@ def test_a_sweep_reports_the_folders_it_trains_in(clone: Path, seeds: str, array
     ]
 
 
+def test_a_sweep_packs_seeds_on_nodes(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFM_PACK", "4")
+    assert sweep(clone, "0-8:2,1%2").returncode == 0
+    assert (clone / "submitted").read_text().splitlines()[0] == (
+        "--parsable --array=0-1%2 slurm/pack.sh 0 1 2 4 6 8 runs/my sweep my.yaml more.yaml seed=1"
+    )
+    monkeypatch.setenv("MFM_PACK", "many")
+    assert "MFM_PACK=many: give the number" in sweep(clone, "0-1").stderr
+
+
 @pytest.mark.parametrize("seeds", ["", "a", "4-1", "1,,2", "0-8:0", "0-4%", "0-4%0", "0x1", "1-2-3", "-1", "%2"])
 def test_a_sweep_refuses_what_is_no_seeds_before_it_submits(clone: Path, seeds: str) -> None:
     done = sweep(clone, seeds)

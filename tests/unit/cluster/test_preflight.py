@@ -24,6 +24,8 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import DataError, StorageError, UserError
+from mfm_dist.profiling.plan_command import read_link
+from tests.helpers.modules import SMALL
 from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
 
 
@@ -33,7 +35,9 @@ def test_two_processes_find_nothing_wrong(scenes: Path, tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stderr
     assert "preflight: all well, 1 node(s), 2 process(es) on cpu, all-reduce" in completed.stdout
     assert json.loads((run / "preflight.json").read_text()) == {"code": 0, "problems": [], "nodes": []}
-    assert [path.name for path in run.iterdir()] == ["preflight.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["link.json", "preflight.json"]
+    within, across = read_link(str(run / "link.json"))
+    assert within == across > 0
 
 
 def wait(*_: Any) -> Any:
@@ -137,7 +141,25 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_told(scenes: Path, tmp_path
     assert "preflight: n2: reading what the first node wrote to run.folder=" in printed
     assert "it must be on a file system that all nodes share" in printed
     assert report["nodes"] == ["n2"]
-    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "preflight.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["link.json", "preflight.json"]
+
+
+def test_a_gpu_that_cannot_hold_the_state_is_told() -> None:
+    config = load_config(None, [*SMALL, "train.precision=fp32"])
+    one, two = (Launch(world_size=n, rank=0, zero_stage=3) for n in (1, 2))
+    with pytest.raises(ValueError, match=r"GiB a GPU, which has 0\.0; activations come on top"):
+        preflight.room_for_state(config, one, 2**20)
+    preflight.room_for_state(config, one, 2**30)
+    needed = next(size for size in range(2**20, 2**30, 2**18) if fits(config, two, size))
+    assert not fits(config, one, needed), "shards are smaller"
+
+
+def fits(config: RunConfig, launch: Launch, memory: int) -> bool:
+    try:
+        preflight.room_for_state(config, launch, memory)
+    except ValueError:
+        return False
+    return True
 
 
 def test_a_check_that_fails_or_hangs_does_not_hide_the_others() -> None:

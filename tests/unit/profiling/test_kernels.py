@@ -122,10 +122,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert record["kernels"] == sum(part["kernels"] for part in record["parts"].values())
     assert record["saved_bytes"] > 0
     assert "whole step" in capsys.readouterr().out
-    assert main(["memory.lean=true"]) == 2
-    assert "memory.lean=false" in capsys.readouterr().err
-    assert main(["memory.checkpoint_rebuilder=true", "--precision", "bf16"]) == 2
-    assert "memory.checkpoint_rebuilder=false" in capsys.readouterr().err
+    assert main(["train.precision=bf16_weights"]) == 2
+    assert "train.precision=fp32 or bf16" in capsys.readouterr().err
 
 
 def test_the_stable_variant_is_counted_too() -> None:
@@ -137,5 +135,8 @@ def saved(*overrides: str) -> int:
     return count_kernels(config_with(*MIT, *overrides)).saved_bytes
 
 
-def test_what_is_saved_for_the_backward_shrinks_with_checkpointing() -> None:
-    assert saved("memory.checkpoint_backbone=true") < 0.8 * saved()
+def test_what_is_saved_for_the_backward_shrinks_with_checkpointing_and_one_term_at_a_time() -> None:
+    whole = saved()
+    assert saved("memory.checkpoint_backbone=true") < 0.8 * whole
+    assert saved("memory.checkpoint_backbone=true", "train.precision=bf16") < 0.8 * whole
+    assert saved("memory.lean=true") < 0.7 * whole

@@ -14,11 +14,11 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.start import start_engine
+from mfm_dist.profiling.step import random_batch
 from mfm_dist.train_module import TrainModule
 from tests.helpers.modules import SMALL, config_with
 from tools import bench_engine, raw_loops
 from tools.bench_engine import engine_loop, main, summary, table
-from tools.bench_memory import random_batch
 from tools.raw_loops import bare_loop
 
 SMALL_RUN = ["--config", "tests/defaults.yaml", *SMALL, "data.crop=64x64", "train.global_batch=4"]
