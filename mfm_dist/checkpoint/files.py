@@ -21,7 +21,7 @@ from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import ConfigError, CorruptFileError
-from mfm_dist.storage import read_json, sha256_of, whole_folder, write_atomically
+from mfm_dist.storage import read_json, require_regular, sha256_of, whole_folder, write_atomically
 
 FORMAT = 2
 """Any format keeps its number in ``state.json``, and bytes and SHA-256 of every file in ``manifest*.json``."""
@@ -55,7 +55,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of one file, e.g. ``student``; empty if the run had no such part."""
         path = self.path / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
+        return load_file(require_regular(path)) if path.exists() else {}
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -201,7 +201,8 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
     if sha256_of(path) != sha256:
         raise CorruptFileError(f"{path.name} differs from what was written")
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:  # reads the header, which a checksum written beside it does not vouch for
+        # This reads the header, which a checksum written beside it does not vouch for.
+        with safe_open(require_regular(path), "pt") as file:
             file.keys()
 
 

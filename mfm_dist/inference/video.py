@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mfm_dist.data.photographs import LARGEST_PICTURE
 from mfm_dist.errors import ConfigError, CorruptFileError
+from mfm_dist.storage import open_regular
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TIME_BASE = Fraction(1, 90_000)
@@ -47,7 +48,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
     import av
 
     try:
-        with av.open(path) as container:
+        with open_regular(path) as file, av.open(file) as container:
             if not container.streams.video:
                 raise CorruptFileError("holds no video")
             stream = container.streams.video[0]
@@ -59,7 +60,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 seconds = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
                 yield Frame(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous(), seconds)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise CorruptFileError(f"cannot be decoded ({error.strerror})") from error
 
 
@@ -68,9 +69,9 @@ def frame_count(path: Path) -> int | None:
     import av
 
     try:
-        with av.open(path) as container:
+        with open_regular(path) as file, av.open(file) as container:
             return container.streams.video[0].frames or None
-    except (av.FFmpegError, IndexError):
+    except (av.FFmpegError, OSError, CorruptFileError, IndexError):
         return None
 
 
