@@ -35,6 +35,8 @@ class UDABatch:
     """Global index of this block; the key of every random draw that is made once per micro-batch."""
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     """What its step draws (``TrainModule.draw``), which travels with it so that no step waits for a copy of its own."""
+    flags: Tensor | None = None
+    """float32 [n], what this rank tells all others in the step that ends with this block (``trainer.Flag``)."""
     bad_samples: tuple[BadSample, ...] = ()
     """Samples of this block that could not be used and were replaced by a neighbour."""
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from mfm_dist.config.schema import MFMSection, RunConfig
 
 GRADIENT_DECAY = 0.9
 """Of the averages that ``mfm.gradient_budget`` compares: they follow within some ten steps."""
 
 
-def ema_decay_at(update: int, ema_decay: float) -> float:
+def ema_decay_at(update: int | Tensor, ema_decay: float) -> Tensor:
     """Return the decay of the teacher's ``update``-th update, counted from 1: a plain mean, then ``ema_decay``.
 
     The published schedule, min(1 - 1/(t + 1), alpha), updates at the start of step t >= 1, which is after the t-th
-    applied optimiser step.
+    applied optimiser step. How many were applied only the device knows in time: a float64 scalar, where ``update`` is.
     """
-    return min(1.0 - 1.0 / (update + 1), ema_decay)
+    return (1.0 - 1.0 / (torch.as_tensor(update, dtype=torch.float64) + 1.0)).clamp(max=ema_decay)
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_ratio: float) -> float:

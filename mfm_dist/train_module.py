@@ -215,8 +215,8 @@ class TrainModule(nn.Module):
 
     def pop_map_squares(self) -> Tensor:
         """Return the squared norms at the encoder's last map since the last call: [2], of the method and of L_mfm."""
-        squares, self.map_gradients.squares = self.map_gradients.squares, torch.zeros(2)
-        return squares
+        squares, self.map_gradients.squares = self.map_gradients.squares, None
+        return torch.zeros(2, device=self.image_mean.device) if squares is None else squares
 
     def draw(self, batch: UDABatch) -> UDABatch:
         """Return the batch with all tensors that its step draws, on the CPU: functions of seed, block and positions.
@@ -302,8 +302,8 @@ class MapGradients:
     """Sums the squares of the gradients that come back to the encoder's last map."""
 
     def __init__(self) -> None:
-        self.squares = torch.zeros(2)
-        """Of the method's own terms, and of lambda * L_mfm."""
+        self.squares: Tensor | None = None
+        """Of the method's own terms, and of lambda * L_mfm; None before the first."""
 
     def watched(self, maps: Maps, *, of_mfm: bool) -> Maps:
         """Add what the backward will bring to the last of the maps of each image to one of the sums."""
@@ -313,8 +313,9 @@ class MapGradients:
             yield features
 
     def _add(self, place: int, gradient: Tensor) -> None:
-        # A copy: what was popped may still be in use. An index that is a number, for a tensor would be on the CPU.
-        self.squares = self.squares.to(gradient.device, copy=True)
+        if self.squares is None:
+            self.squares = torch.zeros(2, device=gradient.device)
+        # An index that is a number, for a tensor would be on the CPU.
         self.squares[place] += gradient.detach().float().square().sum()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
@@ -18,7 +21,8 @@ from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.audit import audit
-from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.clipping import Ceilings
+from mfm_dist.distributed.engine import Engine, StepResult
 from mfm_dist.distributed.trackers import Trackers
 from mfm_dist.errors import EXIT_DONE, EXIT_STOPPED, BadSample, DataError, RankMismatchError, UnstableError
 from mfm_dist.inference.evaluation import Scores, evaluate
@@ -41,6 +45,35 @@ from mfm_dist.train_module import TrainModule
 
 TURNS_BETWEEN_LOOKS = 4
 """Images of a rank in an evaluation between two looks at whether any rank was asked to stop; each is an exchange."""
+
+
+class Flag(IntEnum):
+    """What a rank tells all others in the exchange that every step makes, so that all take the same turn."""
+
+    NO_DATA = 0
+    """It has no data for this step, which therefore is not applied anywhere."""
+    STOPPING = 1
+    """It was asked to stop."""
+    BAD_SAMPLE = 2
+    """It met a bad sample that is not known yet."""
+    NOT_SAVED = 3
+    """The last checkpoint could not be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedStep:
+    """A step whose outcome was not read yet."""
+
+    step: int
+    """The one that ends with it."""
+    result: StepResult
+    limits: Ceilings
+    """What it was held to."""
+    losses: Sequence[Tensor]
+    """Of this rank's micro-batches."""
+    bad_samples: Sequence[BadSample]
+    """Among them."""
+    mfm_weight: float
 
 
 class Trainer:
@@ -85,6 +118,14 @@ class Trainer:
         self.writer = CheckpointWriter(
             run.checkpoints, engine, config, data_fingerprints=data_fingerprints, written=self._note_saved
         )
+        self.launched: deque[LaunchedStep] = deque()
+        """Steps whose outcome was not read yet: at most the last one, but for a moment."""
+        self.batches: list[UDABatch] = []
+        """Of the last step."""
+        self.no_data: DataError | None = None
+        """Why this rank has no more data."""
+        self.stopping = False
+        """Whether any rank was asked to stop."""
         self.scores: Scores | None = None
         self.saved_step = self.audited_step = 0
         """Up to here nothing is new: a checkpoint was loaded, or these are the initial weights."""
@@ -93,7 +134,7 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Collective."""
-        load_state(checkpoint, self.module, self.engine)
+        self._load(checkpoint)
         if checkpoint.world_size != self.engine.world_size:
             self.console.line(
                 f"  written by {checkpoint.world_size} processes, read by {self.engine.world_size}: all go on from the "
@@ -112,8 +153,11 @@ class Trainer:
                 if self._evaluation_is_missing():
                     self.evaluate()
                 while self.progress.step < self.config.train.steps:
-                    self.train_step(self._next_batches(blocks))
+                    self.train_step(self.next_batches(blocks))
                     self._after_step()
+                    if self.stopping and self.progress.step < self.config.train.steps:
+                        self.settle()
+                        raise Stopped
             except Stopped:
                 stopped_by = next(name for name in self.engine.gather_objects(self.asked_to_stop()) if name)
                 self.run.event("signal", step=self.progress.step, signal=stopped_by)
@@ -128,7 +172,10 @@ class Trainer:
         return EXIT_DONE
 
     def train_step(self, batches: list[UDABatch]) -> None:
-        """Train on one global batch: this rank's micro-batches, the update, the teacher."""
+        """Train on one global batch: this rank's micro-batches, the update, the teacher.
+
+        Nothing here waits for the device: whether the step was applied is read by ``settle``.
+        """
         config, progress, module = self.config, self.progress, self.module
         factor = learning_rate_factor(
             progress.step,
@@ -143,28 +190,68 @@ class Trainer:
         own_losses = []
         for batch in batches:
             with self.phase("micro-batch" if self.compiled else "compile"):
-                losses = self.engine.forward_backward(batch.to(self.engine.device), weight, measure)
+                batch = batch.to(self.engine.device)
+                losses = self.engine.forward_backward(batch, weight, measure)
             self.step_log.add(losses)
             own_losses.append(losses["total"])
         limits = ceilings(progress, config.recovery)
         with self.phase("update"):
-            result = self.engine.step(limits)
+            result = self.engine.step(limits, batch.flags)
+            if module.teacher is not None:
+                self.engine.update_teacher(ema_decay_at(self.engine.applied, config.self_training.ema_decay))
         self.compiled = True
         progress.step += 1
         progress.block += config.blocks_per_step
-        if result.applied:
-            record_applied(progress, config.recovery, result)
-            if config.mfm.gradient_budget:
-                progress.map_norms = averaged_norms(progress.map_norms, result.map_norms.tolist(), weight)
-            if module.teacher is not None:
-                self.engine.update_teacher(ema_decay_at(progress.applied, config.self_training.ema_decay))
-        else:
-            progress.skipped += 1
-            self.skipped.record(result, limits, own_losses, progress.step)
+        self.launched.append(
+            LaunchedStep(
+                step=progress.step,
+                result=result,
+                limits=limits,
+                losses=own_losses,
+                bad_samples=[sample for batch in batches for sample in batch.bad_samples],
+                mfm_weight=weight,
+            )
+        )
         self.step_log.grad_norms = result.grad_norms
         if measure:
             self.step_log.measured_step(weight, result.map_norms)
         self.console.advance()
+
+    def settle(self, *, leave: int = 0) -> None:
+        """Read what became of the steps launched so far, all but the last ``leave`` of them, and draw the consequences.
+
+        While steps are not applied none is left, so that a run goes back in time.
+
+        Raises:
+            DataError: on every rank, when samples are bad beyond the limit or a block cannot be filled.
+            StorageError: on every rank, when the last checkpoint could not be written.
+        """
+        while len(self.launched) > leave or (self.launched and self.progress.skipped):
+            with self.phase("agreement"):
+                applied, *flags = self.launched[0].result.verdict.read()
+            self._settle(self.launched.popleft(), bool(applied), [bool(flag) for flag in flags])
+
+    def _settle(self, launched: LaunchedStep, applied: bool, flags: Sequence[bool]) -> None:
+        """Draw the consequences of one step; the same on all ranks."""
+        config, progress, result = self.config, self.progress, launched.result
+        if flags[Flag.NO_DATA]:
+            steps = progress.step - launched.step + 1  # with those launched since, none of them applied
+            progress.step -= steps
+            progress.block -= steps * config.blocks_per_step
+            reasons = self.engine.gather_objects(self.no_data and str(self.no_data))
+            raise DataError(next(reason for reason in reasons if reason))
+        if applied:
+            record_applied(progress, config.recovery, result, launched.step)
+            if config.mfm.gradient_budget:
+                progress.map_norms = averaged_norms(progress.map_norms, result.map_norms.tolist(), launched.mfm_weight)
+        else:
+            progress.skipped += 1
+            self.skipped.record(result, launched.limits, launched.losses, launched.step)
+        if flags[Flag.NOT_SAVED]:
+            self.writer.wait()  # raises, everywhere: steps that cannot be saved are not worth their time
+        if flags[Flag.BAD_SAMPLE]:
+            self.bad_samples.record(launched.bad_samples, launched.step - 1)
+        self.stopping = self.stopping or flags[Flag.STOPPING]
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -180,6 +267,9 @@ class Trainer:
         """Do what is due after a step: go back, log, compare, save, score."""
         config, step = self.config, self.progress.step
         last = step == config.train.steps
+        every = (config.log.every, config.checkpoint.every, config.eval.every, config.debug.audit_every)
+        due = last or any(each and step % each == 0 for each in every)
+        self.settle(leave=0 if due or self._needs_each_outcome else 1)
         if must_roll_back(self.progress, config.recovery):
             self.roll_back()
             return
@@ -193,6 +283,12 @@ class Trainer:
             self.save()
         if step % config.eval.every == 0 or last:
             self.evaluate()
+
+    @property
+    def _needs_each_outcome(self) -> bool:
+        """Whether a step can only be launched when the outcome of the one before is known."""
+        recovery = self.config.recovery
+        return bool(recovery.spike_factor or self.config.mfm.gradient_budget) or recovery.rollback_after == 1
 
     def _logs_at(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step == self.config.train.steps
@@ -219,7 +315,7 @@ class Trainer:
             # Before the first checkpoint the weights are all there is; no skipped step has touched them.
             back = gone_back(progress, checkpoint.progress if checkpoint else progress)
             if checkpoint is not None:
-                load_state(checkpoint, self.module, self.engine)
+                self._load(checkpoint)
         run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
@@ -228,6 +324,11 @@ class Trainer:
         # Written over the one it came from: a run that is killed now must not meet the same data again.
         self.saved_step = self.audited_step = -1
         self.save()
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Put back what a checkpoint holds. Collective."""
+        load_state(checkpoint, self.module, self.engine)
+        self.engine.applied.fill_(checkpoint.progress.applied)
 
     def log(self) -> None:
         """Log the steps since the last line."""
@@ -368,46 +469,35 @@ class Trainer:
             self.run.event("tracker_failed", step=self.progress.step, reason=problem)
             self.console.line(problem)
 
-    def _next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
-        """Take this rank's micro-batches of the next step, once every rank has its own.
+    def next_batches(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
+        """Take this rank's micro-batches of the next step, and what this rank has to tell the others in it.
 
-        One small all-reduce makes every rank take the same turn, also when data fail on one of them.
+        Where there are none, those of the last step stand in: the step is applied nowhere, and ``settle`` says why.
 
         Raises:
-            Stopped: on every rank, if any was asked to stop.
-            DataError: on every rank, when samples are bad beyond the limit or a block cannot be filled.
-            StorageError: on every rank, when the last checkpoint could not be written.
+            DataError: on every rank, when there are none for the first step.
         """
-        batches, failure = self._fetch(blocks)
-        bad = [sample for batch in batches for sample in batch.bad_samples]
-        flags = [
-            self.asked_to_stop() is not None,
-            failure is not None,
-            self.bad_samples.has_unseen(bad),
-            self.writer.failed(),
-        ]
-        with self.phase("agreement"):
-            any_rank = self.engine.maximum(torch.tensor(flags, dtype=torch.int32, device=self.engine.device))
-            stopping, failing, unseen, unwritten = any_rank.tolist()
-        if failing:
-            raise DataError(next(text for text in self.engine.gather_objects(failure and str(failure)) if text))
-        if unwritten:
-            self.writer.wait()  # raises, everywhere: steps that cannot be saved are not worth their time
-        if unseen:
-            self.bad_samples.record(bad, self.progress.step)
-        if stopping:
-            raise Stopped
-        return [self._drawn(batch) for batch in batches]
+        batches = self._fetch(blocks)
+        if not self.batches:
+            reasons = self.engine.gather_objects(self.no_data and str(self.no_data))
+            if any(reasons):
+                raise DataError(next(reason for reason in reasons if reason))
+        flags = torch.zeros(len(Flag))
+        flags[Flag.NO_DATA] = self.no_data is not None
+        flags[Flag.STOPPING] = self.asked_to_stop() is not None
+        flags[Flag.BAD_SAMPLE] = self.bad_samples.has_unseen(bad for batch in batches for bad in batch.bad_samples)
+        flags[Flag.NOT_SAVED] = self.writer.failed()
+        self.batches = [self.module.draw(batch) for batch in batches] or self.batches
+        self.batches[-1] = replace(self.batches[-1], flags=flags)
+        on_gpu = self.engine.device.type == "cuda"
+        return [batch.pin_memory() for batch in self.batches] if on_gpu else self.batches
 
-    def _fetch(self, blocks: Iterator[UDABatch]) -> tuple[list[UDABatch], DataError | None]:
-        """Fetch this rank's micro-batches of the next step, or say why there are none."""
+    def _fetch(self, blocks: Iterator[UDABatch]) -> list[UDABatch]:
+        """Fetch this rank's micro-batches of the next step; none, and ``no_data``, if they cannot be had."""
         with self.phase("data"), self.step_log.waiting_for_data():
             try:
-                return [next(blocks) for _ in range(self.engine.accumulation)], None
+                if self.no_data is None:
+                    return [next(blocks) for _ in range(self.engine.accumulation)]
             except DataError as error:
-                return [], error
-
-    def _drawn(self, batch: UDABatch) -> UDABatch:
-        """Draw what the step of a batch draws, so that it goes to the device with the batch."""
-        batch = self.module.draw(batch)
-        return batch.pin_memory() if self.engine.device.type == "cuda" else batch
+                self.no_data = error
+        return []

@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,13 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     module = build_train_module(config, classes_without_data(config))
     engine.prepare(module, build_optimizer(module, config.optim))
     weight = mfm_weight(0, config.mfm)
-    updates = count(1)
 
     def step(batches: Sequence[UDABatch]) -> None:
         engine.set_learning_rates(1.0, {})
         for batch in batches:
             engine.forward_backward(batch.to(engine.device), weight)
-        if engine.step().applied:
-            engine.update_teacher(ema_decay_at(next(updates), config.self_training.ema_decay))
+        engine.step()
+        engine.update_teacher(ema_decay_at(engine.applied, config.self_training.ema_decay))
 
     writers: dict[Path, CheckpointWriter] = {}
 

@@ -25,6 +25,7 @@ from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, UserError
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.signals import end_process
+from mfm_dist.schedules import ema_decay_at
 from mfm_dist.storage import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -80,7 +81,7 @@ def count_state(config: RunConfig) -> dict[str, Any] | None:
         del batches, batch
         found["after backward"] = count.now()
         engine.step()
-        engine.update_teacher(0.99)
+        engine.update_teacher(ema_decay_at(engine.applied, 0.99))
         found["after step"] = count.now()
     found["gathered_peak_bytes"] = peak.bytes
     found["largest_parameter_bytes"] = max(4 * parameter_shape(p).numel() for p in module.parameters())

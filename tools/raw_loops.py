@@ -98,7 +98,7 @@ def ema(module: TrainModule, config: RunConfig) -> Callable[[], None]:
     pairs = list(module.teacher_pairs())
 
     def update() -> None:
-        decay = ema_decay_at(next(updates), config.self_training.ema_decay)
+        decay = float(ema_decay_at(next(updates), config.self_training.ema_decay))
         # Asked for each time: DeepSpeed may have moved the tensors.
         torch._foreach_lerp_([local_tensor(t) for _, t in pairs], [local_tensor(s) for s, _ in pairs], 1.0 - decay)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece, parameter_shape
+from mfm_dist.distributed.teacher import move_towards
 
 
 class BF16Engine(DeepSpeedEngine):
@@ -50,13 +51,13 @@ class BF16Engine(DeepSpeedEngine):
             self.set_parameter(teacher, whole)
 
     @torch.no_grad()
-    def update_teacher(self, decay: float) -> None:
+    def update_teacher(self, decay: Tensor) -> None:
         pieces = [
             (self._average[teacher], master)
             for teacher, student in self._student_of.items()
             for _, master in self._local_shards(student)
         ]
-        torch._foreach_lerp_([own for own, _ in pieces], [master for _, master in pieces], 1.0 - decay)
+        move_towards([master for _, master in pieces], [own for own, _ in pieces], self._new_share(decay))
         if self._is_stage_3:
             for teacher, own in self._average.items():
                 self._local_piece(teacher)[1].copy_(own)

@@ -1,6 +1,7 @@
 """Clipping under every engine, ZeRO too, and steps that must not be applied: a factor for each part of the gradient.
 
-``Engine.step`` multiplies the gradients by these factors; DeepSpeed's own clipping is off.
+``Engine.step`` multiplies the gradients by these factors; DeepSpeed's own clipping is off. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
@@ -33,27 +34,20 @@ def sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum().to(device)
 
 
-def clip_factors(norms: Tensor, limits: Sequence[float], global_limit: float) -> Tensor:
+def clip_factors(norms: Tensor, limits: Tensor, global_limit: float) -> Tensor:
     """Return what to multiply the gradient of each part with: [parts], at most 1.
 
     Args:
         norms: [parts], before clipping.
-        limits: largest norm of each part by itself; 0 for none.
+        limits: [parts], largest norm of each part by itself; infinite for none.
         global_limit: largest norm of all parts together, after that; 0 for none.
     """
-    each = torch.tensor([limit or math.inf for limit in limits], device=norms.device)
-    factors = (each / (norms + CLIP_EPSILON)).clamp(max=1.0)
+    factors = (limits / (norms + CLIP_EPSILON)).clamp(max=1.0)
     total = (norms * factors).norm()
     return factors * ((global_limit or math.inf) / (total + CLIP_EPSILON)).clamp(max=1.0)
 
 
-def nan_if_step_rejected(factors: Tensor, norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
-    """Return the factors, with NaN in their place if the step must not be applied.
-
-    A NaN reaches every gradient on every rank, and what is not finite no engine applies. Nothing here waits for the
-    device.
-    """
-    good = torch.isfinite(loss) & (loss <= ceilings.loss)
+def is_good(norms: Tensor, loss: Tensor, ceilings: Ceilings) -> Tensor:
+    """Tell, in a bool on the device, whether a step of these norms of parts and this loss is to be applied."""
     total = norms.norm()
-    good &= torch.isfinite(total) & (total <= ceilings.grad_norm)
-    return torch.where(good, factors, math.nan)
+    return torch.isfinite(loss) & (loss <= ceilings.loss) & torch.isfinite(total) & (total <= ceilings.grad_norm)

@@ -133,14 +133,16 @@ class DeepSpeedEngine(Engine):
     def replicates_gradients(self) -> bool:
         return False
 
-    def _update(self, factors: Tensor) -> bool:
+    def _update(self, good: Tensor, gradients: Sequence[Tensor]) -> None:
         zero: Any = self.optimizer
-        if self.config.memory.offload_optimizer and not bool(torch.isfinite(factors).all()):
+        if self.config.memory.offload_optimizer and not bool(good):
             # With offloading DeepSpeed judges by notes taken during the backward, not by the gradients themselves.
             zero.local_overflow = True
             zero.norm_for_param_grads = {key: torch.tensor(torch.inf) for key in zero.norm_for_param_grads}
         self._wrapped.step()  # type: ignore[operator]
-        return bool(self._wrapped.was_step_applied())  # type: ignore[operator]
+        if not self._wrapped.was_step_applied():  # type: ignore[operator]
+            # Its buffers are used again, and their padding is never written: no NaN may stay there.
+            torch._foreach_zero_(list(gradients))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,19 +17,41 @@ from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, is_good, sum_of_squares
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
 Result = TypeVar("Result")
 
 
+class HostCopy:
+    """Numbers on their way from the device to the host. Reading them waits for what came before them alone."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Return the numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimiser step."""
+    """What became of one optimiser step. All of it is on the device, but for what is on its way from there."""
 
-    applied: bool
-    """False when the loss or a gradient was not finite or above its ceiling: the weights are then as before."""
+    applied: Tensor
+    """Bool; False when the loss or a gradient was not finite or above its ceiling: the weights are then as before."""
+    flags: Tensor
+    """[n], how many ranks set each of the flags that ``step`` was given."""
+    verdict: HostCopy
+    """``applied`` and ``flags``: [1 + n]."""
     loss: Tensor
     """Mean over all micro-batches of the step, the same on every rank."""
     grad_norms: dict[str, Tensor]
@@ -55,6 +78,10 @@ class Engine:
         self._loss = torch.zeros((), device=self.device)
         """Sum over this rank's micro-batches of the step."""
         self._gradient_check: GradientCheck | None = None
+        self.applied = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Updates applied so far, those before a resume included."""
+        self._was_applied = torch.ones((), dtype=torch.bool, device=self.device)
+        """Whether the last one was."""
 
     @property
     def is_main(self) -> bool:
@@ -100,10 +127,15 @@ class Engine:
         """Add the gradient of a loss to those of the step, which is the mean over its micro-batches."""
         (loss / self.accumulation).backward()
 
-    def step(self, ceilings: Ceilings = Ceilings()) -> StepResult:  # noqa: B008 - it is frozen
+    def step(self, ceilings: Ceilings = Ceilings(), flags: Tensor | None = None) -> StepResult:  # noqa: B008 - frozen
         """Clip, update, clear. With a loss or gradient that is not finite or too large the weights stay as they are.
 
-        Clipped by ``train.clip_parts`` and ``train.clip_norm`` here, in the same way under every engine.
+        Clipped by ``train.clip_parts`` and ``train.clip_norm`` here, in the same way under every engine. On a GPU
+        nothing here waits for the device, but for what DeepSpeed does itself.
+
+        Args:
+            flags: [n] float32 on the device, 1 for what this rank has to tell all others; exchanged with the norms. If
+                the first one is set on any rank, the step is not applied.
         """
         assert self._pending == self.accumulation, "step() belongs after the last micro-batch of a step"
         self._finish_backward()
@@ -112,21 +144,36 @@ class Engine:
         share = 1.0 / self.world_size if self.replicates_gradients else 1.0
         squares = [share * sum_of_squares(gradients, self.device) for gradients in parts.values()]
         mean_loss = self._loss / (self.accumulation * self.world_size)
-        map_squares = cast(Any, self.module).pop_map_squares().to(self.device)
-        *squares, loss, method, mfm = self.sum(torch.cat([torch.stack([*squares, mean_loss]), map_squares]))
-        norms = torch.stack(squares).sqrt()
-        limits = [float(self.config.train.clip_parts.get(part, 0.0)) for part in parts]
-        factors = nan_if_step_rejected(clip_factors(norms, limits, self.config.train.clip_norm), norms, loss, ceilings)
+        map_squares = cast(Any, self.module).pop_map_squares()
+        flags = torch.zeros(1, device=self.device) if flags is None else flags
+        exchanged = self.sum(torch.cat([torch.stack([*squares, mean_loss]), map_squares, flags]))
+        norms, loss, map_squares, flags = exchanged.split([len(parts), 1, 2, len(flags)])
+        norms, loss = norms.sqrt(), loss.squeeze()
+        good = is_good(norms, loss, ceilings) & (flags[0] == 0)
+        # A NaN reaches every gradient on every rank, and what is not finite no engine applies.
+        factors = torch.where(good, clip_factors(norms, self._part_limits, self.config.train.clip_norm), math.nan)
         for gradients, factor in zip(parts.values(), factors, strict=True):
             if gradients:
                 torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         self._pending, self._loss = 0, torch.zeros_like(self._loss)
-        applied = self._update(factors)
-        if not applied:  # DeepSpeed uses its buffers again and never writes their padding: no NaN may stay there
-            for gradients in parts.values():
-                torch._foreach_zero_(gradients)
-        grad_norms = {**dict(zip(parts, norms, strict=True)), "total": norms.norm()}
-        return StepResult(applied, loss, grad_norms, torch.stack([method, mfm]).sqrt())
+        self._update(good, [gradient for gradients in parts.values() for gradient in gradients])
+        self._was_applied = good
+        self.applied += good
+        return StepResult(
+            applied=good,
+            flags=flags,
+            verdict=HostCopy(torch.cat([good[None].float(), flags])),
+            loss=loss,
+            grad_norms={**dict(zip(parts, norms, strict=True)), "total": norms.norm()},
+            map_norms=map_squares.sqrt(),
+        )
+
+    @cached_property
+    def _part_limits(self) -> Tensor:
+        """``train.clip_parts`` in the order of the parts; on the device, once."""
+        parts = dict.fromkeys(group["part"] for group in self.optimizer.param_groups)
+        limits = [float(self.config.train.clip_parts.get(part, 0.0)) or math.inf for part in parts]
+        return torch.tensor(limits, device=self.device)
 
     def update_squares(self, part: str) -> Tensor:
         """Sum squares over what this rank holds of a part of the module, so that sums over ranks are of the whole.
@@ -221,9 +268,16 @@ class Engine:
             dist.destroy_process_group()
 
     @torch.no_grad()
-    def update_teacher(self, decay: float) -> None:
-        """Average: teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32."""
-        update_teacher(self._teacher_pairs, decay)
+    def update_teacher(self, decay: Tensor) -> None:
+        """Average: teacher <- decay * teacher + (1 - decay) * student, parameters only, in fp32.
+
+        After a step that was not applied nothing moves.
+        """
+        update_teacher(self._teacher_pairs, self._new_share(decay))
+
+    def _new_share(self, decay: Tensor) -> Tensor:
+        """Return what the teacher takes from the student: a float32 scalar, 0 after a step that was not applied."""
+        return ((1.0 - decay) * self._was_applied).float()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         """Yield whole parameters in full precision, wherever their pieces are, one after another. Collective.
@@ -266,8 +320,9 @@ class Engine:
 
     @property
     def fuses_optimizer(self) -> bool:
-        """Whether the optimiser's step is one kernel, of a GPU that holds what it steps."""
-        return self.device.type == "cuda" and not self.config.memory.offload_optimizer
+        """Whether the optimiser's step is one kernel: AdamW's, on a GPU that holds what it steps."""
+        on_gpu = self.device.type == "cuda" and not self.config.memory.offload_optimizer
+        return on_gpu and self.config.optim.name == "adamw"
 
     def _step_count(self, applied: int, device: torch.device) -> Tensor:
         """Return AdamW's count of steps, which lies beside the weights where it is fused and on the CPU otherwise."""
@@ -295,13 +350,15 @@ class Engine:
         """Whether every rank holds every gradient whole, and so the optimiser's state."""
         return True
 
-    def _update(self, factors: Tensor) -> bool:
-        """Step the optimiser with the gradients as they are, unless they are not finite; tell whether it did."""
-        applied = bool(torch.isfinite(factors).all())
-        if applied:
+    def _update(self, good: Tensor, gradients: Sequence[Tensor]) -> None:  # noqa: ARG002 - DeepSpeed's are its own
+        """Step the optimiser with the gradients as they are if they are good, and forget them."""
+        if self.fuses_optimizer:
+            # The kernel looks itself, and leaves all as it is where something was found.
+            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(good):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return applied
 
     @cached_property
     def _teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:

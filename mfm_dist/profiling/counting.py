@@ -176,6 +176,23 @@ def build_without_storage(config: RunConfig) -> TrainModule:
         return build_train_module(without_weights(config), classes_without_data(config))
 
 
+def blank_batch(config: RunConfig, block: int) -> UDABatch:
+    """Return a micro-batch of zeros."""
+    batch, (height, width) = config.train.micro_batch, config.data.crop
+    image = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    label = torch.zeros(batch, height, width, dtype=torch.uint8)
+    few = bool(config.data.target_labelled)
+    return UDABatch(
+        source_image=image,
+        source_label=label,
+        target_image=image.clone(),
+        target_valid=torch.ones(batch, height, width, dtype=torch.bool),
+        labelled_target_image=image.clone() if few else None,
+        labelled_target_label=label.clone() if few else None,
+        block=block,
+    )
+
+
 def with_zeros(module: nn.Module) -> nn.Module:
     """Return a copy on the CPU, every number zero."""
     copy = deepcopy(module).to_empty(device="cpu")

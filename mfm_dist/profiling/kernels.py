@@ -6,14 +6,16 @@ Every operator that is no view is one kernel; a fused or for-each operator of th
 may cut it in several. In bf16, types are cast as CUDA's autocast does, whose lists differ from a CPU's; attention is
 one operator. Of a micro-batch that draws jitter and blur. What it says of time is a bound: no kernel is faster than
 its bytes and FLOP allow. torch.compile and CUDA graphs, which fuse and batch kernels, are not seen.
+Where the host would wait for the device is looked for in a second step, a real one, of small images.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
@@ -31,11 +33,12 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.config.arguments import add_run_arguments
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.clipping import Ceilings, clip_factors, nan_if_step_rejected, sum_of_squares
+from mfm_dist.distributed.clipping import Ceilings, clip_factors, is_good, sum_of_squares
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
-from mfm_dist.profiling.counting import build_without_storage
+from mfm_dist.profiling.counting import blank_batch, build_without_storage
+from mfm_dist.profiling.host_syncs import DEEPSPEED, OPTIMIZER, OURS, HostSyncs, count_host_syncs
 from mfm_dist.profiling.records import write_record
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.train_module import TrainModule
@@ -244,7 +247,7 @@ def count_kernels(config: RunConfig) -> StepCount:
         with counter.within("optimiser"):
             optimizer.step()
         with counter.within("EMA"), torch.no_grad():
-            update_teacher(list(module.teacher_pairs()), config.self_training.ema_decay)
+            update_teacher(list(module.teacher_pairs()), torch.zeros(()))
     del counter.parts["first step alone"]
     return StepCount(counter.parts, saved.bytes)
 
@@ -257,21 +260,7 @@ def _drawn_batch(module: TrainModule) -> UDABatch:
         if draws[0] < settings.jitter_prob and draws[1] < settings.blur_prob:
             block = number
             break
-    batch, (height, width) = config.train.micro_batch, config.data.crop
-    image = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
-    label = torch.zeros(batch, height, width, dtype=torch.uint8)
-    few = bool(config.data.target_labelled)
-    return module.draw(
-        UDABatch(
-            source_image=image,
-            source_label=label,
-            target_image=image,
-            target_valid=torch.ones(batch, height, width, dtype=torch.bool),
-            labelled_target_image=image if few else None,
-            labelled_target_label=label if few else None,
-            block=block,
-        )
-    )
+    return module.draw(blank_batch(config, block))
 
 
 def _watch_parts(counter: Counter, module: TrainModule) -> None:
@@ -292,8 +281,9 @@ def _clip(optimizer: torch.optim.Optimizer, loss: Tensor, config: RunConfig) -> 
     for group in optimizer.param_groups:
         parts.setdefault(group["part"], []).extend(p.grad for p in group["params"] if p.grad is not None)
     norms = torch.stack([sum_of_squares(gradients, loss.device) for gradients in parts.values()]).sqrt()
-    limits = [float(config.train.clip_parts.get(part, 0.0)) for part in parts]
-    factors = nan_if_step_rejected(clip_factors(norms, limits, config.train.clip_norm), norms, loss, Ceilings())
+    good = is_good(norms, loss, Ceilings())
+    limits = norms.new_full((len(parts),), math.inf)
+    factors = torch.where(good, clip_factors(norms, limits, config.train.clip_norm), math.nan)
     for gradients, factor in zip(parts.values(), factors, strict=True):
         torch._foreach_mul_(gradients, factor)
 
@@ -320,7 +310,22 @@ def roofline_ms(count: Count, card: str, precision: str) -> float:
     return 1000 * max(count.bytes / bandwidth, count.flop / (bf16 if precision == "bf16" else fp32))
 
 
-def as_record(counted: StepCount, config: RunConfig, card: str) -> dict[str, Any]:
+def small_step(path: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration with the smallest images that its networks take; what waits does not depend on them."""
+    config = load_config(path, overrides)
+    for factor in (8, 4, 2):
+        (height, width), (rows, columns) = config.data.crop, config.rebuilder.grid
+        smaller = [
+            f"data.crop=[{height // factor},{width // factor}]",
+            f"rebuilder.grid=[{rows // factor},{columns // factor}]",
+        ]
+        if height % (64 * factor) == width % (64 * factor) == rows % factor == columns % factor == 0:
+            with suppress(ConfigError):
+                return load_config(path, [*overrides, *smaller])
+    return config
+
+
+def as_record(counted: StepCount, syncs: HostSyncs, config: RunConfig, card: str) -> dict[str, Any]:
     """Return plain numbers: those of the whole step at the top, and of its parts by name."""
 
     def numbers(count: Count) -> dict[str, Any]:
@@ -330,6 +335,11 @@ def as_record(counted: StepCount, config: RunConfig, card: str) -> dict[str, Any
     return {
         **numbers(counted.whole),
         "saved_bytes": counted.saved_bytes,
+        "host_syncs": syncs.of(OURS),
+        "host_syncs_apart": {whose: syncs.of(whose) for whose in (DEEPSPEED, OPTIMIZER)},
+        "host_sync_places": {
+            f"{sync.place} {sync.kind}": number for sync, number in syncs.found.items() if sync.whose == OURS
+        },
         "card": card,
         "precision": config.train.precision,
         "parts": {name: numbers(part) for name, part in counted.parts.items()},
@@ -350,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides += [f"train.precision={arguments.precision}"] if arguments.precision else []
     try:
         config = load_config(arguments.config, overrides)
-        record = as_record(count_kernels(config), config, arguments.card)
+        small = small_step(arguments.config, overrides)
+        syncs = count_host_syncs(small, [blank_batch(small, block) for block in range(2)])
+        record = as_record(count_kernels(config), syncs, config, arguments.card)
         if arguments.json:
             words = ["tools/count_kernels.py", *(sys.argv[1:] if argv is None else argv)]
             write_record(arguments.json, words, ("torch", "timm"), **record)
@@ -369,6 +381,9 @@ def _print(record: Mapping[str, Any]) -> None:
             f"{part['flop'] / 1e12:>7.2f} {part['roofline_ms']:>10.2f}"
         )
     print(f"saved for the backward: {record['saved_bytes'] / 2**30:.2f} GiB; the bound is that of one {record['card']}")
+    print(
+        f"the host waits for the device at {record['host_syncs']}: {', '.join(record['host_sync_places']) or 'nowhere'}"
+    )
 
 
 if __name__ == "__main__":

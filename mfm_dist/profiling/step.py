@@ -115,6 +115,7 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
         trainer.progress.step = 0  # the schedule may be shorter than the measurement
         clock.start()
         trainer.train_step(batches)
+        trainer.settle(leave=1)
         clock.mark("optimiser + EMA")
 
     return Setting(module, engine_step, bare_twin(config, module, engine), clock)
@@ -142,7 +143,8 @@ def bare_twin(config: RunConfig, module: TrainModule, engine: Engine) -> StepFun
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if averaged:
-            torch._foreach_lerp_(averaged, current, 1.0 - ema_decay_at(next(updates), config.self_training.ema_decay))
+            decay = ema_decay_at(next(updates), config.self_training.ema_decay)
+            torch._foreach_lerp_(averaged, current, 1.0 - float(decay))
 
     return step
 

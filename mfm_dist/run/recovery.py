@@ -26,11 +26,11 @@ def ceilings(progress: Progress, settings: RecoverySection) -> Ceilings:
     )
 
 
-def record_applied(progress: Progress, settings: RecoverySection, result: StepResult) -> None:
-    """Count the step that ends with ``progress.step`` as applied."""
+def record_applied(progress: Progress, settings: RecoverySection, result: StepResult, step: int) -> None:
+    """Count the step that ends with ``step`` as applied."""
     progress.applied += 1
     progress.skipped = 0
-    if progress.step > progress.furthest_failed_step:
+    if step > progress.furthest_failed_step:
         progress.rollbacks = 0
     if settings.spike_factor:
         progress.losses = [*progress.losses, float(result.loss)][-settings.spike_window :]

@@ -29,8 +29,8 @@ from mfm_dist.run.folder import RunFolder, write_outcome
 from mfm_dist.storage import read_whole
 
 Phase = Literal["start", "loop", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
-"""What a rank is about. ``loop``: between two of the others; ``agreement``: it has its data and waits until all do;
-``micro-batch``: forward, backward; ``compile``: the first of these, if it compiles the networks."""
+"""What a rank is about. ``loop``: between two of the others; ``micro-batch``: forward, backward; ``compile``: the first
+of these, if it compiles the networks; ``agreement``: it reads what all ranks said in a step, and what became of it."""
 SLOW: frozenset[Phase] = frozenset({"start", "compile", "save"})
 """Phases with a single step that may take long and cannot say that it moves: a large file read or written."""
 SLOW_FACTOR = 6

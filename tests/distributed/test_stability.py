@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.runs import run_train, tiny_overrides
+from tests.helpers.runs import assert_equal_bits, run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 PLANTED = "tests.distributed.train_with_bad_gradients"
@@ -31,9 +31,12 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {f"{f.stem}/{name}": t for f in checkpoint.glob("*.safetensors") for name, t in load_file(f).items()}
 
 
-def disturbed(run: Path, scenes: Path, blocks: str, kind: str, *overrides: str, launch: str | None) -> Any:
+def disturbed(
+    run: Path, scenes: Path, blocks: str, kind: str, *overrides: str, launch: str | None, **environment: str
+) -> Any:
     arguments = [*tiny_overrides(scenes, run), *LENGTH, *overrides]
-    return run_train(arguments, launch=launch, module=PLANTED, environment={"BAD_BLOCKS": blocks, "BAD_KIND": kind})
+    planted = {"BAD_BLOCKS": blocks, "BAD_KIND": kind, **environment}
+    return run_train(arguments, launch=launch, module=PLANTED, environment=planted)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,22 @@ def test_all_ranks_skip_and_go_back_together(
     assert all(bool(t.isfinite().all()) for t in tensors(run / "checkpoints" / "step_00000012").values())
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13)), "what was given up is forgotten"
+
+
+def test_a_step_for_which_a_rank_has_no_data_is_none(scenes: Path, tmp_path: Path) -> None:
+    """Rank 1 has none from the fourth on, and the third is skipped; the same command goes on as if undisturbed."""
+    run, other = tmp_path / "run", tmp_path / "undisturbed"
+    for folder, lost in ((run, "6"), (run, "1000"), (other, "1000")):
+        again = folder == run and lost == "1000"
+        completed = disturbed(folder, scenes, "5", "loss", "train.steps=6", launch="cpu_ddp", NO_DATA_FROM=lost)
+        assert (completed.returncode == 0) == (lost != "6"), completed.stderr[-3000:]
+        if lost == "6":
+            assert "the disk with the shards is gone" in completed.stderr
+            outcome = json.loads((run / "outcome.json").read_text())
+            assert (outcome["code"], outcome["step"]) == (3, 3), "what a step without data did is not counted"
+            assert not (run / "checkpoints" / "step_00000004").exists()
+        assert [event["step"] for event in of_kind(folder, "skipped_step")] == ([3, 3] if again else [3])
+    assert_equal_bits(run, other, step=6)
 
 
 def test_going_back_restores_every_bit(scenes: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def main(overrides: list[str]) -> None:
             inputs = torch.randn(4, 33, generator=torch.Generator().manual_seed(number))
             engine.forward_backward(inputs, 1.0)  # type: ignore[arg-type]
         assert engine.step().applied
-        engine.update_teacher(DECAY)
+        engine.update_teacher(torch.tensor(DECAY))
         for kept, rounded, now in zip(exact, coarse, engine.full_parameters(students), strict=True):
             kept.lerp_(now.double(), 1.0 - DECAY)
             rounded.lerp_(now.bfloat16(), 1.0 - DECAY)

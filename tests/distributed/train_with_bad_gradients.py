@@ -1,20 +1,26 @@
-"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient (BAD_KIND)."""
+"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient (BAD_KIND), and on
+rank 1 there is no data from block NO_DATA_FROM on, if that is set."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from mfm_dist import train
+from mfm_dist import train, trainer
+from mfm_dist.batch import UDABatch
+from mfm_dist.errors import DataError
 from mfm_dist.run.signals import end_process
 from mfm_dist.train_module import StepOutput, TrainModule
 
 BAD = {int(block) for block in os.environ["BAD_BLOCKS"].split(",")}
 KIND = os.environ["BAD_KIND"]
 
-honest_forward = TrainModule.forward
+NO_DATA_FROM = int(os.environ.get("NO_DATA_FROM", sys.maxsize))
+
+honest_forward, honest_pipeline = TrainModule.forward, trainer.train_pipeline
 
 
 def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepOutput:
@@ -27,6 +33,14 @@ def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepO
     return replace(output, total=output.total * {"loss": float("nan"), "spike": 1000.0}[KIND])
 
 
+def pipeline_that_ends(*arguments: Any, **named: Any) -> Iterator[UDABatch]:
+    for batch in honest_pipeline(*arguments, **named):
+        if os.environ.get("RANK") == "1" and batch.block >= NO_DATA_FROM:
+            raise DataError("the disk with the shards is gone")
+        yield batch
+
+
 if __name__ == "__main__":
+    trainer.train_pipeline = pipeline_that_ends  # type: ignore[assignment]
     TrainModule.forward = forward_with_faults  # type: ignore[method-assign]
     end_process(train.main(sys.argv[1:]))
