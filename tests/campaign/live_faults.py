@@ -344,14 +344,15 @@ def environments(tree: Path, work: Path, form: str) -> list[dict[str, str]]:
         launch_file = str(tree / "configs" / "accelerate" / f"{form}.yaml")
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
         command += ["--config_file", launch_file, str(work / "tell.py")]
-        (work / "tell.py").write_text("import json, os\nprint('ENV ' + json.dumps(dict(os.environ)), flush=True)\n")
-        told = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout
-        ranks = [json.loads(line.partition("ENV ")[2]) for line in told.splitlines() if "ENV " in line]
+        code = "import json, os\njson.dump(dict(os.environ), open(f'{__file__}.' + os.environ['RANK'], 'w'))\n"
+        (work / "tell.py").write_text(code)
+        subprocess.run(command, cwd=tree, capture_output=True, check=True)
+        ranks = [read_json(work / f"tell.py.{rank}") for rank in range(2)]
         ours = re.compile("ACCELERATE_|TORCHELASTIC_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME|OMP_")
         ranks = [{name: value for name, value in rank.items() if ours.match(name)} for rank in ranks]
         for rank in ranks:
             rank["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # here rank 0 has the store
-        file.write_text(json.dumps(sorted(ranks, key=lambda rank: int(rank["RANK"]))))
+        file.write_text(json.dumps(ranks))
     return list(json.loads(file.read_text()))
 
 
