@@ -21,6 +21,9 @@ CHUNK_BYTES = 1 << 20
 LARGEST_FILE = 64 << 20
 """Bytes of the largest file that is read whole; the manifest of 50,000 shards has as many."""
 
+OF_KERNEL = 1 << 20
+"""Bytes of the largest file in /proc that is read; asked for some millions, the kernel refuses (ENOMEM)."""
+
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from mfm_dist.errors import EXIT_CONFIG, EXIT_STORAGE, ConfigError, CorruptFileError, StorageError
 from mfm_dist.run.folder import LEASE
-from mfm_dist.storage import read_json, read_text, read_whole
+from mfm_dist.storage import OF_KERNEL, read_json, read_text, read_whole
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 100.0
@@ -186,7 +186,7 @@ def _pid_namespace() -> str | None:
     """Return where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
     with suppress(OSError):
         if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
-            boot = read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
+            boot = read_text(Path("/proc/sys/kernel/random/boot_id"), OF_KERNEL).strip()
             return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     return None
 
@@ -194,7 +194,7 @@ def _pid_namespace() -> str | None:
 def _process_start_time(process: int) -> int | None:
     """Return when a process began, in ticks since the machine did; None if it has ended, also as a zombie."""
     with suppress(OSError):
-        stat = read_whole(Path(f"/proc/{process}/stat")).decode(errors="replace")
+        stat = read_whole(Path(f"/proc/{process}/stat"), OF_KERNEL).decode(errors="replace")
         fields = stat.rpartition(")")[2].split()  # from the third on; the second is its name
         return None if fields[0] in "ZX" else int(fields[19])
     return None

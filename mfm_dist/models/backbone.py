@@ -266,10 +266,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         content: object
+        file = require_regular(path)
         if path.suffix == ".safetensors":
-            content = load_file(require_regular(path))
+            content = load_file(file)
         else:
-            content = torch.load(require_regular(path), map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(
             f"model.weights: {path} cannot be read as safetensors or as a torch file that holds tensors only "

@@ -29,7 +29,7 @@ from mfm_dist.optim import build_optimizer
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.watchdog import Watchdog
 from mfm_dist.schedules import ema_decay_at, mfm_weight
-from mfm_dist.storage import read_json, read_text
+from mfm_dist.storage import OF_KERNEL, read_json, read_text
 from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer
 
@@ -283,6 +283,6 @@ def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the CPU's name where Linux tells it."""
     info = Path("/proc/cpuinfo")
-    lines = read_text(info).splitlines() if info.exists() else []
+    lines = read_text(info, OF_KERNEL).splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

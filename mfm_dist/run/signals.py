@@ -21,7 +21,7 @@ from typing import NoReturn
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import EXIT_STOPPED, CorruptFileError
 from mfm_dist.run.folder import write_outcome
-from mfm_dist.storage import read_whole
+from mfm_dist.storage import OF_KERNEL, read_whole
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -148,6 +148,6 @@ def _is_orphan() -> bool:
 
 def _read(process: int, entry: str) -> str:
     try:
-        return read_whole(Path(f"/proc/{process}/{entry}")).decode(errors="replace")
+        return read_whole(Path(f"/proc/{process}/{entry}"), OF_KERNEL).decode(errors="replace")
     except (OSError, CorruptFileError):
         return ""
