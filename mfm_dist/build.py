@@ -20,7 +20,8 @@ from mfm_dist.data.streaming import ShardStream
 from mfm_dist.errors import ConfigError, UserError, first_line, joined
 from mfm_dist.methods import build_method
 from mfm_dist.methods.mfm import PATCH
-from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, recompute
+from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, find_parts, recompute
+from mfm_dist.models.compiling import compile_blocks
 from mfm_dist.models.hrda import SCALE, build_segmentor
 from mfm_dist.models.lora import add_lora
 from mfm_dist.models.rebuilder import Rebuilder
@@ -158,6 +159,8 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
     torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 0))
     try:
         student = build_student(config, classes)
+        if config.train.compile:
+            compile_blocks([*(find_parts(student.backbone.net) or [student.backbone.net]), *student.heads])
         if config.memory.checkpoint_backbone:
             checkpoint_blocks(student.backbone)
     except ConfigError as error:
@@ -166,6 +169,8 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
         # A seed of its own: with or without MFM, a student starts from the same weights.
         torch.manual_seed(keyed_seed(config.seed, Stream.INITIAL_WEIGHTS, 1))
         rebuilder = build_rebuilder(config, student)
+        if config.train.compile:
+            compile_blocks([*rebuilder.blocks, *rebuilder.readout])
         if config.memory.checkpoint_rebuilder:
             recompute([*rebuilder.blocks, *rebuilder.readout])
     if method is not None and method.needs_initial_encoder and not classes.things:
@@ -178,10 +183,7 @@ def build_train_module(config: RunConfig, classes: ClassSet) -> TrainModule:
         problems.append(f"train.encode_once=always: {reason}; auto encodes once where that changes nothing")
     if problems or method is None or student is None:
         raise ConfigError(problems)
-    module = TrainModule(student=student, rebuilder=rebuilder, method=method, config=config, classes=classes)
-    if config.train.compile:
-        compile_networks(module)
-    return module
+    return TrainModule(student=student, rebuilder=rebuilder, method=method, config=config, classes=classes)
 
 
 @torch.no_grad()
@@ -207,23 +209,6 @@ def check_shapes(module: TrainModule) -> None:
             f"the networks cannot take crops of data.crop={crop[0]}x{crop[1]} ({type(error).__name__}: "
             f"{first_line(error)[:300]}): change it, or model.backbone_options or model.decoder_options"
         ) from error
-
-
-def compile_networks(module: TrainModule) -> None:
-    """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile, at their first forward.
-
-    Names and weights stay.
-
-    Dropout draws torch's own numbers, so that a compiled run sees the same ones as any other.
-    """
-    segmentors = [module.student] if module.teacher is None else [module.student, module.teacher.segmentor]
-    parts = [part for segmentor in segmentors for part in (segmentor.backbone, *segmentor.heads)]
-    if module.initial_encoder is not None:
-        parts.append(module.initial_encoder.backbone)
-    if module.rebuilder is not None:
-        parts += [*module.rebuilder.blocks, *module.rebuilder.readout]
-    for part in parts:
-        part.compile(dynamic=False, options={"fallback_random": True})
 
 
 def open_readers(config: RunConfig) -> Readers:

@@ -32,21 +32,40 @@ def whole_folder(final: Path) -> Iterator[Path]:
     If the block raises, nothing of it is left, and a ``final`` that was there before still is. The folder that it is
     in has to be there: one that somebody removed does not come back.
     """
-    temporary = final.with_name(f".{final.name}.tmp")
-    replaced = final.with_name(f".{final.name}.old")
-    _remove(temporary)
+    temporary = temporary_folder(final)
     try:
-        temporary.mkdir()
+        make_empty(temporary)
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
             fsync(path)
+        put_in_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def temporary_folder(final: Path) -> Path:
+    """Return where a folder is filled before it gets its name."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+def make_empty(folder: Path) -> None:
+    """Make a folder, in place of what a kill left behind there. The one that it is in has to be there."""
+    _remove(folder)
+    folder.mkdir()
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its name, in place of what has it. If that fails, ``final`` is back."""
+    replaced = final.with_name(f".{final.name}.old")
+    try:
+        fsync(temporary)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         temporary.rename(final)
         fsync(final.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         raise

@@ -37,7 +37,7 @@ from mfm_dist.errors import (
     first_line,
     joined,
 )
-from mfm_dist.run.folder import OUTCOME, RunFolder, storage_error, write_outcome
+from mfm_dist.run.folder import LEASE, OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
 from mfm_dist.storage import read_json
 
@@ -89,7 +89,7 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     """
     # Not at the top: these imports take seconds, and by now signals are heard.
     from mfm_dist.build import build_train_module, open_readers, render_scenes
-    from mfm_dist.checkpoint.resume import check_resumable, find_resumable
+    from mfm_dist.checkpoint.resume import check_resumable, load_newest
     from mfm_dist.cluster.lease import Lease
     from mfm_dist.distributed.start import start_engine
     from mfm_dist.optim import build_optimizer
@@ -101,12 +101,14 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
         engine.run_collectively(run.create)
+        held = engine.from_main((run.path / LEASE).read_text)
+        engine.run_collectively(lambda: run.check_shared(held, engine.rank))
         stop.owns_folder = True
         if engine.from_main(lambda: report_finished(config, run)):
             yield None
         else:
             with closing(watch_run(run, engine, config.watchdog.seconds)) as watchdog:
-                say(f"training in {engine.place}, {config.train.precision}")
+                say(f"training in {engine.place}, {engine.arithmetic}")
                 with watchdog.phase("start", 0):
                     engine.from_main(lambda: render_scenes(config))
                     readers = engine.run_collectively(lambda: open_readers(config))
@@ -115,16 +117,17 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
                     module = build_train_module(config, readers.classes)
                     fingerprints = {**readers.fingerprints, **module.fingerprints()}
                 with watchdog.phase("start", 0):
-                    # Rank 0 looks for all: reading everything once is enough, and no rank starts from another step.
-                    checkpoint = engine.from_main(lambda: find_resumable(run.checkpoints, say))
-                    if checkpoint is not None:
-                        say(f"resuming {checkpoint.path}")
-                        check_resumable(checkpoint, config, fingerprints, readers.classes, say)
-                with watchdog.phase("start", 0):
                     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
                     trainer = Trainer(engine, module, readers, run, fingerprints, watchdog, lambda: stop.name)
-                    if checkpoint is not None:
+
+                    def resume(checkpoint: Checkpoint) -> None:
+                        say(f"resuming {checkpoint.path}")
+                        check_resumable(checkpoint, config, fingerprints, readers.classes, say)
                         trainer.resume(checkpoint)
+
+                with watchdog.phase("start", 0):
+                    checkpoint = load_newest(run.checkpoints, engine, resume, say)
+                    if checkpoint is not None:
                         engine.run_collectively(lambda: set_aside(checkpoint, run, say))
                     start, classes = trainer.progress.step, readers.classes
                     engine.run_collectively(lambda: run.begin(config, classes, engine.environment, start))
@@ -157,7 +160,7 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     Raises:
         ConfigError: if it is the run of another configuration.
     """
-    from mfm_dist.checkpoint.files import read_checkpoint, step_folder
+    from mfm_dist.checkpoint.files import DamagedCheckpointError, read_checkpoint, step_folder
     from mfm_dist.checkpoint.resume import check_resumable
 
     step = config.train.steps
@@ -165,7 +168,7 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
         score = read_json(run.evaluation(step))["miou"]
         miou = None if score is None else float(score)
         checkpoint = read_checkpoint(step_folder(run.checkpoints, step))
-    except (OSError, ValueError, KeyError, TypeError, CorruptFileError):
+    except (OSError, ValueError, KeyError, TypeError, CorruptFileError, DamagedCheckpointError):
         return False  # something is left to do, or to mend
     named = config.data.classes
     check_resumable(checkpoint, config, {}, load_class_set(named) if named else checkpoint.classes)
@@ -186,6 +189,7 @@ def check(config: RunConfig) -> None:
 
     errors: list[UserError] = []
     module = None
+    config = replace(config, train=replace(config.train, compile=False))  # nothing is computed here
     if problems := tracker_problems(config):
         errors.append(ConfigError(problems))
     try:

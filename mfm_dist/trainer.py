@@ -15,8 +15,9 @@ from torch import Tensor
 from mfm_dist.batch import UDABatch
 from mfm_dist.build import Readers, train_pipeline
 from mfm_dist.checkpoint.contents import load_state
-from mfm_dist.checkpoint.files import Checkpoint, find_sound
+from mfm_dist.checkpoint.files import Checkpoint, sound_first
 from mfm_dist.checkpoint.progress import Progress
+from mfm_dist.checkpoint.resume import load_newest
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
@@ -134,7 +135,8 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. Collective."""
-        self._load(checkpoint)
+        read = self.engine.gather_objects(self._load(checkpoint))
+        self.run.event("resume", step=checkpoint.progress.step, path=checkpoint.path.name, read_bytes=read)
         if checkpoint.world_size != self.engine.world_size:
             self.console.line(
                 f"  written by {checkpoint.world_size} processes, read by {self.engine.world_size}: all go on from the "
@@ -311,11 +313,15 @@ class Trainer:
         before = progress.rollback_step if progress.rollbacks else None
         with self.phase("save"):
             self.writer.wait()
-            checkpoint = self.engine.from_main(lambda: find_sound(run.checkpoints, before, self.console.line))
+            checkpoint = load_newest(
+                run.checkpoints,
+                self.engine,
+                self._load,
+                self.console.line,
+                order=lambda folder, report: sound_first(folder, before, report),
+            )
             # Before the first checkpoint the weights are all there is; no skipped step has touched them.
             back = gone_back(progress, checkpoint.progress if checkpoint else progress)
-            if checkpoint is not None:
-                self._load(checkpoint)
         run.event("rollback", step=progress.step, to_step=back.step, reason=self.skipped.reason)
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
@@ -325,10 +331,11 @@ class Trainer:
         self.saved_step = self.audited_step = -1
         self.save()
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        """Put back what a checkpoint holds. Collective."""
-        load_state(checkpoint, self.module, self.engine)
+    def _load(self, checkpoint: Checkpoint) -> int:
+        """Put back what a checkpoint holds, and return the bytes that this rank read. Collective."""
+        read = load_state(checkpoint, self.module, self.engine)
         self.engine.applied.fill_(checkpoint.progress.applied)
+        return read
 
     def log(self) -> None:
         """Log the steps since the last line."""

@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mfm_dist.checkpoint.files import Checkpoint
+from mfm_dist.checkpoint.files import Checkpoint, Snapshot, file_of, naming
+from mfm_dist.checkpoint.pieces import Piece, PieceReader, Place, TensorSpec, as_bytes, check_cover
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.train_module import TrainModule
 
-PARTS = ("student", "teacher", "rebuilder", "optimizer", "buffers")
-"""Files of tensors that a checkpoint may have; what a run does not train with has none."""
+PARTS = ("student", "teacher", "rebuilder", "optimizer")
+"""What the tensors of a checkpoint may be of; what a run does not train with is not there."""
 OPTIMIZER_STATES = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 """What ``optim.name`` keeps of each parameter, in fp32."""
+BUCKET_BYTES = 64 << 20
+"""Bytes that the ranks put together at a time when they load, unless a single tensor has more."""
 
 
-def collect(module: TrainModule, engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Return everything a checkpoint holds, by file and tensor name, copied to the CPU memory of rank 0. Collective.
+def collect(module: TrainModule, engine: Engine, *, copy: bool) -> Snapshot:
+    """Return what this rank has to write: its own pieces, or of what all ranks hold an even share. Collective.
 
-    Training may go on as soon as this returns: no tensor of it is shared with the module or the optimiser.
+    Args:
+        copy: give copies in the memory of the CPU, so that training may go on while they are written.
     """
 
-    def keep(tensor: Tensor) -> Tensor:
-        """Copy a tensor where it is written, also one that is on the CPU already; elsewhere drop it at once."""
-        if not engine.is_main:
-            return torch.empty(0)
-        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    def keep(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.detach().to("cpu", dtype, copy=True) if copy else tensor.detach().to(dtype)
 
-    files: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
+    specs: dict[str, TensorSpec] = {}
+    pieces: list[Piece] = []
+
+    def add(name: str, shape: torch.Size, held: list[tuple[slice, Tensor]]) -> None:
+        specs[name] = TensorSpec(torch.float32, shape)
+        pieces.extend(Piece(name, place.start, keep(values, torch.float32)) for place, values in held)
+
     for part, prefix in parts(module).items():
-        file, _, _ = prefix.partition(".")
-        parameters = dict(part.named_parameters())
-        for name, whole in zip(parameters, engine.full_parameters(parameters.values()), strict=True):
-            files[file][name] = keep(whole)
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        for name, state in zip(trained, engine.optimizer_states(trained.values()), strict=True):
-            files["optimizer"] |= {f"{prefix}.{name}/{key}": keep(value) for key, value in state.items()}
-    own = {name: buffer.to("cpu", copy=True) for name, buffer in module.student.named_buffers()}
-    everyone: list[dict[str, Tensor]] = engine.gather_objects(own)
-    for name, buffer in own.items():
-        mean = torch.stack([buffers[name].double() for buffers in everyone]).mean(0)
-        files["student"][name] = mean.to(buffer.dtype)
-        files["buffers"] |= {f"{rank}/{name}": buffers[name] for rank, buffers in enumerate(everyone)}
-    return {file: tensors for file, tensors in files.items() if tensors} if engine.is_main else {}
+        for name, parameter in part.named_parameters():
+            add(f"{prefix.partition('.')[0]}/{name}", parameter_shape(parameter), engine.parameter_pieces(parameter))
+        for name, parameter in part.named_parameters():
+            if parameter.requires_grad:
+                for key, held in engine.optimizer_pieces(parameter).items():
+                    add(f"optimizer/{prefix}.{name}/{key}", parameter_shape(parameter), held)
+    buffers = {f"student/{name}": buffer for name, buffer in module.student.named_buffers()}
+    specs |= {name: TensorSpec(buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
+    if buffers:
+        flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers.values()])
+        means = engine.mean_on_main(flat).split([buffer.numel() for buffer in buffers.values()])
+        if engine.is_main:
+            pieces += [Piece(name, 0, keep(mean, specs[name].dtype)) for name, mean in zip(buffers, means, strict=True)]
+    own = [Piece(name, 0, keep(buffer.flatten(), buffer.dtype)) for name, buffer in buffers.items()]
+    return Snapshot(tensors=specs, pieces=pieces, buffers=own)
 
 
 def parts(module: TrainModule) -> dict[nn.Module, str]:
@@ -61,51 +71,164 @@ def parts(module: TrainModule) -> dict[nn.Module, str]:
     return named
 
 
-def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
-    """Put everything back, after the engine wrapped the module. Collective.
+def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> int:
+    """Put everything back, after the engine wrapped the module, and return the bytes that this rank read. Collective.
+
+    The ranks read the checkpoint once between them, an even share each, and pass on what they read; what a run on
+    1,024 ranks reads is what one rank would.
 
     Each rank gets its own BatchNorm statistics back if there are as many ranks as wrote the checkpoint. Otherwise all
     go on from the mean, which is what evaluation scores: no score changes with the number of processes.
 
     Raises:
-        ConfigError: if the checkpoint is of another network.
+        ConfigError: if the checkpoint is of another network; nothing is changed then. Or if its numbers are not what a
+            run writes.
+        DamagedCheckpointError: on every rank, if a file is not as it was written. A part may be in place by then.
     """
-    same_world = checkpoint.world_size == engine.world_size
-    load_modules(checkpoint, module, put=engine.set_parameter, statistics_of=engine.rank if same_world else None)
-    load_optimizer(checkpoint, module, engine)
+    put = _targets(checkpoint, module, engine)
+    reader = checkpoint.reader()
+    for name, whole in _whole_tensors(checkpoint, reader, engine):
+        # Training never looks at running statistics, which one bad batch can spoil.
+        if name not in put.setters:  # of a part that this run trains without
+            continue
+        if name in put.finite:
+            negative = [f"{name} holds numbers below 0"] if name.endswith("_sq") and (whole < 0).any() else []
+            _refuse(checkpoint.path, [*not_finite({name: whole}), *negative])
+        put.setters[name](whole)
+    if checkpoint.world_size == engine.world_size:
+        own = engine.run_collectively(lambda: checkpoint.buffers(engine.rank))
+        for name, buffer in module.student.named_buffers():
+            buffer.copy_(own[name])
+        reader.bytes_read += checkpoint.files[file_of("buffers", engine.rank)].size
+    return reader.bytes_read
 
 
-@torch.no_grad()
-def set_plain(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Set a parameter that no engine cut or copied."""
-    parameter.copy_(whole)
+class _Targets(NamedTuple):
+    """Where the tensors of a checkpoint go."""
+
+    setters: dict[str, Callable[[Tensor], object]]
+    finite: set[str]
+    """Those that may hold finite numbers only."""
 
 
-def load_modules(
+def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> _Targets:
+    """Say where each tensor goes, once all are known to fit, and make room for the optimiser's."""
+    setters: dict[str, Callable[[Tensor], object]] = {}
+    for part, prefix in parts(module).items():
+        file = prefix.partition(".")[0]
+        whole = part is module.student  # the teacher's buffers are not kept
+        _refuse_misfit(checkpoint.path, part, checkpoint.part(file), buffers_needed=whole)
+        for name, parameter in part.named_parameters():
+            setters[f"{file}/{name}"] = partial(engine.set_parameter, parameter)
+    finite = set(setters)
+    setters |= {f"student/{name}": buffer.copy_ for name, buffer in module.student.named_buffers()}
+    states = _optimizer_states(checkpoint, module, engine)
+    keys = OPTIMIZER_STATES[engine.config.optim.name]
+    applied = checkpoint.progress.applied
+    engine.reset_optimizer(keys, applied)
+    for name, (parameter, key) in states.items():
+        setters[name] = partial(engine.set_optimizer_state, parameter, key, applied=applied)
+    return _Targets(setters, finite | states.keys())
+
+
+def _optimizer_states(
+    checkpoint: Checkpoint, module: TrainModule, engine: Engine
+) -> dict[str, tuple[nn.Parameter, str]]:
+    """Say of each tensor of the optimiser whose it is, and which.
+
+    Raises:
+        ConfigError: if they are of other parameters.
+    """
+    stored = checkpoint.part("optimizer")
+    states: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in stored.items():
+        owner, _, key = name.rpartition("/")
+        states.setdefault(owner, {})[key] = spec
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: parameter_shape(parameter) for name, parameter in parameters.items()}
+    # A parameter without state is one that no gradient has reached yet; it gets its state when one does.
+    keys = OPTIMIZER_STATES[engine.config.optim.name]
+    wrong = {
+        name
+        for name, state in states.items()
+        if state.keys() != keys or any(spec.shape != shapes.get(name) for spec in state.values())
+    }
+    if wrong or (checkpoint.progress.applied and not states):
+        example = f"{len(wrong)} parameters differ, e.g. {min(wrong)}" if wrong else "it is not there"
+        raise ConfigError(
+            f"the optimiser's state in {checkpoint.path} is of another network ({example}): restore the settings it "
+            "was trained with, or choose another run.folder"
+        )
+    _refuse(checkpoint.path, [f"{n} is {spec.dtype}" for n, spec in stored.items() if spec.dtype != torch.float32])
+    return {f"optimizer/{name}/{key}": (parameters[name], key) for name in states for key in states[name]}
+
+
+def _whole_tensors(checkpoint: Checkpoint, reader: PieceReader, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a checkpoint whole, on every rank, in order. Collective.
+
+    They share the memory of a bucket: copy what is to be kept.
+    """
+
+    share = engine.run_collectively(lambda: checkpoint.share(reader, engine.rank, engine.world_size))
+    held = torch.tensor([sum(place.length for _, place in share.get(name, [])) for name in checkpoint.specs])
+    with naming(checkpoint.path):
+        check_cover(checkpoint.specs, engine.sum(held.to(engine.device)).tolist())
+    for bucket in _buckets(checkpoint.specs):
+        flat = torch.zeros(sum(_words(checkpoint.specs[name]) for name in bucket), 2, dtype=torch.int32)
+        engine.run_collectively(partial(_fill, flat, bucket, share, checkpoint, reader))
+        # Added as integers: to zeros that gives any bits as they are, also those of -0.0 and of a NaN.
+        parts = engine.sum(flat.to(engine.device)).split([_words(checkpoint.specs[name]) for name in bucket])
+        for name, words in zip(bucket, parts, strict=True):
+            spec = checkpoint.specs[name]
+            yield name, words.view(-1).view(torch.uint8)[: spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+def _fill(
+    flat: Tensor,
+    bucket: Iterable[str],
+    share: Mapping[str, Iterable[tuple[str, Place]]],
     checkpoint: Checkpoint,
-    module: TrainModule,
-    *,
-    put: Callable[[nn.Parameter, Tensor], None] = set_plain,
-    statistics_of: int | None = None,
+    reader: PieceReader,
 ) -> None:
-    """Put parameters and buffers back.
+    """Read this rank's share of the tensors of a bucket, which follow one another in ``flat``, into it."""
+    memory, start = as_bytes(flat), 0
+    with naming(checkpoint.path):
+        for name in bucket:
+            for file, place in share.get(name, ()):
+                first = start + place.offset
+                reader.read(file, place.start, memory[first : first + place.length])
+            start += 8 * _words(checkpoint.specs[name])
 
-    Args:
-        put: sets one parameter; the engine's, once it wrapped the module.
-        statistics_of: rank whose own BatchNorm statistics to take; None for the mean over ranks.
+
+def _words(spec: TensorSpec) -> int:
+    """Return in how many words of 8 bytes a tensor fits, so that the next one begins where any type may."""
+    return -(-spec.nbytes // 8)
+
+
+def _buckets(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    """Put names of tensors together, in order, up to ``BUCKET_BYTES``."""
+    bucket: list[str] = []
+    size = 0
+    for name, spec in specs.items():
+        if bucket and size + spec.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(name)
+        size += spec.nbytes
+    if bucket:
+        yield bucket
+
+
+def load_modules(checkpoint: Checkpoint, module: TrainModule) -> None:
+    """Put parameters, and BatchNorm statistics averaged over ranks, into a module that no engine wrapped.
 
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    buffers = {} if statistics_of is None else checkpoint.tensors("buffers")
     for part, prefix in parts(module).items():
-        tensors = checkpoint.tensors(prefix.partition(".")[0])
-        if part is module.student:
-            prefix = f"{statistics_of}/"
-            tensors |= {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
         # The teacher's buffers are not kept. Training never looks at running statistics, which one bad batch can spoil.
-        whole = part is module.student
-        _load_part(checkpoint.path, part, tensors, put, buffers_needed=whole, buffers_finite=False)
+        tensors, whole = checkpoint.tensors(prefix.partition(".")[0]), part is module.student
+        _load_part(checkpoint.path, part, tensors, buffers_needed=whole, buffers_finite=False)
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -114,7 +237,7 @@ def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    _load_part(checkpoint.path, student, checkpoint.tensors("student"), set_plain)
+    _load_part(checkpoint.path, student, checkpoint.tensors("student"))
 
 
 def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -128,68 +251,43 @@ def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
     teacher = checkpoint.tensors("teacher")
     if not teacher:
         raise ConfigError(f"{checkpoint.path} has no teacher, the method trains without one: take the student")
-    _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher}, set_plain)
-
-
-def load_optimizer(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> None:
-    """Put the optimiser's state back, after the engine wrapped the module. Collective.
-
-    Raises:
-        ConfigError: if it is of other parameters.
-    """
-    states: dict[str, dict[str, Tensor]] = {}
-    stored = checkpoint.tensors("optimizer")
-    for name, value in stored.items():
-        parameter, _, key = name.rpartition("/")
-        states.setdefault(parameter, {})[key] = value
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    shapes = {name: parameter_shape(parameter) for name, parameter in parameters.items()}
-    # A parameter without state is one that no gradient has reached yet; it gets its state when one does.
-    keys = OPTIMIZER_STATES[engine.config.optim.name]
-    wrong = {
-        name
-        for name, state in states.items()
-        if state.keys() != keys or any(value.shape != shapes.get(name) for value in state.values())
-    }
-    if wrong or (checkpoint.progress.applied and not states):
-        example = f"{len(wrong)} parameters differ, e.g. {min(wrong)}" if wrong else "it is not there"
-        raise ConfigError(
-            f"the optimiser's state in {checkpoint.path} is of another network ({example}): restore the settings it "
-            "was trained with, or choose another run.folder"
-        )
-    negative = [f"{name} holds numbers below 0" for name in stored if name.endswith("_sq") and (stored[name] < 0).any()]
-    types = [f"{name} is {value.dtype}" for name, value in stored.items() if value.dtype != torch.float32]
-    _refuse(checkpoint.path, [*types, *not_finite(stored), *negative])
-    engine.load_optimizer_state(((parameters[name], states[name]) for name in states), checkpoint.progress.applied)
+    _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher})
 
 
 def _load_part(
     path: Path,
     part: nn.Module,
     tensors: Mapping[str, Tensor],
-    put: Callable[[nn.Parameter, Tensor], None],
     *,
     buffers_needed: bool = True,
     buffers_finite: bool = True,
 ) -> None:
     """Put parameters, which must all be there and finite, and buffers back, once all are known to fit."""
     parameters, buffers = dict(part.named_parameters()), dict(part.named_buffers())
+    _refuse_misfit(path, part, tensors, buffers_needed=buffers_needed)
+    _refuse(path, [*not_finite(tensors if buffers_finite else {name: tensors[name] for name in parameters})])
+    with torch.no_grad():
+        for name, tensor in {**parameters, **buffers}.items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+
+
+def _refuse_misfit(
+    path: Path, part: nn.Module, stored: Mapping[str, Tensor | TensorSpec], *, buffers_needed: bool
+) -> None:
+    """Raise ConfigError unless what is stored has the names, shapes and types of a module's own."""
+    parameters, buffers = dict(part.named_parameters()), dict(part.named_buffers())
     shapes = {name: parameter_shape(p) for name, p in parameters.items()}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
-    wrong = (parameters.keys() | (buffers.keys() if buffers_needed else set())) - tensors.keys()
-    wrong |= {name for name, tensor in tensors.items() if tensor.shape != shapes.get(name)}
+    wrong = (parameters.keys() | (buffers.keys() if buffers_needed else set())) - stored.keys()
+    wrong |= {name for name, tensor in stored.items() if tensor.shape != shapes.get(name)}
     if wrong:
         raise ConfigError(
             f"{path} is of another network ({len(wrong)} tensors differ, e.g. {min(wrong)}): restore the "
             "model and rebuilder settings it was trained with, or choose another run.folder"
         )
-    types = {name: tensor.dtype for name, tensor in {**parameters, **buffers}.items()}
-    sound = tensors if buffers_finite else {name: tensors[name] for name in parameters}
-    _refuse(path, [*wrong_types(tensors, types), *not_finite(sound)])
-    for name, parameter in parameters.items():
-        put(parameter, tensors[name])
-    for name in buffers.keys() & tensors.keys():
-        buffers[name].copy_(tensors[name])
+    own = {name: tensor.dtype for name, tensor in {**parameters, **buffers}.items()}
+    _refuse(path, [*wrong_types({name: tensor.dtype for name, tensor in stored.items()}, own)])
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

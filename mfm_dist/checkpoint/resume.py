@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.checkpoint.files import Checkpoint, find_latest
+from mfm_dist.checkpoint.files import Checkpoint, DamagedCheckpointError, newest_first
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import ConfigError, StorageError
 
 _NETWORK = "{path} is of another network, one with {before}"
@@ -51,8 +52,21 @@ and workers change nothing but speed; rates, weights, crops, the global batch an
 Of the data sets not the name counts but the content."""
 
 
-def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """Find the newest complete checkpoint; None where nothing was ever saved, so that a run may begin.
+def load_newest(
+    folder: Path,
+    engine: Engine,
+    load: Callable[[Checkpoint], object],
+    report: Callable[[str], None],
+    order: Callable[[Path, Callable[[str], None]], Iterator[Checkpoint]] = newest_first,
+) -> Checkpoint | None:
+    """Load the first checkpoint that turns out to be whole; None where none was ever saved. Collective.
+
+    Rank 0 looks for all, so that no rank starts from another step. What is in the files is verified while it is read.
+
+    Args:
+        load: puts a checkpoint in place; collective, and raises ``DamagedCheckpointError`` on every rank or on none.
+        report: told on every rank about those passed over.
+        order: opens the checkpoints of a folder in the order to try them, and reports those that cannot be.
 
     Raises:
         StorageError: if there are checkpoints and none is whole. A new run in their place would lose what may still
@@ -64,13 +78,20 @@ def find_resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | 
         damaged.append(line)
         report(line)
 
-    checkpoint = find_latest(folder, note)
-    if checkpoint is None and damaged:
+    checkpoints = order(folder, note)  # on other ranks nothing is asked of it
+    while (checkpoint := engine.from_main(lambda: next(checkpoints, None))) is not None:
+        try:
+            load(checkpoint)
+        except DamagedCheckpointError as error:
+            note(f"{error}; looking for an earlier one")
+        else:
+            return checkpoint
+    if number := engine.from_main(lambda: len(damaged)):
         raise StorageError(
-            f"no checkpoint in {folder} is whole ({len(damaged)} damaged, see above), and nothing was started: put a "
+            f"no checkpoint in {folder} is whole ({number} damaged, see above), and nothing was started: put a "
             f"copy of one back, or choose another run.folder, or remove {folder} to start over from step 0"
         )
-    return checkpoint
+    return None
 
 
 def check_resumable(

@@ -384,6 +384,9 @@ class TrainSection:
     precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
     """bf16: autocast over fp32 parameters; losses and the teacher's weights stay fp32. bf16_weights, for the largest
     models, under ZeRO-2 and 3: the weights are bf16 too, of fp32 ones that optimiser and teacher keep in shards."""
+    fp32_math: Literal["ieee", "tf32"] = "ieee"
+    """What a GPU computes fp32 matrix products and convolutions in. ieee: in fp32, as a CPU does, so that runs compare.
+    tf32: with 10 bits of mantissa, faster. It concerns what `precision` leaves in fp32: with bf16, evaluations."""
     clip_norm: FloatFrom0 = 0.0
     """Largest global gradient norm; 0 turns clipping off. UDA: off."""
     clip_parts: dict[str, Any] = field(default_factory=dict)
@@ -447,7 +450,8 @@ class CheckpointSection:
     keep: IntFrom1 = 2
     """Newest checkpoints to keep."""
     background: bool = True
-    """Write while training goes on. Takes main memory for one copy of the run's state on the machine of rank 0."""
+    """Write while training goes on. Takes main memory of each rank for a copy of what it writes, its share of the
+    state."""
 
 
 @dataclass(kw_only=True)

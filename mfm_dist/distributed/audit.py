@@ -25,8 +25,13 @@ def audit(module: nn.Module, engine: Engine) -> list[str]:
     if engine.replicates_parameters and engine.world_size > 1:
         named: dict[str, Tensor] = dict(module.named_parameters())
         if engine.replicates_gradients:
-            states = zip(list(named), engine.optimizer_states(module.parameters()), strict=True)
-            named |= {f"{key} of {name}": value for name, state in states for key, value in sorted(state.items())}
+            states = {name: engine.optimizer.state.get(parameter, {}) for name, parameter in module.named_parameters()}
+            named |= {
+                f"{key} of {name}": value
+                for name, state in states.items()
+                for key, value in sorted(state.items())
+                if key != "step" and isinstance(value, Tensor)
+            }
         everyone = engine.gather(torch.stack([fingerprint(p) for p in named.values()]))  # [world, tensors, 2]
         differs = (everyone != everyone[:1]).any(-1).any(0).tolist()
         findings += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece, parameter_shape
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, parameter_shape
+from mfm_dist.distributed.engine import Piece
 from mfm_dist.distributed.teacher import move_towards
 
 
@@ -61,11 +62,17 @@ class BF16Engine(DeepSpeedEngine):
         if self._is_stage_3:
             for teacher, own in self._average.items():
                 self._local_piece(teacher)[1].copy_(own)
+            self._drop_copies(self._average)
         else:
             self._gather_teacher()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        return self._gather_full((parameter_shape(p), self._exact_pieces(p)) for p in parameters)
+        return self._gather_full((parameter_shape(p), self.parameter_pieces(p)) for p in parameters)
+
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        if (student := self._student_of.get(parameter)) is not None:
+            return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
+        return self._local_shards(parameter) if parameter.requires_grad else super().parameter_pieces(parameter)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -74,8 +81,10 @@ class BF16Engine(DeepSpeedEngine):
             for place, master in self._local_shards(student):
                 self._average[parameter] = whole.flatten()[place].to(master.device, torch.float32, copy=True)
 
-    def inference_context(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    @contextmanager
+    def inference_context(self) -> Iterator[None]:
+        with super().inference_context(), torch.autocast(self.device.type, dtype=torch.bfloat16):
+            yield
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
         return _UnderAutocast(module, self.device.type)
@@ -93,16 +102,6 @@ class BF16Engine(DeepSpeedEngine):
                 count = place.stop - place.start
                 teachers[index].data.view(-1)[place] = flat[first : first + count]
                 first += count
-
-    def _exact_pieces(self, parameter: nn.Parameter) -> list[Piece]:
-        """Return what this rank adds to the whole of a parameter."""
-        if (student := self._student_of.get(parameter)) is not None:
-            return [(place, self._average[parameter]) for place, _ in self._local_shards(student)]
-        if parameter.requires_grad:
-            return self._local_shards(parameter)
-        if self._is_stage_3:
-            return [self._local_piece(parameter)]
-        return [(slice(0, parameter.numel()), parameter.data.flatten())] if self.is_main else []
 
 
 class _UnderAutocast(nn.Module):

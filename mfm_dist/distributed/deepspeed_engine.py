@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mfm_dist.batch import UDABatch
-from mfm_dist.distributed.engine import Engine
+from mfm_dist.distributed.engine import Engine, Piece
+from mfm_dist.errors import ConfigError
 
-Piece = tuple[slice, Tensor]
-"""A place in a flattened tensor, and the values that belong there."""
 BUCKET = 2**24
 """Elements that one exchange assembles, unless a single tensor has more: 64 MiB."""
 
@@ -34,6 +34,7 @@ class DeepSpeedEngine(Engine):
         resident = [name for name, p in module.named_parameters() if getattr(p, "ds_persist", False)]
         if resident:
             raise RuntimeError(f"DeepSpeed keeps parameters resident, e.g. {resident[0]}: the EMA would not reach them")
+        self._leaf_check = LeafCheck(module)
         self._check_gradients()
 
     def forward_backward(self, batch: UDABatch, mfm_weight: float, measure: bool = False) -> dict[str, Tensor]:
@@ -55,11 +56,23 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation that it was told.
         self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
+        self._leaf_check.after_backward()
 
     def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         if not self._is_stage_3:
             return super().full_parameters(parameters)
         return self._gather_full((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
+
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        return _filled([self._local_piece(parameter)]) if self._is_stage_3 else super().parameter_pieces(parameter)
+
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, list[Piece]]:
+        keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
+        return {key: self._local_shards(parameter, key) for key in keys}
+
+    def update_teacher(self, decay: Tensor) -> None:
+        super().update_teacher(decay)
+        self._drop_copies(teacher for _, teacher in self._teacher_pairs)
 
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -71,6 +84,7 @@ class DeepSpeedEngine(Engine):
             parameter.data.copy_(whole)
         for place, master in self._local_shards(parameter):
             master.copy_(flat[place])
+        self._drop_copies([parameter])
 
     @property
     def replicates_parameters(self) -> bool:
@@ -86,27 +100,20 @@ class DeepSpeedEngine(Engine):
                     unlike.append(name)
         return unlike
 
-    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
-        keys = sorted({key for state in self._base.state.values() for key in state if key != "step"})
-        parameters = list(parameters)
-        whole = self._gather_full((parameter_shape(p), self._local_shards(p, key)) for p in parameters for key in keys)
-        return ({key: next(whole) for key in keys} for _ in parameters)
-
-    def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
+    def reset_optimizer(self, keys: Iterable[str], applied: int) -> None:
+        self._base.state.clear()
         if applied == 0:  # the base optimiser makes its state at its first step, if it finds none
-            self._base.state.clear()
             return
-        states = list(states)
-        keys = {key for _, tensors in states for key in tensors}
         for shard in self._flat_shards():
             state = {key: torch.zeros_like(shard.data) for key in keys}
             if self._counts_steps:
                 state["step"] = self._step_count(applied, shard.device)
             self._base.state[shard] = state
-        for parameter, tensors in states:
-            for key, value in tensors.items():
-                for place, own in self._local_shards(parameter, key):
-                    own.copy_(value.flatten()[place])
+
+    @torch.no_grad()
+    def set_optimizer_state(self, parameter: nn.Parameter, key: str, whole: Tensor, applied: int) -> None:  # noqa: ARG002
+        for place, own in self._local_shards(parameter, key):
+            own.copy_(whole.flatten()[place])
 
     def _to_wrap(self, module: nn.Module) -> nn.Module:
         """Return what DeepSpeed is given in the module's place."""
@@ -193,6 +200,16 @@ class DeepSpeedEngine(Engine):
         for whole, (shape, _) in zip(flat.split(sizes), bucket, strict=True):
             yield whole.view(shape)
 
+    def _drop_copies(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have the second copies that hpZ keeps within a node made again from the shards, which were written to.
+
+        DeepSpeed gathers a parameter from such a copy where there is one, and renews it for what its own optimiser
+        stepped alone (0.19.8): a teacher would stay where it was without a word.
+        """
+        for parameter in parameters:
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
+
     def _local_piece(self, parameter: nn.Parameter) -> Piece:
         """Return ZeRO-3's piece of a parameter: its place in the flat whole, and the piece without padding."""
         shard: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
@@ -227,6 +244,52 @@ class DeepSpeedEngine(Engine):
             return []
         held = shard.data if key is None else self._base.state[shard][key]
         return [(place, held.narrow(0, start, count))]
+
+
+def _filled(pieces: Iterable[Piece]) -> list[Piece]:
+    """Leave out pieces of nothing."""
+    return [(place, values) for place, values in pieces if values.numel()]
+
+
+class LeafCheck:
+    """Watches that what a launch file names as leaf modules can be such: ZeRO-3 then gathers the weights of all layers
+    in them at once, with one hook for many, and exchanges their gradients when it has seen the gradient of their input.
+
+    DeepSpeed itself fails, or waits for ever, where a leaf runs twice before a backward, and where no gradient comes to
+    its input (0.19.8).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._ran: set[str] = set()
+        for name, leaf in module.named_modules():
+            if getattr(leaf, "_z3_leaf", False) and any(p.requires_grad for p in leaf.parameters()):
+                leaf.register_forward_pre_hook(partial(self._look, name), prepend=True)
+
+    def after_backward(self) -> None:
+        """Let every leaf run once more."""
+        self._ran.clear()
+
+    def _look(self, name: str, leaf: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Look at a leaf that is about to run.
+
+        Raises:
+            ConfigError: on every rank, for all run alike.
+        """
+        if not torch.is_grad_enabled():
+            return
+        kind = f"leaf_module of the launch's DeepSpeed file: {name} ({type(leaf).__name__})"
+        if name in self._ran:
+            raise ConfigError(
+                f"{kind} runs twice before a backward. That suits blocks of an encoder whose images are encoded in one "
+                "call (train.encode_once) and of the Rebuilder where it runs once, or memory.lean=true; take its class "
+                "out of leaf_module"
+            )
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+            raise ConfigError(
+                f"{kind} is the first that trains: without a gradient of its input ZeRO-3 exchanges none of it; take "
+                "its class out of leaf_module, or train what comes before it (model.freeze, model.lora)"
+            )
+        self._ran.add(name)
 
 
 def parameter_shape(parameter: nn.Parameter) -> torch.Size:

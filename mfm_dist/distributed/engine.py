@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -22,6 +22,8 @@ from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
 Result = TypeVar("Result")
+Piece = tuple[slice, Tensor]
+"""A place in a flattened tensor, and the values that belong there."""
 
 
 class HostCopy:
@@ -91,6 +93,9 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: Optimizer) -> None:
         """Wrap the module for training. Call once."""
         self.module = module.to(self.device)
+        if self.device.type == "cuda":
+            # As maps lie: cuDNN would turn every weight round at every call. Not under ZeRO, which keeps weights flat.
+            self.module.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
         self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
         self._check_gradients()
@@ -246,7 +251,12 @@ class Engine:
     def environment(self) -> dict[str, Any]:
         """What environment.json says of the processes."""
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return {"gpus": gpus, "world_size": self.world_size, "device": str(self.device)}
+        return {
+            "gpus": gpus,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
+        }
 
     @property
     def place(self) -> str:
@@ -254,9 +264,37 @@ class Engine:
         on = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return f"{self.world_size} {'process' if self.world_size == 1 else 'processes'}, {on}"
 
-    def inference_context(self) -> AbstractContextManager[Any]:
-        """Give what a forward outside ``forward_backward`` has to run in."""
-        return nullcontext()
+    @property
+    def arithmetic(self) -> str:
+        """What training computes in, for people; on a GPU also what it makes of fp32."""
+        settings = self.config.train
+        of_gpu = "" if self.device.type == "cpu" else f", fp32 as {settings.fp32_math}"
+        return settings.precision + of_gpu
+
+    def exchanges(self) -> bytes:
+        """Return torch's record of this rank's last exchanges with others, as JSON; nothing of a rank without any."""
+        if self.world_size == 1:
+            return b""
+        recorded: Any = torch._C._distributed_c10d
+        trace = recorded._dump_fr_trace_json() if self.device.type == "cpu" else recorded._dump_nccl_trace_json()
+        return cast(bytes, trace)
+
+    @contextmanager
+    def inference_context(self) -> Iterator[None]:
+        """Span forwards outside ``forward_backward``.
+
+        They run uncompiled: each size of image would be compiled by itself, amid an evaluation that the watchdog takes
+        to move on; and a score is then the one that mfm-evaluate gives.
+        """
+        with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
+            yield
+
+    def mean_on_main(self, values: Tensor) -> Tensor:
+        """Take the element-wise mean over ranks, on rank 0 alone; what the others get means nothing."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.reduce(values, dst=0)
+        return values / self.world_size
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -287,9 +325,28 @@ class Engine:
         for parameter in parameters:
             yield parameter.detach()
 
+    def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
+        """Return what this rank has to save of a parameter in full precision; those of all ranks cover it once.
+
+        They may share memory with what is trained. Nothing is exchanged.
+        """
+        return self._even_share(parameter)
+
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, list[Piece]]:
+        """Return likewise the optimiser's tensors of a parameter, not its step count; empty before step 1."""
+        state = self.optimizer.state.get(parameter, {})
+        tensors = {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+        return {key: self._even_share(value) for key, value in tensors.items()}
+
+    def _even_share(self, whole: Tensor) -> list[Piece]:
+        """Return this rank's part of what every rank holds, none where there is less than one element for it."""
+        length = -(-whole.numel() // self.world_size)
+        place = slice(self.rank * length, min((self.rank + 1) * length, whole.numel()))
+        return [(place, whole.detach().flatten()[place])] if place.start < place.stop else []
+
     @torch.no_grad()
     def set_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Put back what ``full_parameters`` gave for one, after ``prepare``."""
+        """Set a parameter from its whole, in full precision, after ``prepare``."""
         parameter.copy_(whole)
 
     @property
@@ -301,22 +358,23 @@ class Engine:
         """List the parameters that differ from the copy of them that the optimiser steps, on this rank."""
         return []
 
-    def optimizer_states(self, parameters: Iterable[nn.Parameter]) -> Iterator[Mapping[str, Tensor]]:
-        """Yield the optimiser's whole tensors of each parameter, not its step count; empty before step 1. Collective.
+    def reset_optimizer(self, keys: Iterable[str], applied: int) -> None:  # noqa: ARG002 - DeepSpeed's shards need both
+        """Forget the optimiser's state, before ``set_optimizer_state`` puts another in its place.
 
-        They may share memory with the optimiser's: copy what is to be kept.
+        Args:
+            keys: of the tensors that follow.
+            applied: the optimiser's step count.
         """
-        for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            yield {key: value for key, value in state.items() if key != "step" and isinstance(value, Tensor)}
+        self.optimizer.state.clear()
 
-    def load_optimizer_state(self, states: Iterable[tuple[nn.Parameter, Mapping[str, Tensor]]], applied: int) -> None:
-        """Put back what ``optimizer_states`` gave, after ``prepare``. ``applied`` is the optimiser's step count."""
-        for parameter, tensors in states:
-            state: dict[str, Any] = {key: value.to(parameter.device) for key, value in tensors.items()}
-            if self._counts_steps:
-                state["step"] = self._step_count(applied, parameter.device)
-            self.optimizer.state[parameter] = state
+    @torch.no_grad()
+    def set_optimizer_state(self, parameter: nn.Parameter, key: str, whole: Tensor, applied: int) -> None:
+        """Set one of the optimiser's tensors of a parameter from its whole."""
+        state = self.optimizer.state[parameter]
+        # Laid out in memory as the parameter is, which a fused optimiser takes for granted.
+        state[key] = torch.empty_like(parameter).copy_(whole)
+        if self._counts_steps:
+            state["step"] = self._step_count(applied, parameter.device)
 
     @property
     def fuses_optimizer(self) -> bool:

@@ -20,7 +20,7 @@ from mfm_dist.storage import read_json
 ZERO_SETTINGS = frozenset({
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
     "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "zero_hpz_partition_size", "leaf_module",
 })  # fmt: skip
 """What a DeepSpeed file of the launcher may set: how ZeRO exchanges and what it holds, never what it computes."""
 NOT_THESE = {
@@ -130,7 +130,28 @@ def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
         )
     if config.memory.offload_optimizer and launch.zero_stage not in (1, 2, 3):
         problems.append("memory.offload_optimizer needs ZeRO 1 to 3: choose such a launch file, or turn it off")
-    return problems
+    if config.train.compile and launch.zero_stage == 3:
+        problems.append(
+            "train.compile under ZeRO-3: DeepSpeed's hooks on every layer would cut what is compiled into single "
+            "layers, which takes minutes and gains nothing: launch with DDP, ZeRO-1 or 2, or set train.compile=false"
+        )
+    return [*problems, *_hpz_problems(launch)]
+
+
+def _hpz_problems(launch: Launch) -> list[str]:
+    """Say what is wrong with the processes among which hpZ keeps a second copy of the weights, a node's as a rule."""
+    size = launch.zero_settings.get("zero_hpz_partition_size", 1)
+    if type(size) is not int or size < 1:
+        return [f"zero_hpz_partition_size={size!r} is no number of processes: give those of one node"]
+    if size > 1 and launch.zero_stage != 3:
+        return [f"zero_hpz_partition_size={size} needs ZeRO-3, this launch has {launch.zero_stage}: leave it out"]
+    if launch.world_size % size:
+        fitting = [str(n) for n in range(1, launch.world_size + 1) if launch.world_size % n == 0]
+        return [
+            f"zero_hpz_partition_size={size} does not divide the {launch.world_size} processes of this launch: give as "
+            f"many as each node has ({', '.join(fitting)} would do), or leave it out"
+        ]
+    return []
 
 
 def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -149,6 +170,8 @@ def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list
         f"{name} sets {key!r}: leave it out, {NOT_THESE.get(key, 'the configuration of the run decides it')}"
         for key in (*content, *sorted(set(settings) - ZERO_SETTINGS))
     ]
+    if "leaf_module" in settings and stage != 3:
+        problems.append(f"{name}: leaf_module is of ZeRO-3, and the stage is {stage}: leave it out")
     if stage not in range(4):
         problems.append(f"{name}: zero_optimization.stage={stage}, there are 0, 1, 2 and 3")
     return settings, problems

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -32,6 +32,8 @@ from mfm_dist.errors import ConfigError
 
 BUCKET = 50_000_000
 """Elements exchanged at a time. DeepSpeed's default for reducing, ten times as many, holds 2 GB in fp32 (0.19.8)."""
+EXCHANGES_RECORDED = 2000
+"""Exchanges that torch's flight recorder keeps of each rank; in memory, some hundred bytes each."""
 
 
 def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
@@ -66,6 +68,10 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
+    set_fp32_math(config.train.fp32_math)
+    # NCCL and gloo read this as they start: a rank that hangs leaves its last exchanges beside its stacks (watchdog).
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(EXCHANGES_RECORDED))
+
     exchange: dict[str, Any] = {}
     if exchange_seconds:
         exchange["timeout"] = timedelta(seconds=exchange_seconds)
@@ -94,6 +100,15 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
             "or MULTI_CPU): use distributed_type MULTI_GPU, which is DDP on CPUs too, or DEEPSPEED"
         )
     return engine
+
+
+def set_fp32_math(math: Literal["ieee", "tf32"]) -> None:
+    """Have GPUs multiply fp32 matrices and convolve alike (``train.fp32_math``).
+
+    torch's own defaults differ: convolutions in TF32, matrix products in IEEE fp32 (2.15).
+    """
+    torch.backends.cudnn.allow_tf32 = math == "tf32"
+    torch.set_float32_matmul_precision("high" if math == "tf32" else "highest")
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def load_export(folder: Path) -> TrainedSegmentor:
     own = {name: tensor.dtype for name, tensor in model.segmentor.state_dict().items()}
     try:
         tensors = load_file(require_regular(file))
-        if problems := [*wrong_types(tensors, own), *not_finite(tensors)]:
+        if problems := [*wrong_types({name: t.dtype for name, t in tensors.items()}, own), *not_finite(tensors)]:
             raise CorruptFileError(min(problems))
         model.segmentor.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, CorruptFileError) as error:

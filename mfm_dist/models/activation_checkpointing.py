@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -29,7 +29,7 @@ def checkpoint_blocks(backbone: Backbone) -> None:
     Raises:
         ConfigError: the encoder has no blocks that can be told apart.
     """
-    blocks = find_blocks(backbone.net) or find_stages(backbone.net)
+    blocks = find_parts(backbone.net)
     if not blocks:
         raise ConfigError(
             "memory.checkpoint_backbone: no block was found in this encoder (a block is a part with layers of its own "
@@ -42,8 +42,15 @@ def checkpoint_blocks(backbone: Backbone) -> None:
 def recompute(blocks: Iterable[nn.Module]) -> None:
     """Have each of these modules keep its input alone, and compute the rest again when its backward needs it."""
     for block in blocks:
-        # A method bound to the block: unlike a closure, a copy of the block (the teacher) gets one of its own.
-        block.forward = MethodType(_forward, block)
+        # A method bound to the block: unlike a closure, a copy of the block (the teacher) gets one of its own. Around
+        # the forward that the block has, which may be compiled.
+        forward: Any = block.forward
+        block.forward = MethodType(partial(_forward, forward.__func__), block)
+
+
+def find_parts(net: nn.Module) -> list[nn.Module]:
+    """Find an encoder's blocks, or its stages where no blocks can be told apart; [] where neither can."""
+    return find_blocks(net) or find_stages(net)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
@@ -75,9 +82,9 @@ def find_stages(net: nn.Module) -> list[nn.Module]:
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
-def _forward(block: nn.Module, *inputs: Any, **options: Any) -> Any:
-    """Run the block's forward, checkpointed where there will be a backward."""
-    compute = partial(type(block).forward, block)
+def _forward(forward: Callable[..., Any], block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """Run the block's own forward, checkpointed where there will be a backward."""
+    compute = partial(forward, block)
     if not torch.is_grad_enabled():
         return compute(*inputs, **options)
     tracked = {m: m.track_running_stats for m in block.modules() if isinstance(m, _BatchNorm)}

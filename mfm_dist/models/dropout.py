@@ -33,11 +33,13 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, width: int) -> None:
         super().__init__()
         self.p = p
+        self.drops = p > 0.0
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [B, ...] by the mask in training; return it as it is otherwise."""
-        if not self.training or self.p == 0.0:
+        # Not by the probability itself, which grows from block to block: each would be compiled by itself.
+        if not (self.training and self.drops):
             return x
         mask, self.mask = self.mask, None
         if mask is None or len(mask) != len(x):

@@ -11,12 +11,12 @@ WRITTEN_FLOATS = (torch.float32, torch.bfloat16)
 """Of checkpoints and exports; copying would turn any other type into these without a word."""
 
 
-def wrong_types(tensors: Mapping[str, Tensor], own: Mapping[str, torch.dtype]) -> Iterator[str]:
+def wrong_types(stored: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype]) -> Iterator[str]:
     """Name every tensor of a type that is never written in the place of one of these types."""
-    for name in tensors.keys() & own.keys():
+    for name in stored.keys() & own.keys():
         allowed = WRITTEN_FLOATS if own[name].is_floating_point else (own[name],)
-        if tensors[name].dtype not in allowed:
-            yield f"{name} is {str(tensors[name].dtype).removeprefix('torch.')}"
+        if stored[name] not in allowed:
+            yield f"{name} is {str(stored[name]).removeprefix('torch.')}"
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:

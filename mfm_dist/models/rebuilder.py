@@ -94,10 +94,10 @@ class Attend(nn.Module):
     """Scaled dot products by head; with ``qk_norm`` queries and keys are normalised first (ViT-22B, 2302.05442).
 
     Attributes:
-        largest_logits: where a list stands here, each forward appends the largest logit of its first image.
+        largest: where a number stands here, each forward raises it to the largest logit of its first image.
     """
 
-    largest_logits: list[Tensor] | None = None
+    largest: Tensor | None = None
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ class Attend(nn.Module):
         # [B, N, width] -> [B, N, heads, width / heads] -> [B, heads, N, width / heads]
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.largest_logits is not None:
-            self.largest_logits.append(largest_logit(q[0].detach(), k[0].detach()))
+        if self.largest is not None:
+            self.largest = torch.maximum(self.largest, largest_logit(q[0].detach(), k[0].detach()))
         attended = F.scaled_dot_product_attention(q, k, v)
         return attended.transpose(1, 2).flatten(2)
 
@@ -286,16 +286,20 @@ class Rebuilder(nn.Module):
 
     @contextmanager
     def collecting_logits(self) -> Iterator[list[Tensor]]:
-        """Collect the largest attention logit of every block for the first image of each forward in here."""
+        """Collect the largest attention logit of every block over the first images of all forwards in here.
+
+        The list is filled at the end. Not from within the blocks: of a list that grows each length would be compiled.
+        """
         found: list[Tensor] = []
         layers = [module for module in self.modules() if isinstance(module, Attend)]
         for layer in layers:
-            layer.largest_logits = found
+            layer.largest = torch.full((), -math.inf, device=self.mask_token.device)
         try:
             yield found
+            found += [layer.largest for layer in layers if layer.largest is not None]
         finally:
             for layer in layers:
-                layer.largest_logits = None
+                layer.largest = None
 
     def _rebuild(self, last_feature: Tensor, mask: Tensor, num_hidden: int | None) -> Tensor:
         """Rebuild the grid [B, width, rows, cols] of last maps [B, embed_channels, h, w] masked by [B, rows, cols]."""

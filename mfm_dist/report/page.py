@@ -341,11 +341,11 @@ def differing_settings(configs: Sequence[RunConfig | None]) -> list[tuple[str, l
 
 
 def group_events(events: Iterable[Mapping[str, Any]]) -> list[EventGroup]:
-    """Return events out of the ordinary (checkpoints are not) by kind and cause, the most frequent first."""
+    """Return events out of the ordinary (saves and resumes are not) by kind and cause, the most frequent first."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         kind = text(event.get("event", "unknown"))
-        if kind != "checkpoint":  # the ordinary course of a run
+        if kind not in ("checkpoint", "resume"):  # the ordinary course of a run
             groups[kind, text(event.get("signal", event.get("reason", "")))].append(event)
     found = []
     for (kind, cause), group in groups.items():

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, CorruptFileError, StorageError
-from mfm_dist.storage import DISK_FULL, JsonLines, read_json, write_atomically
+from mfm_dist.storage import DISK_FULL, JsonLines, read_json, read_text, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 OUTCOME = "outcome.json"
@@ -29,6 +30,8 @@ LEASE = "lease.json"
 """Who has the folder (``cluster.lease``)."""
 CLASSES = "classes.json"
 """The class set of a run, for who reads its scores and pictures."""
+SEEN_SECONDS = 30.0
+"""Within which a file that one machine writes is seen on the others."""
 PROBE = "probe.json"
 """What tools/probe_rebuilder.py measured of a run, at the ``step`` that it names."""
 
@@ -57,6 +60,28 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"run.folder={self.path} cannot be written: {error}") from error
+
+    def check_shared(self, lease: str, rank: int, patience: float = SEEN_SECONDS) -> None:
+        """Find out whether this rank's machine sees the folder that rank 0 holds.
+
+        Args:
+            lease: what rank 0 reads in the lease file, which no other start has.
+            patience: seconds; network file systems may show a new file late.
+
+        Raises:
+            StorageError: if it does not.
+        """
+        until = time.monotonic() + patience
+        while True:
+            with suppress(OSError):
+                if read_text(self.path / LEASE) == lease:
+                    return
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"run.folder={self.path} on {platform.node()} (rank {rank}) is not the folder that rank 0 has "
+                    "under this name: all ranks write checkpoints, so put it on storage that all machines share"
+                )
+            time.sleep(0.1)
 
     def begin(self, config: RunConfig, classes: ClassSet, world: dict[str, Any], step: int) -> None:
         """Write what the run is made of, and forget what an earlier start wrote beyond ``step``, or at all if it is 0.

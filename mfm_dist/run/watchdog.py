@@ -6,6 +6,7 @@ the run folder, which works across machines when the network between the ranks d
 
     heartbeats/rank_XXXXX.json   where a rank was when it last moved; the file's time says when
     hang/rank_XXXXX.txt          one line of JSON and the stacks of all its threads, for every hang of the run
+    hang/rank_XXXXX.exchanges.json   the last exchanges with other ranks, begun and ended, as torch recorded them
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Watchdog:
         seconds: float,
         start: str,
         on_hang: Callable[[str, int], object],
+        exchanges: Callable[[], bytes] = bytes,
     ) -> None:
         """
         Args:
@@ -81,6 +83,7 @@ class Watchdog:
             seconds: of silence that mean a hang; ``SLOW_FACTOR`` times as many in a ``SLOW`` phase.
             start: the same on all ranks and another at every start.
             on_hang: told who is behind, and in which step; on one rank only.
+            exchanges: gives this rank's last exchanges as JSON text, empty where there are none.
         """
         self.rank = rank
         self.world_size = world_size
@@ -89,6 +92,7 @@ class Watchdog:
         self._reports = run / "hang"
         self._start = start
         self._on_hang = on_hang
+        self._exchanges = exchanges
         self._entered = 0
         self._moves = 0
         self._place: tuple[Phase, int] = ("start", 0)
@@ -184,7 +188,10 @@ class Watchdog:
             reports.setdefault(self.rank, self.report())
             reason = name_the_hang(reports, self._last_seen(), self.world_size)
             with suppress(OSError):
-                told = f"{reason}. Nothing moved for {self.seconds:g} s or more; stacks of all threads: {self._reports}"
+                told = (
+                    f"{reason}. Nothing moved for {self.seconds:g} s or more; stacks of all threads, and the last "
+                    f"exchanges between ranks: {self._reports}"
+                )
                 self._on_hang(told, min(report.step for report in reports.values()))
             with suppress(OSError):
                 verdict.write_text(reason + "\n", encoding="utf-8")
@@ -198,6 +205,10 @@ class Watchdog:
             file.write(json.dumps(asdict(self.report())) + "\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+        # Last, for it asks what may hang itself, the GPU.
+        with suppress(Exception):
+            if exchanges := self._exchanges():
+                (self._reports / _file(self.rank, "exchanges.json")).write_bytes(exchanges)
 
     def _wait(self, enough: Callable[[Mapping[int, Report]], bool]) -> dict[int, Report]:
         """Wait for the ranks' reports until after the grace or as soon as they are ``enough``."""
@@ -224,7 +235,13 @@ def watch_run(run: RunFolder, engine: Engine, seconds: float) -> Watchdog:
 
     start = engine.from_main(lambda: str(time.time_ns()))
     return Watchdog(
-        run.path, rank=engine.rank, world_size=engine.world_size, seconds=seconds, start=start, on_hang=tell_hang
+        run.path,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        seconds=seconds,
+        start=start,
+        on_hang=tell_hang,
+        exchanges=engine.exchanges,
     )
 
 

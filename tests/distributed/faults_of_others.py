@@ -135,6 +135,20 @@ def resident_parameter_hides_update() -> bool:
     return bool(torch.equal(engine(x), before))
 
 
+def second_copy_hides_update() -> bool:
+    """hpZ gathers from a copy that it renews for what is trained alone: what is written to a frozen shard is lost."""
+    module, x = net(), torch.ones(1, WIDTH)
+    module[0].requires_grad_(False)
+    settings = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    engine = start(module, 3, rate=0.0, zero_optimization=settings)
+    engine.backward(engine(inputs()).sum())
+    engine.step()
+    before = engine(x).detach().clone()
+    for parameter in module[0].parameters():
+        parameter.ds_tensor.data.zero_()
+    return bool(torch.equal(engine(x), before))
+
+
 class Branch(nn.Module):
     """Two layers, of which one step may use the first alone."""
 
@@ -270,6 +284,7 @@ FAULTS: dict[str, list[Callable[[], bool]]] = {
         round_robin_maps_to_other_parameters,
         reduces_in_huge_buckets,
         resident_parameter_hides_update,
+        second_copy_hides_update,
         unused_parameter_moves_again,
         later_backward_adds_to_an_old_gradient,
         second_group_has_no_state,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
 from mfm_dist.distributed.start import deepspeed_config
@@ -65,6 +67,10 @@ def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:
     (problem,) = launch_problems(environment)
     assert "checkpoints would hold the optimiser's state of other parameters" in problem
 
+    for stage, refused in ((2, ["leaf_module is of ZeRO-3"]), (3, [])):
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage, "leaf_module": {"classes": ["Block"]}}}))
+        assert [problem.split(": ")[1].split(",")[0] for problem in launch_problems(environment)] == refused
+
 
 def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
     config = RunConfig()
@@ -76,6 +82,31 @@ def test_what_a_launch_cannot_do_right_is_refused_with_the_way_out() -> None:
         assert "memory.offload_optimizer needs ZeRO 1 to 3" in offload
     assert len(combination_problems(config, Launch(2, 0, 1))) == 1
     assert combination_problems(config, Launch(2, 0, 3)) == []
+    config.train.compile = True
+    assert combination_problems(config, Launch(2, 0, 2)) == []
+    (compiled,) = combination_problems(config, Launch(2, 0, 3))
+    assert "train.compile under ZeRO-3" in compiled
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "stage", "told"),
+    [
+        (2, 4, 3, None),
+        (1, 3, 2, None),
+        (2, 3, 3, r"does not divide the 3 processes .*\(1, 3 would do\)"),
+        (8, 4, 3, r"does not divide the 4 processes"),
+        (2, 4, 2, "needs ZeRO-3, this launch has 2"),
+        (0, 4, 3, "is no number of processes"),
+        ("2", 4, 3, "is no number of processes"),
+    ],
+)
+def test_hpz_needs_a_stage_and_a_world_that_it_divides(
+    size: Any, world_size: int, stage: int, told: str | None
+) -> None:
+    launch = Launch(world_size, 0, stage, {"stage": stage, "zero_hpz_partition_size": size})
+    problems = combination_problems(RunConfig(), launch)
+    assert bool(problems) == bool(told)
+    assert all(re.search(told or "", problem) for problem in problems)
 
 
 def test_a_gpu_that_cannot_be_used_is_no_reason_to_train_on_the_cpu(tmp_path: Path) -> None:
@@ -123,7 +154,7 @@ def test_a_launch_file_that_is_not_there_is_told_with_those_that_are(capsys: pyt
 def test_bf16_trains_on_fp32_weights(launch: str | None, scenes: Path, tmp_path: Path) -> None:
     completed = run_train([*tiny_overrides(scenes, tmp_path / "run"), "train.precision=bf16"], launch=launch)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    student = load_file(tmp_path / "run" / "checkpoints" / "step_00000004" / "student.safetensors")
+    student = read_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000004").tensors("student")
     assert {t.dtype for t in student.values() if t.is_floating_point()} == {torch.float32}
     losses = [json.loads(line)["loss/total"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < loss < 20 for loss in losses)
@@ -138,7 +169,7 @@ def test_bf16_weights_are_saved_in_fp32_and_go_on_at_another_stage(scenes: Path,
         assert completed.returncode == 0, completed.stderr[-3000:]
     for step in (4, 6):
         for part in ("student", "teacher", "rebuilder"):
-            tensors = load_file(run / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+            tensors = read_checkpoint(run / "checkpoints" / f"step_{step:08d}").tensors(part)
             weights = {name: t for name, t in tensors.items() if "running_" not in name and "num_batches" not in name}
             assert {t.dtype for t in weights.values()} == {torch.float32}
             rounded = sum(int((t.bfloat16().float() == t).sum()) for t in weights.values())

@@ -83,6 +83,8 @@ def test_a_run_disturbed_four_times_ends_like_an_undisturbed_one(start: Callable
     assert "gave no sign of life" in life.outcome()["reason"]
     assert '"event": "hang"' in events.read_text()
     assert "trainer.py" in (run / "hang" / "rank_00001.txt").read_text()
+    exchanges = read_json(run / "hang" / "rank_00001.exchanges.json")["entries"]
+    assert exchanges[-1]["profiling_name"] == "gloo:all_reduce", "what it waits in for rank 0"
 
     # TERM to one rank, which comes into the last evaluation: all ranks leave it together, and it is done again.
     life = start(run)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.helpers.runs import assert_equal_bits, run_train, tiny_overrides
+from tests.helpers.runs import assert_equal_bits, checkpoint_tensors, run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 PLANTED = "tests.distributed.train_with_bad_gradients"
@@ -25,10 +24,6 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in events(run) if event["event"] == kind]
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {f"{f.stem}/{name}": t for f in checkpoint.glob("*.safetensors") for name, t in load_file(f).items()}
 
 
 def disturbed(
@@ -70,7 +65,7 @@ def test_all_ranks_skip_and_go_back_together(
     # Steps 0 to 9, then 4 to 11 with data that nobody has seen yet.
     assert state["block"] == 2 * (10 + 8)
     assert state["applied"] == 3 + 8
-    assert all(bool(t.isfinite().all()) for t in tensors(run / "checkpoints" / "step_00000012").values())
+    assert all(bool(t.isfinite().all()) for t in checkpoint_tensors(run / "checkpoints" / "step_00000012").values())
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13)), "what was given up is forgotten"
 
@@ -102,7 +97,7 @@ def test_going_back_restores_every_bit(scenes: Path, tmp_path: Path) -> None:
     assert [event["to_step"] for event in of_kind(run, "rollback")] == [4]
     saved_again = run / "checkpoints" / "step_00000004"
     assert json.loads((saved_again / "state.json").read_text())["progress"]["block"] == 20
-    restored, original = tensors(saved_again), tensors(tmp_path / "before")
+    restored, original = checkpoint_tensors(saved_again), checkpoint_tensors(tmp_path / "before")
     assert restored.keys() == original.keys()
     assert all(torch.equal(restored[name], original[name]) for name in original)
 

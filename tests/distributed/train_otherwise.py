@@ -73,14 +73,14 @@ def resident_parameters() -> None:
 
 def slow_write() -> None:
     """No fault: a disk that takes seconds for a checkpoint. The file ``writing`` in the run folder says when."""
-    honest = writer.write_checkpoint
+    honest = writer.write_rank
 
-    def write(final: Path, *arguments: Any, **keywords: Any) -> None:
+    def write(final: Path, *arguments: Any) -> None:
         (final.parent.parent / "writing").touch()
         time.sleep(4)
-        honest(final, *arguments, **keywords)
+        honest(final, *arguments)
 
-    writer.write_checkpoint = write
+    writer.write_rank = write
 
 
 def last_bits() -> None:

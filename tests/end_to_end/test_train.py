@@ -72,12 +72,12 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_bits(finished: Path
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     shutil.rmtree(run / "eval")
-    weights = run / "checkpoints" / "step_00000004" / "student.safetensors"
+    weights = run / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
     payload = bytearray(weights.read_bytes())
     payload[len(payload) // 2] ^= 1
     weights.write_bytes(payload)
     resumed = run_train(tiny_overrides(scenes, run))
-    assert "step_00000004 is damaged (student.safetensors differs from what was written)" in resumed.stdout
+    assert "step_00000004 is damaged (rank_00000.safetensors differs from what was written)" in resumed.stdout
     assert "resuming" in resumed.stdout
     assert_equal_bits(finished, run)
     assert metrics_of(finished) == metrics_of(run)

@@ -16,25 +16,27 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from mfm_dist.checkpoint import files as checkpoint_files
 from mfm_dist.checkpoint.contents import PARTS
-from mfm_dist.checkpoint.files import find_latest, read_checkpoint
+from mfm_dist.checkpoint.files import Checkpoint, Snapshot, find_latest, read_checkpoint, write_rank
+from mfm_dist.checkpoint.pieces import Piece, TensorSpec
 from mfm_dist.checkpoint.progress import Progress
-from mfm_dist.checkpoint.resume import find_resumable
+from mfm_dist.checkpoint.resume import load_newest
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
+from mfm_dist.errors import ConfigError, StorageError
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.train import set_aside
 from tests.helpers.classes import CLASSES
+from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
 KILLED = 77
@@ -51,12 +53,25 @@ def module_at(step: int) -> Any:
     return SimpleNamespace(step=step, classes=CLASSES)
 
 
-def writer(folder: Path, *, keep: int = 2, background: bool = False) -> CheckpointWriter:
-    """A real writer, of a run of one rank."""
+ONE_RANK: Any = SimpleNamespace(
+    rank=0, is_main=True, world_size=1, gather_objects=lambda value: [value], from_main=lambda work: work()
+)
+
+
+def writer(
+    folder: Path, *, keep: int = 2, background: bool = False, engine: Any = None, **settings: Any
+) -> CheckpointWriter:
+    """A real writer, of a run of one rank unless told otherwise."""
     config = RunConfig()
     config.checkpoint.keep, config.checkpoint.background = keep, background
-    rank: Any = SimpleNamespace(is_main=True, world_size=1, gather_objects=lambda value: [value])
-    return CheckpointWriter(folder, rank, config, data_fingerprints={}, written=lambda _: None)
+    return CheckpointWriter(
+        folder, engine or ONE_RANK, config, data_fingerprints={}, written=lambda _: None, **settings
+    )
+
+
+def resumable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """What a start of one rank goes on from."""
+    return load_newest(folder, ONE_RANK, Checkpoint.verify, report)
 
 
 @pytest.fixture
@@ -72,7 +87,20 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step saves, without a network."""
-    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, _: content(module.step))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, rank, **_: pieces_of(module.step, rank))
+
+
+def pieces_of(step: int, engine: Any) -> Snapshot:
+    """A rank's even share of ``content``, and statistics of its own."""
+    whole = {f"{part}/{name}": tensor for part, named in content(step).items() for name, tensor in named.items()}
+    shares = {
+        name: list(enumerate(tensor.flatten()))[engine.rank :: engine.world_size] for name, tensor in whole.items()
+    }
+    return Snapshot(
+        tensors={name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in whole.items()},
+        pieces=[Piece(name, first, value.view(1)) for name, share in shares.items() for first, value in share],
+        buffers=[Piece("student/b", 0, whole["student/b"] + engine.rank)],
+    )
 
 
 def save(folder: Path, *steps: int, keep: int = 2, background: bool = False) -> None:
@@ -101,13 +129,13 @@ def names(folder: Path) -> list[str]:
 
 
 class Torn:
-    """A text file whose writes can be interrupted half-way."""
+    """A file whose writes can be interrupted half-way."""
 
     def __init__(self, file: Any, cross: Cross) -> None:
         self.file = file
         self.cross = cross
 
-    def write(self, text: str) -> None:
+    def write(self, text: Any) -> None:
         for part in (text[: len(text) // 2], text[len(text) // 2 :]):
             self.file.write(part)
             self.file.flush()
@@ -146,16 +174,6 @@ def watch(monkeypatch: pytest.MonkeyPatch, cross: Cross) -> None:
         return Torn(really_open(file, mode, *arguments, **settings), cross)
 
     monkeypatch.setattr(io, "open", opened)
-
-    def saved(tensors: dict[str, Tensor], path: Path) -> None:
-        cross("save_file")
-        save_file(tensors, path)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        cross("save_file")
-        path.write_bytes(whole)
-
-    monkeypatch.setattr(checkpoint_files, "save_file", saved)
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:
@@ -231,8 +249,9 @@ def test_nothing_is_named_before_it_is_on_disk(tmp_path: Path, monkeypatch: pyte
     temporary = "/.step_00000002.tmp"
     named = calls.index(("rename", temporary))
     synchronised = {path for name, path in calls[:named] if name == "fsync"}
-    files = [f"{temporary}/{part}.safetensors" for part in PARTS]
-    assert synchronised == {temporary, *files, f"{temporary}/state.json", f"{temporary}/manifest.json"}
+    files = ("rank_00000.safetensors", "buffers_00000.safetensors", "state.json", "manifest.json")
+    assert synchronised >= {temporary, *(f"{temporary}/{name}" for name in files)}
+    assert names(tmp_path / "step_00000002") == sorted(files)
     assert calls[named + 1] == ("fsync", "")
     assert min(i for i, (name, path) in enumerate(calls) if "step_00000001" in path) > named + 1
 
@@ -245,7 +264,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_no_checkpoint(
 
     def cross(name: str) -> None:
         state["crossed"] += 1
-        if state["crossed"] >= state["full_from"] > 0 and name in ("open", "write", "fsync", "mkdir", "save_file"):
+        if state["crossed"] >= state["full_from"] > 0 and name in ("open", "write", "fsync", "mkdir"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     watch(monkeypatch, cross)
@@ -282,36 +301,94 @@ def problem_of(writes: CheckpointWriter, step: int) -> StorageError | None:
     return None
 
 
-def test_every_rank_hears_of_a_write_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 knows as soon as it looks; the others when all ask, in the words of rank 0."""
+def told(work: Callable[[], object]) -> str:
+    """What a StorageError of ``work`` says; empty without one."""
+    try:
+        work()
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_three_ranks_write_one_checkpoint(background: bool, tmp_path: Path) -> None:
+    """Each its own file, which is safetensors; again over the same step."""
+
+    def save_twice(engine: Any) -> str:
+        writes = writer(tmp_path, background=background, engine=engine)
+        for _ in range(2):
+            writes.save(module_at(5), Progress(step=5))
+        return told(writes.wait)
+
+    assert on_ranks(3, save_twice) == ["", "", ""]
+    assert_whole(tmp_path, 5)
+    assert names(tmp_path) == ["latest", "step_00000005"]
+    final = tmp_path / "step_00000005"
+    files = [f"{kind}_{rank:05d}.safetensors" for kind in ("buffers", "rank") for rank in range(3)]
+    assert names(final) == sorted([*files, "manifest.json", "state.json"])
+    with safe_open(final / "rank_00001.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("student/b[1:2]"), content(5)["student"]["b"][1:2])
+    assert torch.equal(read_checkpoint(final).buffers(2)["b"], content(5)["student"]["b"] + 2)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_hears_of_a_write_that_failed(
+    rank: int, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rank meets with it, all raise it, in its words, and the checkpoint before is whole."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    (tmp_path / "file").write_text("in the way")
-    module = module_at(1)
-    first, second = writer(tmp_path / "file", background=True), writer(tmp_path)
-    told: list[Any] = []
+    save(tmp_path, 1)
 
-    def gather_first(own: Any) -> list[Any]:
-        told.append(own)
-        return [own, None]
+    def full(final: Path, number: int, snapshot: Snapshot) -> None:
+        if number == rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_rank(final, number, snapshot)
 
-    ranks: list[Any] = [
-        SimpleNamespace(is_main=True, world_size=1, gather_objects=gather_first),
-        SimpleNamespace(is_main=False, gather_objects=lambda own: [told[-1], own]),
-    ]
-    first.engine, second.engine = ranks
-    for writes in (first, second):
-        writes.save(module, Progress(step=1))
-    deadline = time.monotonic() + 10
-    while not first.failed():
-        assert time.monotonic() < deadline
-    assert not second.failed()
-    reasons = []
-    for writes in (first, second):
-        with pytest.raises(StorageError, match=r"step_00000001 could not be written.*0\.00 GiB are free") as raised:
-            writes.save(module, Progress(step=2))
-        reasons.append(str(raised.value))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.write_rank", full)
+
+    def save_and_look(engine: Any) -> str:
+        writes = writer(tmp_path, background=background, engine=engine)
+        found = told(lambda: writes.save(module_at(2), Progress(step=2)))
+        if background:
+            deadline = time.monotonic() + 10
+            while engine.rank == rank and not writes.failed():
+                assert time.monotonic() < deadline
+            found = told(writes.wait)
         writes.close()
+        return found
+
+    reasons = on_ranks(2, save_and_look)
+    assert re.search(r"step_00000002 could not be written: .*No space left.*0\.00 GiB are free", reasons[0])
     assert reasons[0] == reasons[1]
+    assert_whole(tmp_path, 1)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_a_rank_that_lags_is_named_and_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    late = Event()
+
+    def slow(final: Path, number: int, snapshot: Snapshot) -> None:
+        if number == 1:
+            late.wait(30)
+        write_rank(final, number, snapshot)
+
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.write_rank", slow)
+
+    def save_and_wait(engine: Any) -> str:
+        writes = writer(tmp_path, background=True, engine=engine, patience=0.3)
+        writes.save(module_at(2), Progress(step=2))
+        found = told(writes.wait)
+        late.set()
+        writes.close()
+        return found
+
+    reasons = on_ranks(2, save_and_wait)
+    assert reasons[0] == reasons[1]
+    assert re.fullmatch(r".*step_00000002 is not complete: rank 1 has not written its pieces within 0\.3 s", reasons[0])
+    assert_whole(tmp_path, 1)
+    assert not (tmp_path / "step_00000002").exists()
 
 
 def flips(path: Path, positions: Iterator[int] | range) -> Iterator[int]:
@@ -325,11 +402,11 @@ def flips(path: Path, positions: Iterator[int] | range) -> Iterator[int]:
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", [*(f"{part}.safetensors" for part in PARTS), "state.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "buffers_00000.safetensors", "state.json"])
 def test_a_flipped_bit_in_any_file_is_noticed_and_the_checkpoint_before_is_used(name: str, tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     path = tmp_path / "step_00000002" / name
-    for _ in flips(path, range(0, path.stat().st_size, 7)):
+    for _ in flips(path, range(0, path.stat().st_size, 17)):
         lines: list[str] = []
         found = find_latest(tmp_path, report=lines.append)
         assert found is not None
@@ -346,10 +423,10 @@ def test_any_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path: P
     for _ in flips(path, range(path.stat().st_size)):
         try:
             read_checkpoint(path.parent)
-        except CorruptFileError:
+        except StorageError:
             noticed += 1
         else:
-            assert json.loads(path.read_bytes())["files"] == meaning["files"]
+            assert json.loads(path.read_bytes()) == meaning
     assert noticed > 0.9 * path.stat().st_size - 60
 
 
@@ -357,7 +434,9 @@ def rewrite(checkpoint: Path, name: str, payload: bytes) -> None:
     """Change a file and vouch for it, as a mistaken or hostile hand could."""
     (checkpoint / name).write_bytes(payload)
     manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    manifest["files"][name] = {"bytes": len(payload), "sha256": sha256(payload).hexdigest()}
+    digest = sha256(payload).hexdigest()
+    sums = [digest] if name.endswith(".safetensors") else digest
+    manifest["files"][name] = {"bytes": len(payload), "sha256": sums}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -369,13 +448,13 @@ class Trap:
 
 
 STATES = {
-    "larger than the limit": b'{"format": 2, "x": "' + b"x" * (5 << 20) + b'"}',
+    "larger than the limit": b'{"format": 3, "x": "' + b"x" * (5 << 20) + b'"}',
     "no JSON": b"\xff\xfe not JSON",
     "a pickle": pickle.dumps(Trap()),
     "a list": b"[1, 2]",
     "nested too deep": b'{"config": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     "empty": b"",
-    "a format of text": {"format": "2"},
+    "a format of text": {"format": "3"},
     "no processes": {"world_size": 0},
     "processes as text": {"world_size": "2"},
     "no progress": {"progress": {}},
@@ -383,7 +462,7 @@ STATES = {
     "progress as truth": {"progress": {"step": True, "applied": 0, "block": 0}},
     "negative progress": {"progress": {"step": 1, "applied": -1, "block": 0}},
     "endless progress": {"progress": {"step": float("inf"), "applied": 0, "block": 0}},
-    "a number without end": b'{"format": 2, "progress": {"step": ' + b"9" * 100_000 + b"}}",
+    "a number without end": b'{"format": 3, "progress": {"step": ' + b"9" * 100_000 + b"}}",
     "another step": {"progress": {"step": 10**30, "applied": 0, "block": 0}},
     "foreign progress": {"progress": {"step": 1, "applied": 0, "block": 0, "position": 3}},
     "config as a list": {"config": []},
@@ -405,15 +484,15 @@ def test_a_state_that_no_run_writes_is_told_in_one_line(kind: str, tmp_path: Pat
     assert_told_in_one_line(tmp_path)
 
 
-@pytest.mark.parametrize("form", [1, 99])
+@pytest.mark.parametrize("form", [1, 2, 99])
 def test_another_format_is_refused_by_name_and_never_passed_over(form: int, tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     newest = tmp_path / "step_00000002"
     state = json.loads((newest / "state.json").read_bytes())
     rewrite(newest, "state.json", json.dumps(state | {"format": form}).encode())
-    with pytest.raises(ConfigError, match=rf"step_00000002 has format {form} of checkpoints, this code reads 2"):
-        find_resumable(tmp_path, pytest.fail)
+    with pytest.raises(ConfigError, match=rf"step_00000002 has format {form} of checkpoints, this code reads 3"):
+        resumable(tmp_path, pytest.fail)
 
 
 def test_another_format_may_have_other_files(tmp_path: Path) -> None:
@@ -421,16 +500,16 @@ def test_another_format_may_have_other_files(tmp_path: Path) -> None:
     save(tmp_path, 1)
     newer = tmp_path / "step_00000002"
     newer.mkdir()
-    files = {"state.json": b'{"format": 3, "progress": "elsewhere"}', "student-00001-of-00002.safetensors": b"x"}
+    files = {"state.json": b'{"format": 4, "progress": "elsewhere"}', "student-00001-of-00002.safetensors": b"x"}
     for name, payload in files.items():
         (newer / name).write_bytes(payload)
     written = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files.items()}
     (newer / "manifest-00001.json").write_text(json.dumps({"files": written}))
-    with pytest.raises(ConfigError, match="step_00000002 has format 3 of checkpoints"):
-        find_resumable(tmp_path, pytest.fail)
-    (newer / "state.json").write_bytes(b'{"format": 2, "progress": "elsewhere"}')  # a flipped bit is no other format
+    with pytest.raises(ConfigError, match="step_00000002 has format 4 of checkpoints"):
+        resumable(tmp_path, pytest.fail)
+    (newer / "state.json").write_bytes(b'{"format": 3, "progress": "elsewhere"}')  # a flipped bit is no other format
     lines: list[str] = []
-    found = find_resumable(tmp_path, lines.append)
+    found = resumable(tmp_path, lines.append)
     assert found is not None
     assert found.progress.step == 1
     assert "step_00000002 is damaged (state.json differs from what was written)" in lines[0]
@@ -441,8 +520,8 @@ def test_damaged_checkpoints_are_set_aside_and_named_when_a_run_goes_on_before_t
     for _ in range(2):
         save(run.checkpoints, 4, 6, 8, keep=3)
         for step in (6, 8):
-            os.truncate(run.checkpoints / f"step_{step:08d}" / "student.safetensors", 9)
-        found = find_resumable(run.checkpoints, lambda _: None)
+            os.truncate(run.checkpoints / f"step_{step:08d}" / "rank_00000.safetensors", 9)
+        found = resumable(run.checkpoints, lambda _: None)
         assert found is not None
         assert found.progress.step == 4
         set_aside(found, run, lambda _: None)
@@ -455,7 +534,7 @@ def test_damaged_checkpoints_are_set_aside_and_named_when_a_run_goes_on_before_t
     assert names(run.checkpoints) == ["latest", "set_aside", "step_00000008", "step_00000010"]
     assert names(run.checkpoints / "set_aside") == kept
     assert assert_whole(run.checkpoints, 10)
-    set_aside(find_latest(run.checkpoints, pytest.fail), RunFolder(tmp_path, writes=False), pytest.fail)  # other ranks
+    set_aside(read_checkpoint(run.checkpoints / "step_00000010"), RunFolder(tmp_path, writes=False), pytest.fail)
 
 
 MANIFESTS = {
@@ -494,19 +573,36 @@ def rename_in_manifest(path: Path, name: str, other: str) -> None:
     manifest.write_text(manifest.read_text().replace(f'"{name}"', f'"{other}"'))
 
 
+def entry(numel: int, start: int, end: int) -> dict[str, Any]:
+    """Entry of a piece in a header."""
+    return {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
+
+
+def rewrite_header(path: Path, header: Any) -> None:
+    """A file of tensors that has a header alone, vouched for."""
+    text = json.dumps(header).encode()
+    rewrite(path, "rank_00000.safetensors", len(text).to_bytes(8, "little") + text)
+
+
 SPOILS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda f: os.truncate(f / "optimizer.safetensors", 20),
-    "emptied": lambda f: os.truncate(f / "student.safetensors", 0),
-    "missing": lambda f: (f / "buffers.safetensors").unlink(),
+    "truncated": lambda f: os.truncate(f / "rank_00000.safetensors", 20),
+    "emptied": lambda f: os.truncate(f / "buffers_00000.safetensors", 0),
+    "missing": lambda f: (f / "buffers_00000.safetensors").unlink(),
     "no manifest": lambda f: (f / "manifest.json").unlink(),
-    "a folder for a file": lambda f: replace_by_folder(f / "teacher.safetensors"),
-    "a state not vouched for": lambda f: rename_in_manifest(f, "state.json", "student.safetensors"),
-    "a file too many": lambda f: shutil.copy(f / "teacher.safetensors", f / "other.safetensors"),
-    "a pickle": lambda f: rewrite(f, "teacher.safetensors", pickle.dumps(Trap())),
-    "a header too long": lambda f: rewrite(f, "teacher.safetensors", b"\xff" * 8 + b"{}"),
-    "a header that lies": lambda f: rewrite(
-        f, "teacher.safetensors", b"\x3b" + b"\0" * 7 + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999999]}} '
-    ),
+    "a folder for a file": lambda f: replace_by_folder(f / "rank_00000.safetensors"),
+    "a state not vouched for": lambda f: rename_in_manifest(f, "state.json", "rank_00001.safetensors"),
+    "a file too many": lambda f: shutil.copy(f / "rank_00000.safetensors", f / "rank_00001.safetensors"),
+    "a pickle": lambda f: rewrite(f, "rank_00000.safetensors", pickle.dumps(Trap())),
+    "nothing": lambda f: rewrite(f, "rank_00000.safetensors", b""),
+    "a header too long": lambda f: rewrite(f, "rank_00000.safetensors", b"\xff" * 8 + b"{}"),
+    "a header that is a list": lambda f: rewrite_header(f, []),
+    "values beyond the file": lambda f: rewrite_header(f, {"student/a[0:15]": entry(15, 0, 60)}),
+    "values before the file": lambda f: rewrite_header(f, {"student/a[0:15]": entry(15, -60, 0)}),
+    "a piece beyond its tensor": lambda f: rewrite_header(f, {"student/a[16:16]": entry(0, 0, 0)}),
+    "a piece of another type": lambda f: rewrite_header(f, {"student/a[0:0]": entry(0, 0, 0) | {"dtype": "I32"}}),
+    "a piece of no tensor": lambda f: rewrite_header(f, {"student/c[0:0]": entry(0, 0, 0)}),
+    "no place": lambda f: rewrite_header(f, {"student/a": entry(0, 0, 0)}),
+    "half of it": lambda f: rewrite_header(f, {"student/a[0:0]": entry(0, 0, 0)}),
     "all files gone": lambda f: replace_by_folder(f),
 }
 
@@ -522,7 +618,7 @@ def assert_told_in_one_line(folder: Path) -> None:
     """The newest is passed over with a line, or without another one the start is refused."""
     lines: list[str] = []
     with pytest.raises(StorageError, match=r"no checkpoint in .* remove .* to start over from step 0") as refused:
-        find_resumable(folder, report=lines.append)
+        resumable(folder, report=lines.append)
     assert refused.value.exit_code == 4
     assert len(lines) == 1
     assert "step_00000001 is damaged (" in lines[0]
@@ -530,7 +626,7 @@ def assert_told_in_one_line(folder: Path) -> None:
     assert len(lines[0]) < len(str(folder)) + 400
     save(folder.parent / f"{folder.name}_before", 0)
     shutil.move(folder.parent / f"{folder.name}_before" / "step_00000000", folder)
-    earlier = find_resumable(folder, report=lines.append)
+    earlier = resumable(folder, report=lines.append)
     assert earlier is not None
     assert earlier.progress.step == 0
 
@@ -548,7 +644,7 @@ def test_the_pointer_and_folders_of_other_names_do_not_matter(tmp_path: Path) ->
     assert (tmp_path / "latest").read_text() == "step_123456789\n"
     assert_whole(tmp_path, 123456789)  # nine digits come after eight
     assert names(tmp_path) == ["latest", "step_00000001_mine", "step_00000003", "step_123456789"]
-    assert find_resumable(tmp_path / "nothing", report=pytest.fail) is None
+    assert resumable(tmp_path / "nothing", report=pytest.fail) is None
 
 
 def test_the_real_command_on_a_full_disk_and_over_damage(scenes: Path, tmp_path: Path) -> None:
@@ -572,12 +668,12 @@ def test_the_real_command_on_a_full_disk_and_over_damage(scenes: Path, tmp_path:
 
     done = run_train([*tiny_overrides(scenes, run), "train.steps=2", "checkpoint.every=1"])
     assert result_of(done.stdout)["step"] == 2
-    for path in (run / "checkpoints").glob("*/student.safetensors"):
+    for path in (run / "checkpoints").glob("*/rank_00000.safetensors"):
         next(flips(path, range(path.stat().st_size - 1, path.stat().st_size)))
     before = (run / "metrics.jsonl").read_bytes()
     refused = run_train(tiny_overrides(scenes, run))
     assert refused.returncode == 4, refused.stderr
-    assert refused.stdout.count("is damaged (student.safetensors differs from what was written)") == 2
+    assert refused.stdout.count("is damaged (rank_00000.safetensors differs from what was written)") == 2
     assert "to start over from step 0" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert json.loads((run / "outcome.json").read_text())["code"] == 4

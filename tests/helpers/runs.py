@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
+
+from mfm_dist.checkpoint.contents import PARTS
+from mfm_dist.checkpoint.files import read_checkpoint
+from mfm_dist.checkpoint.pieces import Piece, TensorSpec, write_pieces
 
 REPOSITORY = Path(__file__).parents[2]
 SCENE_SIZE = (64, 128)
@@ -154,14 +158,28 @@ def result_of(output: str) -> dict[str, Any]:
     return result
 
 
-def final_tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    """Read every tensor of a checkpoint, by file and name."""
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    return {
-        f"{file.stem}/{name}": tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+def final_tensors(run: Path, step: int = 4) -> dict[str, Tensor]:
+    """Read every tensor of a checkpoint of a run, by part and name."""
+    return checkpoint_tensors(run / "checkpoints" / f"step_{step:08d}")
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of a checkpoint, by part and name, and each rank's own BatchNorm statistics."""
+    checkpoint = read_checkpoint(folder)
+    found = {f"{part}/{name}": value for part in PARTS for name, value in checkpoint.tensors(part).items()}
+    ranks = range(checkpoint.world_size)
+    return found | {f"buffers/{rank}/{name}": one for rank in ranks for name, one in checkpoint.buffers(rank).items()}
+
+
+def rewrite_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Give a checkpoint of one process other tensors, by part and name, and vouch for them."""
+    pieces = [Piece(name, 0, tensor.flatten()) for name, tensor in tensors.items()]
+    size, chunks = write_pieces(folder / "rank_00000.safetensors", pieces)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["rank_00000.safetensors"] = {"bytes": size, "sha256": chunks}
+    specs = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    manifest["tensors"] = {name: spec.to_tree() for name, spec in specs.items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def assert_equal_bits(first: Path, second: Path, step: int = 4) -> None:

@@ -249,10 +249,10 @@ def test_mistakes_are_told_with_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_teacher_says_so(trained_run: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_teacher_says_so(trained_run: Path) -> None:
     checkpoint = find_latest(trained_run / "checkpoints", report=pytest.fail)
     assert checkpoint is not None
-    lonely = replace(checkpoint, path=tmp_path)
+    lonely = replace(checkpoint, specs={name: spec for name, spec in checkpoint.specs.items() if "teacher" not in name})
     with pytest.raises(ConfigError, match="has no teacher"):
         load_teacher(lonely, plain_segmentor(trained_run))
 

@@ -23,7 +23,7 @@ from mfm_dist.cluster import preflight
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import CorruptFileError, DataError, UserError
+from mfm_dist.errors import DataError, StorageError, UserError
 from tests.helpers.runs import DEFAULTS, run_train, tiny_overrides
 
 
@@ -177,6 +177,23 @@ def test_everything_wrong_is_told_at_once(scenes: Path, tmp_path: Path, capsys: 
     for what in ("writing to data.scratch=", "reading data.source=", "reading data.target="):
         assert f"preflight: {os.uname().nodename}: {what}" in told
     assert "Traceback" not in told
+    assert "comparing the classes" not in told, "the set that is not there was told already"
+
+
+def test_shards_of_other_classes_are_told_with_both_lists(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards_of(scenes, tmp_path / "scenes")
+    manifest = tmp_path / "scenes" / "camera_val" / "dataset.json"
+    tree = json.loads(manifest.read_text())
+    tree["classes"]["names"].reverse()
+    manifest.write_text(json.dumps(tree))
+    assert preflight.main([*DEFAULTS, *tiny_overrides(tmp_path / "scenes", tmp_path / "run")]) == 2
+    told = capsys.readouterr().out
+    assert "comparing the classes of the shards failed (configuration error: game_train and camera_val do not" in told
+    assert "19: road, sidewalk, " in told
+    assert "19: bicycle, motorcycle, " in told
+    assert told.count("\n") == 1
 
 
 def test_a_node_with_other_versions_is_named_also_if_it_is_the_first() -> None:
@@ -195,7 +212,7 @@ def test_a_node_with_other_versions_is_named_also_if_it_is_the_first() -> None:
 def test_a_full_folder_is_named_with_its_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preflight.write_probe(tmp_path, "probe")
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with (tmp_path / "checkpoints" / "step_00000001" / "student.safetensors").open("wb") as file:
+    with (tmp_path / "checkpoints" / "step_00000001" / "rank_00000.safetensors").open("wb") as file:
         file.truncate(1 << 43)  # of zeros that take no room
     with pytest.raises(ValueError, match=r"GiB are free, 8192\.00 are needed"):
         preflight.write_probe(tmp_path, "probe")
@@ -265,11 +282,11 @@ def test_a_disk_that_gives_other_bytes_is_told(tmp_path: Path, monkeypatch: pyte
 
     def damaged(final: Path, *arguments: Any, **more: Any) -> None:
         written(final, *arguments, **more)
-        student = final / "student.safetensors"
-        student.write_bytes(student.read_bytes()[:-1] + b"\7")
+        tensors = final / "rank_00000.safetensors"
+        tensors.write_bytes(tensors.read_bytes()[:-1] + b"\7")
 
     monkeypatch.setattr(preflight, "write_checkpoint", damaged)
-    with pytest.raises(CorruptFileError, match=r"student\.safetensors differs from what was written"):
+    with pytest.raises(StorageError, match=r"rank_00000\.safetensors differs from what was written"):
         preflight.write_probe(tmp_path, "probe")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_dist.distributed import deepspeed_engine
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Piece
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, LeafCheck, Piece
+from mfm_dist.errors import ConfigError
 
 
 def test_buckets_give_every_bit_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,21 @@ def test_buckets_give_every_bit_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [whole.shape for whole in found] == shapes
     for whole, expected in zip(found, wholes, strict=True):
         assert torch.equal(whole.view(-1).view(torch.int32), expected.view(-1).view(torch.int32))
+
+
+def test_a_leaf_runs_once_between_backwards_and_behind_what_trains() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1]._z3_leaf = True  # as DeepSpeed marks them
+    check, x = LeafCheck(network), torch.ones(1, 2)
+    for _ in range(2):
+        network(x).sum().backward()
+        with torch.no_grad():
+            network(x)  # as of a teacher, or in an evaluation
+        check.after_backward()
+    network(x)
+    with pytest.raises(ConfigError, match=r"leaf_module .*: 1 \(Linear\) runs twice before a backward"):
+        network(x)
+    check.after_backward()
+    network[0].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"1 \(Linear\) is the first that trains"):
+        network(x)

@@ -54,16 +54,15 @@ def exact_mask(batch: int = 2, ratio: float = 0.5) -> Tensor:
 def test_normalised_queries_and_keys_bound_the_logits_however_large_the_input() -> None:
     torch.manual_seed(0)
     attention = Attention(16, 2, qk_norm=True)
-    largest: list[Tensor] = []
-    attention.attend.largest_logits = largest
+    attention.attend.largest = torch.tensor(-math.inf)
     for size in (1.0, 1e3):
         attention(size * torch.randn(1, 9, 16))
     # Both vectors have norm sqrt(8) at most, and the scale is 1 / sqrt(8).
-    assert all(float(logit) <= math.sqrt(8) + 1e-4 for logit in largest)
+    assert 0 < float(attention.attend.largest) <= math.sqrt(8) + 1e-4
     plain = Attention(16, 2)
-    plain.attend.largest_logits = unbounded = []
+    plain.attend.largest = torch.tensor(-math.inf)
     plain(1e3 * torch.randn(1, 9, 16))
-    assert float(unbounded[0]) > 1e3
+    assert float(plain.attend.largest) > 1e3
 
 
 def test_the_largest_logit_is_that_of_all_of_them() -> None:
@@ -76,7 +75,13 @@ def test_logits_are_collected_in_the_context_alone() -> None:
     rebuilder, maps = rebuilder_with(depth=3, readout=2), maps_of()
     with rebuilder.collecting_logits() as found:
         rebuilder(maps[-1], maps, exact_mask())
-    assert len(found) == 5
+    once = list(found)
+    assert len(once) == 5
+    with rebuilder.collecting_logits() as found:
+        rebuilder(maps[-1], maps, exact_mask())
+        rebuilder(1e3 * maps[-1], maps, exact_mask())
+    assert all(together >= one for together, one in zip(found, once, strict=True))
+    assert found != once
     rebuilder(maps[-1], maps, exact_mask())
     assert len(found) == 5
 

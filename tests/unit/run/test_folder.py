@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mfm_dist.errors import StorageError
 from mfm_dist.evaluate import main as evaluate
-from mfm_dist.run.folder import read_config
+from mfm_dist.run.folder import LEASE, RunFolder, read_config
 from tests.helpers.runs import REPOSITORY
 
 
@@ -45,3 +46,15 @@ def test_the_data_of_a_run_is_found_from_any_working_folder(
     (run / "environment.json").unlink()
     assert evaluate(["--run", str(run)]) == 0
     assert capsys.readouterr().out == scores
+
+
+def test_a_rank_that_sees_another_folder_is_refused(tmp_path: Path) -> None:
+    """Such as one of the same name on a disk of its own machine."""
+    (tmp_path / LEASE).write_text("held by rank 0")
+    run = RunFolder(tmp_path, writes=False)
+    run.check_shared("held by rank 0", rank=1)
+    told = rf"run\.folder={tmp_path} on \S+ \(rank 1\) is not the folder that rank 0 has under this name"
+    with pytest.raises(StorageError, match=told):
+        run.check_shared("held by another", rank=1, patience=0.0)
+    with pytest.raises(StorageError, match="on storage that all machines share"):
+        RunFolder(tmp_path / "nothing", writes=False).check_shared("held by rank 0", rank=1, patience=0.0)
