@@ -73,7 +73,7 @@ class RunFolder:
         """
         until = time.monotonic() + patience
         while True:
-            with suppress(OSError):
+            with suppress(OSError, CorruptFileError):
                 if read_text(self.path / LEASE) == lease:
                     return
             if time.monotonic() > until:
