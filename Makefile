@@ -16,7 +16,7 @@ help:
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
-	@echo "make campaign     the proofs that take hours: all stages and world sizes, random kills, damaged shards, hostile inputs, Slurm"
+	@echo "make campaign     the proofs that take hours: all stages and world sizes, random kills, live faults, damaged shards, hostile inputs, soak, Slurm"
 	@echo "make slurm-cluster  a private Slurm of two nodes on this machine, to try slurm/ by hand"
 
 install: $(STAMP)
@@ -62,6 +62,9 @@ campaign: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.damaged_shards
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.hostile_inputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.live_faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.decode_speed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign.slurm_rounds
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu_zero3.yaml -m tests.campaign.large_state
 

@@ -21,6 +21,9 @@ CHUNK_BYTES = 1 << 20
 LARGEST_FILE = 64 << 20
 """Bytes of the largest file that is read whole; the manifest of 50,000 shards has as many."""
 
+OF_KERNEL = 1 << 20
+"""Bytes of the largest file in /proc that is read; asked for some millions, the kernel refuses (ENOMEM)."""
+
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
@@ -106,9 +109,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read, without waiting for what is none, such as a named pipe.
+def regular_descriptor(path: Path) -> int:
+    """Open a file to read, without waiting for what is none, such as a named pipe; return its descriptor.
+
+    A link is followed: data sets and weights are often laid out by links.
 
     Raises:
         CorruptFileError: it is no regular file.
@@ -118,8 +122,20 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CorruptFileError(f"{path.name} is no regular file")
-    with open(descriptor, "rb") as file:
+    return descriptor
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read as ``regular_descriptor`` does, with the same errors."""
+    with open(regular_descriptor(path), "rb") as file:
         yield file
+
+
+def require_regular(path: Path) -> Path:
+    """Return the path of a file that a library opens itself. Raises what ``regular_descriptor`` does."""
+    os.close(regular_descriptor(path))
+    return path
 
 
 def read_whole(path: Path, limit: int = LARGEST_FILE) -> bytes:
@@ -171,9 +187,9 @@ def fsync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hex digits."""
+    """Return the SHA-256 of a file in hex digits. Raises what ``regular_descriptor`` does."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

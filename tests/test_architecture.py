@@ -79,6 +79,13 @@ TOOLS = {module_name(path): path for path in sorted((REPOSITORY / "tools").glob(
 TESTS = {module_name(path): path for path in sorted((REPOSITORY / "tests").rglob("*.py"))}
 
 
+OPENERS = ("Image.open", "tarfile.open", "zipfile.ZipFile", "ZipFile", "av.open", "np.load", "np.fromfile", "np.memmap",
+           "json.load", "torch.load", "load_file", "safe_open", "pickle.load", "gzip.open", "bz2.open")  # fmt: skip
+"""Calls of libraries that open a file they are given by name."""
+READERS = {"mfm_dist.storage": "it is the door"}
+"""Who may read files without ``storage``, and why."""
+
+
 @cache
 def imports(path: Path) -> tuple[tuple[int, str], ...]:
     """Return line and dotted name of everything that a file imports, inside functions and for type checkers too."""
@@ -228,6 +235,49 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"  # the traceback shows who wanted it
     run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and text of every call that opens a file to read, whatever stands in it, and not by ``storage``."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        first, text = (ast.unparse(node.args[0]) if node.args else ""), ast.unparse(node)
+        by_name = called == "open" or re.search(r"(^|[._])path\.open$", called)
+        if (
+            (by_name and not re.search(r"'[wax]b?\+?'", text))
+            or (called == "os.open" and "RDONLY" in text)
+            or called.endswith((".read_text", ".read_bytes"))
+            or (called in OPENERS and first and not first.startswith(("require_regular(", "io.BytesIO(", "file")))
+        ):
+            yield node.lineno, text[:80]
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("open(path)", True), ("open(path, 'rb')", True), ("path.open()", True), ("open(path, 'w')", False),
+        ("path.read_text()", True), ("Path(a, b).read_bytes()", True), ("read_text(path)", False),
+        ("os.open(a, os.O_RDONLY)", True), ("os.open(a, os.O_WRONLY)", False), ("load_file(path)", True),
+        ("load_file(require_regular(path))", False), ("Image.open(path)", True),
+        ("Image.open(io.BytesIO(content))", False), ("tarfile.open(fileobj=file, mode='r:')", False),
+        ("torch.load(path, weights_only=True)", True),
+    ],
+)  # fmt: skip
+def test_a_read_is_seen(code: str, found: bool) -> None:
+    assert bool(list(reads(ast.parse(code)))) == found
+
+
+def test_every_file_is_read_through_one_door() -> None:
+    """``storage`` opens only regular files and bounds what it reads whole; nothing else reads a file of any origin."""
+    around = [
+        f"{name}:{line} {call}"
+        for name, path in FILES.items()
+        if name not in READERS
+        for line, call in reads(ast.parse(path.read_text()))
+    ]
+    assert_none(around)
 
 
 def test_the_root_is_read_at_a_glance() -> None:

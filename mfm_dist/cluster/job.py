@@ -36,10 +36,11 @@ from mfm_dist.errors import (
     EXIT_MISMATCH,
     EXIT_STOPPED,
     EXIT_STORAGE,
+    CorruptFileError,
     tell_user_errors,
 )
 from mfm_dist.run.folder import OUTCOME, REFUSED
-from mfm_dist.storage import JsonLines, write_atomically
+from mfm_dist.storage import LARGEST_FILE, JsonLines, open_regular, read_json, read_text, write_atomically
 
 QUICKSTART = Path("configs/quickstart.yaml")
 ATTEMPTS = "attempts.jsonl"
@@ -244,7 +245,7 @@ def _gives_up(folder: Path, attempts: Sequence[Mapping[str, Any]], step: int) ->
     ]
     lines += [f"  attempt: {attempt['reason']}" for attempt in here[-SAME_STEP_FAILURES:]]
     for log in sorted(folder.glob("node-*.log")):
-        found = first_failure(log.read_text(encoding="utf-8", errors="replace"))
+        found = first_failure(_end_of(log))
         lines.append(f"  {log.name}: {found or 'no error in it'}")
     say(folder, "\n".join([*lines, f"  all of it: {folder}"]))
     return True
@@ -264,6 +265,13 @@ def first_failure(log: str) -> str | None:
     return next((line.strip()[:300] for line in last.splitlines() if FAILURE.match(line.strip())), None)
 
 
+def _end_of(log: Path) -> str:
+    """Read the last megabytes of a log, which may have grown without bounds."""
+    with open_regular(log) as file:
+        file.seek(max(0, log.stat().st_size - LARGEST_FILE))
+        return file.read().decode(errors="replace")
+
+
 def _outcome(config: RunConfig, job: str) -> dict[str, Any]:
     """Read how the training of this job ended, in the run's folder or refused beside another's run."""
     return _report(config, OUTCOME, job) or _report(config, REFUSED, job)
@@ -271,17 +279,17 @@ def _outcome(config: RunConfig, job: str) -> dict[str, Any]:
 
 def _report(config: RunConfig, name: str, job: str) -> dict[str, Any]:
     """Read what this job said in a file of the run folder; empty if it could not, or if another job said it."""
-    with suppress(OSError, ValueError):
-        report = json.loads((config.run.folder / name).read_text(encoding="utf-8"))
-        if isinstance(report, dict) and report.get("job") == job:
+    with suppress(OSError, CorruptFileError):
+        report = read_json(config.run.folder / name)
+        if report.get("job") == job:
             return report
     return {}
 
 
 def _saved_step(config: RunConfig) -> int:
     """Return where the next start would go on; 0 where nothing is saved."""
-    with suppress(OSError, ValueError):
-        name = (config.run.folder / "checkpoints" / "latest").read_text(encoding="utf-8")
+    with suppress(OSError, CorruptFileError, ValueError):
+        name = read_text(config.run.folder / "checkpoints" / "latest")
         return int(name.strip().removeprefix("step_"))
     return 0
 

@@ -26,8 +26,9 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.errors import EXIT_CONFIG, EXIT_STORAGE, ConfigError, StorageError
+from mfm_dist.errors import EXIT_CONFIG, EXIT_STORAGE, ConfigError, CorruptFileError, StorageError
 from mfm_dist.run.folder import LEASE
+from mfm_dist.storage import OF_KERNEL, read_json, read_text, read_whole
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 100.0
@@ -95,17 +96,17 @@ class Lease(AbstractContextManager["Lease"]):
     def release(self) -> None:
         """Let the next start have the folder at once."""
         self._released.set()
-        with suppress(OSError):
-            if self._path.read_text(encoding="utf-8") == self._text:
+        with suppress(OSError, CorruptFileError):
+            if read_text(self._path) == self._text:
                 self._path.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                held = self._path.read_text(encoding="utf-8") == self._text
+                held = read_text(self._path) == self._text
                 if held:
                     os.utime(self._path)
-            except FileNotFoundError:
+            except (FileNotFoundError, CorruptFileError):
                 held = False
             except OSError:
                 continue  # the disk is away; whoever writes will say so
@@ -156,10 +157,8 @@ def _describe(holder: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return whose lease it is; empty where that cannot be read."""
-    with suppress(OSError, ValueError):
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(holder, dict):
-            return holder
+    with suppress(OSError, CorruptFileError):
+        return read_json(path)
     return {}
 
 
@@ -187,7 +186,7 @@ def _pid_namespace() -> str | None:
     """Return where the numbers of processes mean the same: one start of a machine, one container; None if unknown."""
     with suppress(OSError):
         if os.readlink("/proc/self") == str(os.getpid()):  # else /proc is that of another container
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            boot = read_text(Path("/proc/sys/kernel/random/boot_id"), OF_KERNEL).strip()
             return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     return None
 
@@ -195,7 +194,7 @@ def _pid_namespace() -> str | None:
 def _process_start_time(process: int) -> int | None:
     """Return when a process began, in ticks since the machine did; None if it has ended, also as a zombie."""
     with suppress(OSError):
-        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = read_whole(Path(f"/proc/{process}/stat"), OF_KERNEL).decode(errors="replace")
         fields = stat.rpartition(")")[2].split()  # from the third on; the second is its name
         return None if fields[0] in "ZX" else int(fields[19])
     return None

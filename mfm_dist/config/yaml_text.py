@@ -29,6 +29,13 @@ class _Loader(yaml.SafeLoader):
         if tag is None or tag.rpartition(":")[2] in _KNOWN
     }
 
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        """Compose no more values than are allowed; to read on would take seconds and end in a refusal as well."""
+        self.values = getattr(self, "values", 0) + 1
+        if self.values > MOST_NODES:
+            raise ValueError(f"line {self.line + 1}: it holds more than {MOST_NODES:,} values")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that stands twice; YAML's own merge key adds only what is not there."""
         plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

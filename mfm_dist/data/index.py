@@ -35,7 +35,7 @@ from mfm_dist.data.manifest import (
     size_problem,
 )
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError, DataError
-from mfm_dist.storage import CHUNK_BYTES
+from mfm_dist.storage import CHUNK_BYTES, open_regular
 
 
 def build_index(tar: Path) -> np.ndarray:
@@ -83,7 +83,7 @@ def _read_index(folder: Path, record: ShardRecord) -> np.ndarray:
     """Read the index of one shard. Raises CorruptFileError."""
     index = index_path(folder / record.file)
     rows = read_sidecar(index, record.index_sha256)
-    if problem := _index_problem(rows, record.bytes):
+    if problem := index_problem(rows, record.bytes):
         raise CorruptFileError(f"{index} is no index of a tar: {problem}")
     if len(rows) != record.samples:
         raise CorruptFileError(f"{index} has {len(rows)} samples, {record.samples} were written")
@@ -180,7 +180,7 @@ def _lost(tar: Path, rows: np.ndarray) -> int:
     return int((ends > size).sum())
 
 
-def _index_problem(rows: np.ndarray, size: int) -> str:
+def index_problem(rows: np.ndarray, size: int) -> str:
     """Say what an index claims that cannot be in a tar of ``size`` bytes; its checksum vouches for none of it."""
     key = rows.dtype.fields["key"][0].itemsize if rows.dtype.fields and "key" in rows.dtype.fields else 0
     if rows.ndim != 1 or not 0 < key <= _LONGEST_KEY or rows.dtype != index_dtype(key):
@@ -233,13 +233,13 @@ def scan_tar(tar: Path) -> Scan:
     """Scan a tar of unknown origin: the samples that are whole, and the name of everything that is not.
 
     Nothing is extracted, nothing is decoded, and no damage ends the scan: behind a broken header it goes on with the
-    next one that is sound. Raises OSError where the file itself cannot be read.
+    next one that is sound. Raises what ``open_regular`` does where the file itself cannot be read.
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     reasons: dict[str, str] = {}
     nameless: list[BadSample] = []
     current = ""
-    with open(tar, "rb") as file:
+    with open_regular(tar) as file:
         for member in _members(file, tar.stat().st_size):
             key, extension = split_name(member.name)
             if not key:

@@ -28,6 +28,7 @@ from mfm_dist.data.decoding import (
 from mfm_dist.data.index import DatasetIndex
 from mfm_dist.data.manifest import ShardRecord
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
+from mfm_dist.storage import regular_descriptor
 
 OPEN_FILES = 128
 """Shards a reader keeps open; a process may usually hold 1024 files."""
@@ -97,8 +98,8 @@ def decode_sample(
 
 
 def open_tar(tar: Path, record: ShardRecord) -> int:  # noqa: ARG001  a copy would be found by it
-    """Open a shard where it lies; return its descriptor. Raises OSError."""
-    return os.open(tar, os.O_RDONLY)
+    """Open a shard where it lies; return its descriptor. Raises what ``regular_descriptor`` does."""
+    return regular_descriptor(tar)
 
 
 class ShardReader:

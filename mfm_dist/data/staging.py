@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mfm_dist.data.manifest import Manifest, ShardRecord
 from mfm_dist.errors import CorruptFileError, DataError, DiskFullError, StorageError
-from mfm_dist.storage import CHUNK_BYTES, atomic_file, sha256_of
+from mfm_dist.storage import CHUNK_BYTES, atomic_file, open_regular, regular_descriptor, sha256_of
 
 Report = Callable[[str], object]
 """Takes one line for the person who waits."""
@@ -75,7 +75,7 @@ class Scratch:
         started, told, done = time.monotonic(), time.monotonic(), 0
         for record in manifest.shards:
             if not self._path(record).is_file():
-                with suppress(OSError):  # it is gone; whoever reads it is told
+                with suppress(OSError, CorruptFileError):  # it is gone; whoever reads it is told
                     os.close(self.open(origin / record.file, record))
                 done += record.bytes if self._path(record).is_file() else 0
             if time.monotonic() - told > PROGRESS_SECONDS:
@@ -99,11 +99,11 @@ class Scratch:
         """
         local = self._path(record)
         if record.sha256 in self._uncopied:
-            return os.open(tar, os.O_RDONLY)
+            return regular_descriptor(tar)
         with self._locked(f".{local.name}.lock"):
             with suppress(FileNotFoundError):  # never copied, or removed to make room
                 os.utime(local)  # now used
-                return os.open(local, os.O_RDONLY)
+                return regular_descriptor(local)
             try:
                 return self._copy(tar, record, local)
             except _NoRoomError as error:
@@ -114,12 +114,12 @@ class Scratch:
                 reason = str(error)
                 self._uncopied.add(record.sha256)
         self._report(f"{tar} is read where it lies, not from a copy in {self.folder}: {reason}")
-        return os.open(tar, os.O_RDONLY)
+        return regular_descriptor(tar)
 
     def _copy(self, tar: Path, record: ShardRecord, local: Path) -> int:
         """Make a copy and return a descriptor of it, opened before others can remove it."""
         digest = hashlib.sha256()
-        with open(tar, "rb") as origin, atomic_file(local) as file:
+        with open_regular(tar) as origin, atomic_file(local) as file:
             with self._locked(".lock"):
                 self._make_room(record.bytes)
                 file.truncate(record.bytes)  # counts from now on
@@ -134,7 +134,7 @@ class Scratch:
                 raise CorruptFileError("it differs from what was written (wrong SHA-256)")
             if sha256_of(Path(file.name)) != record.sha256:
                 raise DataError(f"{self.folder} gives back other bytes than were written to it; is the disk sound?")
-            return os.open(file.name, os.O_RDONLY)
+            return regular_descriptor(Path(file.name))
 
     def _make_room(self, need: int) -> None:
         """Remove the copies that were not used for longest until ``need`` more bytes fit the limit.

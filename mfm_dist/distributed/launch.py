@@ -6,7 +6,6 @@ that decides more, or what cannot work, is refused: ``start.start_engine`` raise
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any, Literal
 
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.config.shipped import find_shipped
+from mfm_dist.errors import CorruptFileError
+from mfm_dist.storage import read_json
 
 ZERO_SETTINGS = frozenset({
     "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
@@ -172,10 +173,10 @@ def _zero_settings(environment: Mapping[str, str]) -> tuple[dict[str, Any], list
     if name is None:
         return {}, []
     try:
-        content = json.loads(find_shipped(Path(name)).read_text(encoding="utf-8"))
+        content = read_json(find_shipped(Path(name)))
         settings = dict(content.pop("zero_optimization"))
         stage = int(settings["stage"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, CorruptFileError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         return {}, [f"deepspeed_config_file={name} does not give zero_optimization with a stage ({what})"]
     problems = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from mfm_dist.config.loader import flatten, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, StorageError
+from mfm_dist.storage import read_whole
 
 PROJECT = "mfm_dist"
 """What a tracking service files the runs under; the run itself is called as its folder."""
@@ -19,6 +22,8 @@ PACKAGES = {"comet_ml": "comet-ml"}
 """Package of a tracker where it is not called as the tracker."""
 WIDEST_PICTURE = 1600
 """Pixels."""
+WRITERS = "tensorboard.summary.writer.event_file_writer"
+"""The module of TensorBoard's threads."""
 
 
 def tracker_problems(config: RunConfig) -> list[str]:
@@ -49,6 +54,8 @@ class Trackers:
             ConfigError: if it cannot be started otherwise, e.g. for want of a login.
         """
         self._trackers: list[GeneralTracker] = []
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._pass_over_writers
         for name in dict.fromkeys(config.log.trackers) if enabled else ():
             try:
                 self._trackers.append(_start(name, config, step))
@@ -95,12 +102,18 @@ class Trackers:
             except Exception as error:
                 print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
         self._trackers = []
+        threading.excepthook = self._excepthook
+
+    def _pass_over_writers(self, arguments: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread, but not of TensorBoard's writer, whose error the next ``log`` meets."""
+        if type(arguments.thread).__module__ != WRITERS:
+            self._excepthook(arguments)
 
 
 def _show(tracker: GeneralTracker, paths: Sequence[Path], step: int) -> None:
     """Hand pictures on, no wider than ``WIDEST_PICTURE``: event files keep every one of a run."""
     for path in paths:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(read_whole(path))) as picture:
             picture.thumbnail((WIDEST_PICTURE, WIDEST_PICTURE))
             pixels = np.array(picture.convert("RGB"))
         tracker.writer.add_image(f"overlays/{path.stem}", pixels, step, dataformats="HWC")

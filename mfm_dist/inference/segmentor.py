@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mfm_dist.classes import ClassSet
+from mfm_dist.classes import ClassSet, read_classes
 from mfm_dist.config.loader import from_tree, shown, to_tree
 from mfm_dist.config.schema import FloatAbove0, IntFrom0, Pixels
 from mfm_dist.config.validate import range_problems
@@ -25,7 +25,7 @@ from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.models.hrda import build_segmentor
 from mfm_dist.models.loaded_weights import not_finite, wrong_types
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.storage import read_json
+from mfm_dist.storage import read_json, require_regular
 
 CONFIG, WEIGHTS, ONNX, README = "config.json", "model.safetensors", "model.onnx", "README.md"
 FORMAT = "mfm_dist segmentor 1"
@@ -128,9 +128,7 @@ def load_export(folder: Path) -> TrainedSegmentor:
     model, file = TrainedSegmentor(read_card(folder)), folder / WEIGHTS
     own = {name: tensor.dtype for name, tensor in model.segmentor.state_dict().items()}
     try:
-        if not file.is_file():  # a named pipe would be waited for
-            raise FileNotFoundError(f"there is no file {WEIGHTS}")
-        tensors = load_file(file)
+        tensors = load_file(require_regular(file))
         if problems := [*wrong_types({name: t.dtype for name, t in tensors.items()}, own), *not_finite(tensors)]:
             raise CorruptFileError(min(problems))
         model.segmentor.load_state_dict(tensors)
@@ -159,6 +157,7 @@ def read_card(folder: Path) -> ModelCard:
         raise ConfigError([*problems.values(), f"{file} cannot be read ({error}): export the run again"]) from error
     if found := list(problems.values()) or list(range_problems(card)):
         raise ConfigError([f"{file}: {problem}" for problem in found])
+    read_classes({"names": list(card.class_names), "palette": [list(colour) for colour in card.palette]}, str(file))
     return card
 
 

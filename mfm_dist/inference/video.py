@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mfm_dist.data.photographs import LARGEST_PICTURE
 from mfm_dist.errors import ConfigError, CorruptFileError
+from mfm_dist.storage import open_regular
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TIME_BASE = Fraction(1, 90_000)
@@ -51,7 +52,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
     import av
 
     try:
-        with av.open(path) as container:
+        with open_regular(path) as file, av.open(file) as container:
             if not container.streams.video:
                 raise CorruptFileError("holds no video")
             stream = container.streams.video[0]
@@ -63,7 +64,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 seconds = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
                 yield Frame(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous(), seconds)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         raise CorruptFileError(f"cannot be decoded ({error.strerror})") from error
 
 
@@ -86,13 +87,13 @@ def length_of(path: Path) -> Length:
     import av
 
     try:
-        with av.open(path) as container:
+        with open_regular(path) as file, av.open(file) as container:
             stream = container.streams.video[0]
             seconds = container.duration and container.duration / av.time_base
             if stream.duration is not None and stream.time_base is not None:
                 seconds = float(stream.duration * stream.time_base)
             return Length(stream.frames or None, seconds)
-    except (av.FFmpegError, IndexError):
+    except (av.FFmpegError, OSError, CorruptFileError, IndexError):
         return Length()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mfm_dist.config.shipped import find_shipped
 from mfm_dist.errors import ConfigError
 from mfm_dist.models.dropout import replace_drop_path
+from mfm_dist.storage import require_regular
 
 MIT_OPTIONS: Mapping[str, object] = {"mlp_ratios": (4, 4, 4, 4), "drop_path_rate": 0.1}
 """What turns timm's PVTv2 into SegFormer's Mix Transformer (MiT), with the drop-path rate that DAFormer trains with."""
@@ -265,10 +266,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         content: object
+        file = require_regular(path)
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = load_file(file)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ConfigError(
             f"model.weights: {path} cannot be read as safetensors or as a torch file that holds tensors only "

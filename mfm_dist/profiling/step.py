@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -37,6 +36,7 @@ from mfm_dist.optim import build_optimizer
 from mfm_dist.run.folder import RunFolder
 from mfm_dist.run.watchdog import Watchdog
 from mfm_dist.schedules import ema_decay_at, mfm_weight
+from mfm_dist.storage import OF_KERNEL, read_json, read_text
 from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer
 
@@ -220,7 +220,7 @@ def peak_gib(work: Callable[[], None], device: torch.device) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = read_json(path, limit=1 << 34)["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     return max(accumulate(size for _, size in changes)) / 2**30
 
@@ -308,6 +308,6 @@ def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
 def cpu_name() -> str:
     """Return the CPU's name where Linux tells it."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = read_text(info, OF_KERNEL).splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

@@ -5,6 +5,7 @@ Where the target has no labels, they are the images of its training set that eva
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.report.picture import Mask, Pixels, greyed, label_map, mistakes, overlay_prediction, photograph
 from mfm_dist.report.run import Run
 from mfm_dist.rng import Stream, torch_generator
+from mfm_dist.storage import read_whole
 from mfm_dist.train_module import TrainModule
 
 CPU = torch.device("cpu")
@@ -227,7 +229,7 @@ def first_prediction(networks: Networks, subject: Subject) -> list[Panel]:
     label, note = None, "step 0"
     # A key is text out of a shard; it may not lead out of the folder.
     if Path(key).name == key and path.is_file():
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(read_whole(path))) as picture:
             label = overlay_prediction(np.asarray(picture.convert("RGB")), subject.photo, networks.classes.palette)
     if label is None and networks.first is not None:
         label, note = _predicted(networks.first, networks.config, subject), "step 0, from the seed"

@@ -18,7 +18,7 @@ from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import dump_config, load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, CorruptFileError, StorageError
-from mfm_dist.storage import DISK_FULL, JsonLines, read_json, write_atomically
+from mfm_dist.storage import DISK_FULL, JsonLines, read_json, read_text, write_atomically
 
 RECORDED_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "numpy")
 OUTCOME = "outcome.json"
@@ -73,8 +73,8 @@ class RunFolder:
         """
         until = time.monotonic() + patience
         while True:
-            with suppress(OSError):
-                if (self.path / LEASE).read_text(encoding="utf-8") == lease:
+            with suppress(OSError, CorruptFileError):
+                if read_text(self.path / LEASE) == lease:
                     return
             if time.monotonic() > until:
                 raise StorageError(

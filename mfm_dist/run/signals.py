@@ -19,8 +19,9 @@ from types import FrameType
 from typing import NoReturn
 
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_STOPPED
+from mfm_dist.errors import EXIT_STOPPED, CorruptFileError
 from mfm_dist.run.folder import write_outcome
+from mfm_dist.storage import OF_KERNEL, read_whole
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -147,6 +148,6 @@ def _is_orphan() -> bool:
 
 def _read(process: int, entry: str) -> str:
     try:
-        return Path(f"/proc/{process}/{entry}").read_text(errors="replace")
-    except OSError:
+        return read_whole(Path(f"/proc/{process}/{entry}"), OF_KERNEL).decode(errors="replace")
+    except (OSError, CorruptFileError):
         return ""

@@ -28,8 +28,9 @@ from typing import Literal, NoReturn
 from torch.profiler import record_function
 
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.errors import EXIT_HUNG
+from mfm_dist.errors import EXIT_HUNG, CorruptFileError
 from mfm_dist.run.folder import RunFolder, write_outcome
+from mfm_dist.storage import read_whole
 
 Phase = Literal["start", "loop", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
 """What a rank is about. ``loop``: between two of the others; ``micro-batch``: forward, backward; ``compile``: the first
@@ -283,8 +284,8 @@ def read_reports(folder: Path, suffix: str, start: str, world_size: int) -> dict
     """Read the newest report of each rank that wrote one since ``start``."""
     found: dict[int, Report] = {}
     for rank in range(world_size):
-        with suppress(OSError):
-            for line in (folder / _file(rank, suffix)).read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(OSError, CorruptFileError):
+            for line in read_whole(folder / _file(rank, suffix)).decode(errors="replace").splitlines():
                 with suppress(ValueError, TypeError):
                     report = Report(**json.loads(line)) if line.startswith("{") else None
                     if report is not None and report.start == start:

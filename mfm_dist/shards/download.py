@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
 from mfm_dist.shards.card import Card, Split
+from mfm_dist.storage import read_whole, require_regular
 
 NAMED = 5
 """Files that a message names before it only counts the rest."""
@@ -78,7 +79,7 @@ class SourceTree:
         """
         if file.archive is None:
             try:
-                return (self.root / file.name).read_bytes()
+                return read_whole(self.root / file.name, MEMBER_BYTES)
             except OSError as error:
                 raise CorruptFileError(f"cannot be read ({error.strerror})") from error
         try:
@@ -117,7 +118,7 @@ class SourceTree:
 
     def _archive(self, name: str) -> zipfile.ZipFile:
         if name not in self._archives:
-            self._archives[name] = zipfile.ZipFile(self.root / name)
+            self._archives[name] = zipfile.ZipFile(require_regular(self.root / name))
         return self._archives[name]
 
     def __getstate__(self) -> dict[str, Any]:

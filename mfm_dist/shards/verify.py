@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mfm_dist.data.class_statistics import PixelCounts
-from mfm_dist.data.index import scan_tar
+from mfm_dist.data.index import index_problem, scan_tar
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -20,7 +20,7 @@ from mfm_dist.data.manifest import (
 )
 from mfm_dist.data.reader import decode_sample, read_member, reads_of
 from mfm_dist.errors import CorruptFileError
-from mfm_dist.storage import sha256_of
+from mfm_dist.storage import open_regular, sha256_of
 
 
 @dataclass
@@ -64,6 +64,8 @@ def check_shard(folder: Path, record: ShardRecord, class_names: tuple[str, ...])
     check.problems += [str(bad) for bad in scan.bad]
     try:
         rows = read_sidecar(index_path(tar), record.index_sha256)
+        if problem := index_problem(rows, record.bytes):
+            raise CorruptFileError(f"{index_path(tar)} is no index of a tar: {problem}")
         if not np.array_equal(rows, scan.rows):
             check.problems.append(f"{tar}: its index differs from its contents")
     except CorruptFileError as error:
@@ -90,7 +92,7 @@ def _check_samples(
 ) -> PixelCounts:
     """Decode every sample and count what the manifest counts."""
     counts = PixelCounts(class_names)
-    with open(tar, "rb") as file:
+    with open_regular(tar) as file:
         read_into = reads_of(file)
         for row in rows:
             name, image_format, image_at, label_at, meta_at = row.item()

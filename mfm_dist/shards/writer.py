@@ -40,7 +40,7 @@ from mfm_dist.data.manifest import (
 from mfm_dist.data.png import PNG_START
 from mfm_dist.data.reader import read_member, reads_of
 from mfm_dist.errors import CorruptFileError, DataError, StorageError
-from mfm_dist.storage import atomic_file, no_space_left, sha256_of, write_atomically
+from mfm_dist.storage import atomic_file, no_space_left, open_regular, sha256_of, write_atomically
 
 JPEG_QUALITY = 95
 _KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")  # no dot: WebDataset would cut the key there; 100 bytes fit a tar header
@@ -227,7 +227,7 @@ def count_shard(tar: Path, rows: np.ndarray, class_names: tuple[str, ...]) -> Pi
         DataError: a label cannot be decoded.
     """
     counts = PixelCounts(class_names)
-    with open(tar, "rb") as file:
+    with open_regular(tar) as file:
         for row in rows:
             label = None
             try:

@@ -128,9 +128,9 @@ def kill_somewhere(life: Start, draw: random.Random) -> dict[str, Any] | None:
     }
 
 
-def different(run: Path, undisturbed: Path) -> list[str]:
+def different(run: Path, undisturbed: Path, step: int = STEPS) -> list[str]:
     """Names of the tensors that are not the same bits, and of anything else that is not equal."""
-    ours, theirs = (final_tensors(folder, STEPS) for folder in (run, undisturbed))
+    ours, theirs = (final_tensors(folder, step) for folder in (run, undisturbed))
     names = [name for name in sorted({*ours, *theirs}) if name not in ours or name not in theirs]
     names += [name for name in theirs if name in ours and not ours[name].equal(theirs[name])]
     return names if metrics_of(run) == metrics_of(undisturbed) else [*names, "metrics.jsonl"]

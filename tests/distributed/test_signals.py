@@ -31,7 +31,7 @@ def start(long_scenes: Path) -> Iterator[Callable[..., Start]]:
 
     def one(run: Path, *overrides: str, launch: str | None = "cpu_ddp", **said: str) -> Start:
         arguments = [*tiny_overrides(long_scenes, run), f"train.steps={STEPS}", "checkpoint.every=5", *overrides]
-        started.append(Start(run, arguments, launch=launch, **said))
+        started.append(Start(run, arguments, launch=launch, environment=said))
         return started[-1]
 
     yield one

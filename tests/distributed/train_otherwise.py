@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import zlib
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,33 @@ def swapped_sample() -> None:
         if batch.block == 3:
             batch = replace(batch, source_label=batch.source_label.flip(0))
         return honest(self, batch, *arguments)
+
+    TrainModule.forward = forward  # type: ignore[method-assign]
+
+
+def samples_noted() -> None:
+    """No fault: what is trained on is noted in the run folder, a line of block and checksum of its pixels."""
+    honest = TrainModule.forward
+
+    def forward(self: TrainModule, batch: UDABatch, *arguments: Any) -> Any:
+        pixels = (batch.source_image, batch.source_label, batch.target_image)
+        checksum = zlib.crc32(b"".join(part.contiguous().cpu().numpy().tobytes() for part in pixels))
+        with open(os.environ["SAMPLES"], "a", encoding="utf-8") as file:
+            file.write(f"{batch.block} {checksum}\n")
+        return honest(self, batch, *arguments)
+
+    TrainModule.forward = forward  # type: ignore[method-assign]
+
+
+def clock_set_back() -> None:
+    """No fault: from the third step on, this process's clock is an hour behind."""
+    honest, steps, now = TrainModule.forward, [0], time.time
+
+    def forward(self: TrainModule, *arguments: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 3:
+            time.time = lambda: now() - 3600
+        return honest(self, *arguments)
 
     TrainModule.forward = forward  # type: ignore[method-assign]
 

@@ -88,11 +88,24 @@ class Start:
     """One start of a run below ``accelerate launch``, or alone."""
 
     def __init__(
-        self, run: Path, arguments: list[str], *, launch: str | None, module: str = "mfm_dist.train", **said: str
+        self,
+        run: Path,
+        arguments: list[str],
+        *,
+        launch: str | None,
+        module: str = "mfm_dist.train",
+        tree: Path = REPOSITORY,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """Start it.
+
+        Args:
+            tree: the clone whose code runs.
+            environment: variables beside those of this process.
+        """
         command = [sys.executable, "-m"]
         if launch is not None:
-            file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
+            file = tree / "configs" / "accelerate" / f"{launch}.yaml"
             command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
             command += ["--main_process_port", "0", "-m"]
         self.run = run
@@ -101,8 +114,9 @@ class Start:
         with self.log.open("w") as log:
             self.launcher = subprocess.Popen(
                 [*command, module, *DEFAULTS, *arguments],
-                cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **SIGNALS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **said},
+                cwd=tree, stdout=log, stderr=log, start_new_session=True,
+                env={**os.environ, **SIGNALS, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                     "PYTHONPATH": str(tree), **(environment or {})},
             )  # fmt: skip
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:

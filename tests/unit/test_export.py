@@ -268,6 +268,11 @@ def test_a_run_without_a_teacher_says_so(trained_run: Path) -> None:
         (lambda f: _change(f, decoder="daformr"), "'daformer'"),
         (lambda f: _change(f, mean="grey"), "mean: expected"),
         (lambda f: _change(f, resize=[0, 9]), "resize=0: must lie between 1 and 32,768"),
+        (
+            lambda f: _change(f, palette=[[2**31, 0, 0], *_palette(f)[1:]]),
+            "palette: .2147483648, 0, 0. of .* is no colour",
+        ),
+        (lambda f: _change(f, palette=_palette(f)[1:]), "palette: 18 colours for 19 classes"),
         (lambda f: _change(f, crop=[1e30, 64]), "crop: expected"),
         (lambda f: _change(f, std=[1, 0, 1]), "std=0.0: must be above 0"),
         (lambda f: _change(f, decoder_options={"width": 10**8}), "width must be at least 1 and at most 65,536"),
@@ -279,7 +284,7 @@ def test_a_run_without_a_teacher_says_so(trained_run: Path) -> None:
         (lambda f: _change(f, decoder_options={"width": 32}), "export the run again"),
         (lambda f: _change_weights(f, lambda tensor: tensor.to(torch.int8)), "is int8"),
         (lambda f: _change_weights(f, lambda tensor: tensor * torch.nan), "not finite"),
-        (lambda f: _pipe(f / "model.safetensors"), "there is no file model.safetensors"),
+        (lambda f: _pipe(f / "model.safetensors"), "model.safetensors is no regular file"),
         (lambda f: _pipe(f / "config.json"), "neither an export"),
     ],
 )
@@ -290,6 +295,11 @@ def test_a_damaged_export_is_told(damage: Callable[[Path], None], message: str, 
     damage(tmp_path)
     with pytest.raises(ConfigError, match=message):
         mfm_dist.load(tmp_path)
+
+
+def _palette(folder: Path) -> list[list[int]]:
+    palette: list[list[int]] = json.loads((folder / "config.json").read_text())["palette"]
+    return palette
 
 
 def _change(folder: Path, **values: object) -> None:

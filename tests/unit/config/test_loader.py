@@ -377,6 +377,7 @@ HOSTILE = {
     ),
     "a long list": (b"seed: [" + b"1234567890," * 19000 + b"]", "expected an integer, got"),
     "too many values": (b"seed: [" + b"1," * 30000 + b"]", "more than 20,000 values"),
+    "too many values before anything else": (b"seed: [" + b"1," * 30000 + b"@", "more than 20,000 values"),
     "too long": (b"#" * (1 << 21), "is larger than 1 MiB"),
     "a long key": (b"? " + b"k" * 100_000 + b"\n: 3", "unknown key"),
     "a key twice": (b"train: {steps: 3}\nseed: 1\ntrain: {steps: 4}", "'train' is a key that stands there twice"),

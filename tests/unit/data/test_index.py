@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 from mfm_dist.data.index import DatasetIndex, build_index, scan_tar
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.errors import ConfigError, DataError
+from mfm_dist.shards.check import main as check
 from tests.helpers.shards import ShardFolder, flip_bit
 
 
@@ -243,7 +245,7 @@ def _placed(rows: np.ndarray, member: str, field: str, value: int) -> bytes:
     ],
 )
 def test_an_index_that_its_checksum_vouches_for_and_that_is_none(
-    make: Callable[[np.ndarray], bytes], reason: str, shard_folder: ShardFolder
+    make: Callable[[np.ndarray], bytes], reason: str, shard_folder: ShardFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shard_folder(count=4)
     index = index_path(folder / "000000.tar")
@@ -254,6 +256,8 @@ def test_an_index_that_its_checksum_vouches_for_and_that_is_none(
     (folder / "dataset.json").write_text(replace(manifest, shards=(record, *manifest.shards[1:])).to_json())
     with pytest.raises(DataError, match=reason):
         DatasetIndex.open(folder)
+    assert check([str(folder), "--workers", "1"]) == 3
+    assert re.search(reason, capsys.readouterr().err)
 
 
 def test_a_manifest_of_any_content_is_told(shard_folder: ShardFolder) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +225,28 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(tiny_config: RunC
     assert trackers.log({"loss": 3.0}, 3) == []
     trackers.close()
     assert shown(tiny_config.run.folder) == {"loss": [(1, 1.0), (2, 2.0), (3, 3.0)]}
+
+
+def test_a_full_disk_ends_tensorboard_and_no_thread_complains(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    tiny_config.log.trackers = ("tensorboard",)
+    trackers, problems = Trackers(tiny_config, enabled=True, step=0), list[str]()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))  # beyond which no file grows, in place of a full disk
+    try:
+        deadline = time.monotonic() + 30
+        while not problems and time.monotonic() < deadline:
+            problems = trackers.log({"loss": 1.0}, 1)
+        trackers.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (problem,) = problems
+    assert problem.startswith("tensorboard failed and is left out from here: OSError")
+    assert complaints == []
+    assert threading.excepthook == complaints.append
 
 
 @pytest.mark.usefixtures("service")
