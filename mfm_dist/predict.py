@@ -3,8 +3,9 @@
 Writes FOLDER/ids/NAME.png, whose pixel values are the indices of the model's classes (train ids, for those of
 Cityscapes) and which shows them in class colours, FOLDER/overlays/NAME.png, FOLDER/legend.png with the colours, and
 FOLDER/predictions.json, which names the classes. A video becomes FOLDER/overlays/NAME.mp4 without its sound and
-FOLDER/ids/NAME.mp4/000000.png ..., one for each frame (--no-ids: none). Subfolders of the input are kept. Images are
-taken upright as EXIF says, and as in the run's evaluation: whole or in windows, fitted into a box (eval.resize) or not.
+FOLDER/ids/NAME.mp4/000000.png ..., one for each frame (--no-ids: none); one that breaks off is done as far as it goes,
+and named. Subfolders of the input are kept. Images are taken upright as EXIF says, and as in the run's evaluation:
+whole or in windows, fitted into a box (eval.resize) or not.
 Exit codes: 0 done, 2 command line, 3 some files could not be read (they are named, the others are done), 4 storage.
 """
 
@@ -60,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(arguments.run or arguments.model, checked_device(arguments.device))
     root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
-        done, bad = predict_all(model, root, names, output, ids=arguments.ids, overlays=arguments.overlays)
+        done, bad, short = predict_all(model, root, names, output, ids=arguments.ids, overlays=arguments.overlays)
         card = model.card
-        summary = {"model": card.run, "step": card.step, "classes": card.class_names, "ids": done, "bad": bad}
+        summary = {"model": card.run, "step": card.step, "classes": card.class_names}
+        summary |= {"ids": done, "bad": bad, "cut_short": short}
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"--output {output} cannot be written: {error}") from error
-    for name, reason in bad.items():
-        print(f"not done: {root / name}: {reason}", file=sys.stderr)
+    for what, files in (("not done", bad), ("done as far as it goes", short)):
+        for name, reason in files.items():
+            print(f"{what}: {root / name}: {reason}", file=sys.stderr)
     written = [f"indices of classes in {output / 'ids'}"] if arguments.ids else []
     written += [f"overlays in {output / 'overlays'}"] if arguments.overlays else []
     kind = "images and videos" if any(map(is_video, names)) else "images"
@@ -77,18 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict_all(
     model: TrainedSegmentor, root: Path, names: Sequence[Path], output: Path, *, ids: bool = True, overlays: bool = True
-) -> tuple[dict[str, str | None], dict[str, str]]:
+) -> tuple[dict[str, str | None], dict[str, str], dict[str, str]]:
     """Segment ``root / name`` for each name and write the pictures.
 
     Returns:
         the id picture of each image that is done, below ``output``, or the folder of a video's, None without them;
-        and why each of the others could not be used.
+        why each of the others could not be used; and which videos end before they should.
 
     Raises:
         OSError: if ``output`` cannot be written.
     """
     done: dict[str, str | None] = {}
     bad: dict[str, str] = {}
+    short: dict[str, str] = {}
     pictures = picture_names(names)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / SUMMARY, "{}\n")  # so that an interrupted start may be repeated
@@ -99,12 +103,15 @@ def predict_all(
         ids_at = output / "ids" / pictures[name] if ids else None
         overlay_at = output / "overlays" / pictures[name] if overlays else None
         try:
-            (predict_video if is_video(name) else predict_image)(model, root / name, ids_at, overlay_at)
+            if not is_video(name):
+                predict_image(model, root / name, ids_at, overlay_at)
+            elif cut_short := predict_video(model, root / name, ids_at, overlay_at):
+                short[str(name)] = cut_short
         except CorruptFileError as error:
             bad[str(name)] = str(error)
         else:
             done[str(name)] = str(Path("ids") / pictures[name]) if ids else None
-    return done, bad
+    return done, bad, short
 
 
 def predict_image(model: TrainedSegmentor, path: Path, ids_at: Path | None, overlay_at: Path | None) -> None:
@@ -122,8 +129,11 @@ def predict_image(model: TrainedSegmentor, path: Path, ids_at: Path | None, over
         save_picture(overlay_at, Image.fromarray(blended))
 
 
-def predict_video(model: TrainedSegmentor, path: Path, ids_at: Path | None, overlay_at: Path | None) -> None:
+def predict_video(model: TrainedSegmentor, path: Path, ids_at: Path | None, overlay_at: Path | None) -> str | None:
     """Segment a video frame by frame: ids go into a folder, overlays into a video, which is whole or not there.
+
+    Returns:
+        where it ends, if that is before it should.
 
     Raises:
         CorruptFileError: as ``predict_image``, with the number of the frame. Ids of earlier frames stay.
@@ -133,20 +143,22 @@ def predict_video(model: TrainedSegmentor, path: Path, ids_at: Path | None, over
         if overlay_at is not None:
             overlay_at.parent.mkdir(parents=True, exist_ok=True)
             writer = stack.enter_context(video.VideoWriter(stack.enter_context(atomic_file(overlay_at))))
-        number = 0
+        number, times, length = 0, list[float](), video.length_of(path)
         try:
-            for frame in _progress(video.frames_of(path), "frame", video.frame_count(path)):
+            for frame in _progress(video.frames_of(path), "frame", length.frames):
                 ids = _predicted(model, frame.image)
                 if ids_at is not None:
                     save_ids(ids_at / f"{number:06d}.png", ids, model.card.palette)
                 if writer is not None:
                     picture = overlay(frame.image.permute(1, 2, 0).numpy(), ids, model.card.palette)
                     writer.write(picture, frame.seconds)
+                times.append(frame.seconds)
                 number += 1
         except CorruptFileError as error:
             raise CorruptFileError(f"frame {number}: {error}") from error
         if number == 0:
             raise CorruptFileError("holds no frame")
+    return length.cut_short(times)
 
 
 def _predicted(model: TrainedSegmentor, image: Tensor) -> Tensor:

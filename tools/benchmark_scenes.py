@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments
+from mfm_dist.config.loader import load_config
+from mfm_dist.errors import ConfigError, UserError
 from tools.seeds import MOST_SEEDS, mean_of, save_record, shown, train
 
 VARIED = Path("configs/scenes/dacs.yaml")
@@ -94,6 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_scenes"), help="where the runs go")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_intermixed_args(argv)
+    files = arguments.config or [VARIED]
+    try:
+        if load_config(files, arguments.overrides).data.validation is None:
+            raise ConfigError("data.validation=null: nothing to compare variants by; name a labelled set of the target")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     # Seed by seed, so that what an interruption leaves is paired.
     runs = list(product(range(arguments.seeds), arguments.variants))
 
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed, variant = run
         folder = arguments.folder / variant / f"seed_{seed}"
         overrides = [*VARIANTS[variant], *arguments.overrides, f"seed={seed}"]
-        miou: float = train(arguments.config or [VARIED], folder, overrides)["miou"]
+        miou: float = train(files, folder, overrides)["miou"]
         print(f"{variant}, seed {seed}: {miou:.2f}", flush=True)
         return miou
 

@@ -119,6 +119,9 @@ MIC_ON_OTHERS = (
 )
 """MIC on 512 crops. 70.6 is quoted from MIC's paper by MICDrop (arXiv 2408.16478); for DACS no figure was checked."""
 
+FOUNDATION = (row("gta2cs/dinov2_large"), row("gta2cs/dinov2_lora"), row("strong2cs/mic"))
+"""Foundation encoders, and three sources, which VFM-UDA++ has too; its figures are of another recipe."""
+
 SETTINGS_OF_MFM = (
     ("depth1", "rebuilder.depth=1", 55.4),
     ("depth4", "rebuilder.depth=4", 54.4),
@@ -167,6 +170,29 @@ def in_small(override: str) -> str:
 
 ABLATIONS = tuple(ablation("gta2cs", *setting) for setting in SETTINGS_OF_MFM)
 
+SIZES = {
+    "depth2": ("rebuilder.depth=2",),
+    "depth8": ("rebuilder.depth=8",),
+    "large": ("rebuilder.depth=24", "rebuilder.width=1024", "memory.checkpoint_rebuilder=true"),
+}
+"""Of the Rebuilder: the paper's, its deepest, which lost 3.0 points, and configs/rebuilder/large.yaml."""
+
+
+def growth(variant: str, size: str, figure: float | None = None) -> Row:
+    """Make a row of DACS with a Rebuilder of this variant and size."""
+    said = (f"rebuilder.variant={variant}", *SIZES[size])
+    name = f"gta2cs/dacs_{variant}_{size}"
+    return Row(name, Path("configs/gta2cs/dacs.yaml"), (Published(with_mfm=figure),), said, ("with",))
+
+
+GROWTH = (
+    growth("paper", "depth2", 55.9),
+    growth("paper", "depth8", 52.9),
+    growth("paper", "large"),
+    *(growth("stable", size) for size in SIZES),
+)
+"""Does a larger Rebuilder lose, and the stable variant not? What it costs to find out stands in docs/stability.md."""
+
 SCENES = tuple(row(f"scenes/{method}") for method in METHODS)
 """The same methods on the embedded data, of which nothing is published."""
 SCENES_ABLATIONS = tuple(ablation("scenes", name, in_small(override)) for name, override, _ in SETTINGS_OF_MFM)
@@ -175,4 +201,4 @@ SCENES_ABLATIONS = tuple(ablation("scenes", name, in_small(override)) for name, 
 
 def paper_rows() -> Iterator[Row]:
     """Return all of the papers' rows."""
-    yield from (*RESULTS, *NETWORKS, *MIC_ON_OTHERS, *ABLATIONS)
+    yield from (*RESULTS, *NETWORKS, *MIC_ON_OTHERS, *FOUNDATION, *ABLATIONS, *GROWTH)

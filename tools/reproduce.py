@@ -3,7 +3,7 @@
 
   tools/reproduce.py                                    every row, with the figures of finished runs
   tools/reproduce.py gta2cs/daformer --seeds 3          train this row with and without MFM, then the same table
-  tools/reproduce.py gta2cs/mic --sbatch --forms with   submit jobs instead
+  tools/reproduce.py gta2cs/mic --sbatch --forms with   submit a job array a row and form instead, one task a seed
   tools/reproduce.py --data scenes --seeds 5            the four methods on the embedded data
   tools/reproduce.py --data scenes --seeds 5 --all      those and the ablations of MFM in small, by the paper's names
 
@@ -61,22 +61,29 @@ def runs_of(rows: Iterable[Row], forms: Iterable[str], seeds: int) -> list[Run]:
     return [Run(row, form, seed) for seed, row, form in every if form in row.forms]
 
 
-def submit(run: Run, under: Path, overrides: Sequence[str]) -> str:
-    """Submit a job that trains a run, by itself until it is finished; return its number.
+def submit(runs: Sequence[Run], under: Path, overrides: Sequence[str]) -> str:
+    """Submit a job array that trains the unfinished seeds of one row and form; tell its number.
 
     Raises:
-        RuntimeError: Slurm takes no job, or the folder holds a run with other settings.
+        RuntimeError: Slurm takes no job, or a folder holds a run with other settings.
     """
-    folder, said = run.folder(under), run.overrides(overrides)
-    refuse_other_settings([run.row.config], folder, said)
-    command = ["sbatch", "--parsable", f"--job-name={run.row.name}", "slurm/train_mfm.sh", str(run.row.config)]
+    for run in runs:
+        refuse_other_settings([run.row.config], run.folder(under), run.overrides(overrides))
+    row, form, _ = runs[0]
+    folder = runs[0].folder(under).parent
+    seeds = ",".join(str(run.seed) for run in runs if not finds(run, under))
+    if not seeds:
+        return f"{folder}: all finished"
+    command = ["sbatch", "--parsable", f"--array={seeds}", f"--job-name={row.name}"]
+    command += ["slurm/train_mfm.sh", str(row.config)]
+    said = [f"run.folder={folder}", *row.overrides, *FORMS[form], *overrides]  # a task adds its seed to folder and run
     try:
-        done = subprocess.run([*command, f"run.folder={folder}", *said], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *said], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise RuntimeError("there is no sbatch on this machine: leave --sbatch out to train here") from error
     if done.returncode != 0:
         raise RuntimeError(f"{folder}: sbatch ended with exit code {done.returncode}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    return f"{folder}: job array {done.stdout.strip()}, seeds {seeds}"
 
 
 def collect(rows: Iterable[Row], under: Path) -> list[dict[str, Any]]:
@@ -205,7 +212,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, MOST_SEEDS + 1), metavar="N", help="0 to N-1")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="with MFM, without (both)")
-    parser.add_argument("--sbatch", action="store_true", help="submit each run to Slurm; options: SBATCH_ variables")
+    parser.add_argument("--sbatch", action="store_true", help="submit to Slurm; options: SBATCH_ variables")
     parser.add_argument("--launch", type=Path, help=f"file of configs/accelerate (paper: {GPU}; scenes: one process)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side on this machine (1)")
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs are")
@@ -223,15 +230,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def submit_all(arguments: argparse.Namespace) -> list[str]:
+    """Submit what is not finished, an array a row and form; return what failed."""
+    failed = []
+    for row, form in product(arguments.rows, arguments.forms):
+        if runs := runs_of([row], [form], arguments.seeds):
+            try:
+                print(submit(runs, arguments.folder, arguments.overrides), flush=True)
+            except (RuntimeError, UserError) as error:
+                print(error, file=sys.stderr, flush=True)
+                failed.append(str(error))
+    return failed
+
+
 def run_all(arguments: argparse.Namespace) -> list[str]:
-    """Train or submit what is not finished; return what failed. The figures are written after each run."""
+    """Train what is not finished; return what failed. The figures are written after each run."""
 
     def run_one(run: Run) -> str:
         folder = run.folder(arguments.folder)
         try:
-            if arguments.sbatch and not is_finished(folder):
-                print(f"{folder}: job {submit(run, arguments.folder, arguments.overrides)}", flush=True)
-                return ""
             found = train([run.row.config], folder, run.overrides(arguments.overrides), launch=arguments.launch)
         except (RuntimeError, UserError) as error:
             print(error, file=sys.stderr, flush=True)
@@ -261,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse(argv)
     arguments.said = sys.argv[1:] if argv is None else list(argv)
-    failed = run_all(arguments)
+    failed = submit_all(arguments) if arguments.sbatch else run_all(arguments)
     print(table(save(arguments)))
     if failed:
         print(f"{len(failed)} runs failed, the others stand above", file=sys.stderr)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mfm_dist.build import rendered_sets, sets_of
+from mfm_dist.build import check_data, rendered_sets, sets_of
 from mfm_dist.checkpoint.files import read_checkpoint, write_checkpoint
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.cluster.job import PREFLIGHT
@@ -39,7 +39,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig, is_stream
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.launch import Launch
-from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, UserError
+from mfm_dist.errors import EXIT_CONFIG, EXIT_HUNG, BadSample, DataError, StorageError, UserError
 from mfm_dist.run.folder import RECORDED_PACKAGES, slurm_job_tag
 from mfm_dist.run.signals import end_process
 from mfm_dist.storage import write_atomically
@@ -133,6 +133,8 @@ def checks_of(config: RunConfig, launch: Launch, device: torch.device, probe: st
         for key, name in [(key, name) for key, names in sets_of(config).items() for name in names]:
             advice = f"is it mounted there? mfm-shards check {data.root / name}"
             yield f"reading data.{key}={data.root / name}", partial(read_samples, config, name, turn), advice
+        advice = "name in data.classes the classes to train on, or pack a set again with --classes"
+        yield "comparing the classes of the shards", partial(compare_classes, config, turn), advice
 
 
 def meet(run: Path, launch: Launch, device: torch.device, store: Any, said: dict[str, Any]) -> list[Finding]:
@@ -195,7 +197,7 @@ def run_checks(checks: Iterable[Check], seconds: float) -> list[str]:
         try:
             future.result(max(deadline - time.monotonic(), 0))
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or f"no answer in {seconds:.0f} s, it is very slow or hangs"
+            reason = " ".join(str(error).split())[:1000] or f"no answer in {seconds:.0f} s, it is very slow or hangs"
             found.append(f"{what} failed ({reason}): {advice}")
     return found
 
@@ -259,6 +261,20 @@ def read_samples(config: RunConfig, name: str, turn: Lock) -> None:
     bad = [sample for sample in samples if isinstance(sample, BadSample)]
     if len(bad) == len(numbers) or (bad and limit == 0):
         raise ValueError(f"{len(bad)} of {len(numbers)} samples tried cannot be used, first {bad[0]}")
+
+
+def compare_classes(config: RunConfig, turn: Lock) -> None:
+    """Find shard sets whose classes are not those of the others, groups that none has, and labels that are missing.
+
+    Sets that are not there or damaged are told where they are read, and not a second time.
+
+    Args:
+        turn: as for ``read_samples``.
+    """
+    named = {name for names in sets_of(config).values() for name in names if not is_stream(name)}
+    if all((config.data.root / name).exists() for name in named - set(rendered_sets(config))):
+        with turn, suppress(DataError, StorageError):
+            check_data(config)
 
 
 def unlike(told: Sequence[tuple[str, dict[str, str]]]) -> Iterator[Finding]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -19,6 +20,9 @@ from mfm_dist.errors import ConfigError, CorruptFileError
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 TIME_BASE = Fraction(1, 90_000)
 """Seconds; the clock of MPEG, fine enough for every rate of frames."""
+
+TOLERANCE = 1.0
+"""Seconds; a container's length is that of its longest stream, which may be the sound."""
 
 
 class Frame(NamedTuple):
@@ -63,15 +67,33 @@ def frames_of(path: Path) -> Iterator[Frame]:
         raise CorruptFileError(f"cannot be decoded ({error.strerror})") from error
 
 
-def frame_count(path: Path) -> int | None:
-    """Return how many frames a file says that it has; None where it does not, or cannot be read."""
+class Length(NamedTuple):
+    """How long a file says that its video is; None where it does not, or cannot be read."""
+
+    frames: int | None = None
+    seconds: float | None = None
+
+    def cut_short(self, times: Sequence[float]) -> str | None:
+        """Say that frames shown at these seconds end well before the video should; None where they do not."""
+        longest = max((after - before for before, after in pairwise(times)), default=0.0)
+        if self.seconds is None or not times or times[-1] + longest + TOLERANCE >= self.seconds:
+            return None
+        return f"breaks off {times[-1]:.1f} s into {self.seconds:.1f} s"
+
+
+def length_of(path: Path) -> Length:
+    """Read from a file's head how long it should be."""
     import av
 
     try:
         with av.open(path) as container:
-            return container.streams.video[0].frames or None
+            stream = container.streams.video[0]
+            seconds = container.duration and container.duration / av.time_base
+            if stream.duration is not None and stream.time_base is not None:
+                seconds = float(stream.duration * stream.time_base)
+            return Length(stream.frames or None, seconds)
     except (av.FFmpegError, IndexError):
-        return None
+        return Length()
 
 
 class VideoWriter:

@@ -95,8 +95,8 @@ class Backbone(nn.Module):
             raise ConfigError(f"model.backbone_options: pyramid must be true or false, got {pyramid!r}")
         if pretrained and weights is not None:
             raise ConfigError(f"model.pretrained is true and model.weights is {weights}: choose one of them")
-        if pretrained and name != architecture:
-            raise ConfigError(_without_weights(name, architecture))
+        if pretrained and (problem := pretrained_problem(name)):  # timm would try five times, and print each
+            raise ConfigError(problem)
         if pyramid:
             arguments.setdefault("out_indices", 1)  # the last map alone
         state = None if weights is None else _read_weights(Path(weights))

@@ -223,11 +223,17 @@ def count_kernels(config: RunConfig) -> StepCount:
         raise ConfigError(
             "kernels are counted for one backward in fp32 or bf16: set train.precision=fp32 or bf16, memory.lean=false"
         )
+    if config.train.precision == "bf16" and (config.memory.checkpoint_backbone or config.memory.checkpoint_rebuilder):
+        raise ConfigError(
+            "kernels in bf16 are counted without recomputation, whose casts are not emulated: "
+            "set memory.checkpoint_backbone=false memory.checkpoint_rebuilder=false, or train.precision=fp32"
+        )
     module = build_without_storage(config)
     counter, fake = Counter(), FakeTensorMode()
     batch = _drawn_batch(module)
     with fake:
         module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        module.pop_map_squares()  # no buffer: zeros of the meta device, which gradients cannot be added to
         optimizer = build_optimizer(module, config.optim, fused=True)
     batch = batch.map(fake.from_tensor)
     _watch_parts(counter, module)

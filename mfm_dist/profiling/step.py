@@ -91,6 +91,7 @@ class Setting:
     """The networks with or without MFM, and the two ways to step them. They share weights and optimiser."""
 
     module: TrainModule
+    trainer: Trainer
     engine_step: StepFunction
     bare_step: StepFunction
     clock: PartClock
@@ -118,7 +119,7 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
         trainer.settle(leave=1)
         clock.mark("optimiser + EMA")
 
-    return Setting(module, engine_step, bare_twin(config, module, engine), clock)
+    return Setting(module, trainer, engine_step, bare_twin(config, module, engine), clock)
 
 
 def bare_twin(config: RunConfig, module: TrainModule, engine: Engine) -> StepFunction:

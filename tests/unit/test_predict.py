@@ -161,10 +161,37 @@ def test_of_a_video_that_breaks_off_nothing_half_is_left(film: Path, model: Trai
         return model.predict(image)
 
     careless: Any = SimpleNamespace(predict=predict_frame, card=model.card)
-    done, bad = predict.predict_all(careless, film, [Path("a.mkv")], tmp_path / "out")
+    done, bad, _ = predict.predict_all(careless, film, [Path("a.mkv")], tmp_path / "out")
     assert (done, bad) == ({}, {"a.mkv": "frame 2: 127 x 63 pixels are too many for the device's memory"})
     ids = {"ids/a.mp4/000000.png", "ids/a.mp4/000001.png"}
     assert files_below(tmp_path / "out") == ids | {"legend.png", "predictions.json"}
+
+
+def test_a_video_that_lost_its_end_is_done_as_far_as_it_goes_and_named(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its head says how long it was; the decoder just ends."""
+    av = pytest.importorskip("av")
+    whole, folder = tmp_path / "whole.mp4", tmp_path / "films"
+    folder.mkdir()
+    with av.open(whole, "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        noise = np.random.default_rng(0)
+        for _ in range(20):
+            picture = noise.integers(256, size=(48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    content = whole.read_bytes()
+    (folder / "cut.mp4").write_bytes(content[: len(content) // 2])
+    (folder / "whole.mp4").write_bytes(content)
+    arguments = ["--model", str(exported), "--input", str(folder), "--output", str(tmp_path / "out"), "--no-overlays"]
+    assert predict.main([*arguments, "--device", "cpu"]) == 0
+    ((name, reason),) = json.loads((tmp_path / "out" / "predictions.json").read_text())["cut_short"].items()
+    assert name == "cut.mp4"
+    assert reason.endswith("s into 4.0 s")
+    assert f"done as far as it goes: {folder / name}: breaks off " in capsys.readouterr().err
+    assert 0 < len(list((tmp_path / "out" / "ids" / name).iterdir())) < 20
 
 
 def test_without_pyav_a_video_is_refused_with_the_fix(
@@ -324,7 +351,7 @@ def test_what_is_no_file_or_too_large_costs_no_other_image(
 
     careless: Any = SimpleNamespace(predict=predict_image, card=model.card)
     names = [Path("a.png"), Path("day 1/B.WEBP"), Path("pipe.png")]
-    done, bad = predict.predict_all(careless, photos, names, tmp_path / "out", overlays=False)
+    done, bad, _ = predict.predict_all(careless, photos, names, tmp_path / "out", overlays=False)
     assert list(done) == ["a.png"]
     assert bad == {
         "day 1/B.WEBP": "65 x 33 pixels are too many for the device's memory",

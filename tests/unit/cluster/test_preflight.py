@@ -177,6 +177,23 @@ def test_everything_wrong_is_told_at_once(scenes: Path, tmp_path: Path, capsys: 
     for what in ("writing to data.scratch=", "reading data.source=", "reading data.target="):
         assert f"preflight: {os.uname().nodename}: {what}" in told
     assert "Traceback" not in told
+    assert "comparing the classes" not in told, "the set that is not there was told already"
+
+
+def test_shards_of_other_classes_are_told_with_both_lists(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards_of(scenes, tmp_path / "scenes")
+    manifest = tmp_path / "scenes" / "camera_val" / "dataset.json"
+    tree = json.loads(manifest.read_text())
+    tree["classes"]["names"].reverse()
+    manifest.write_text(json.dumps(tree))
+    assert preflight.main([*DEFAULTS, *tiny_overrides(tmp_path / "scenes", tmp_path / "run")]) == 2
+    told = capsys.readouterr().out
+    assert "comparing the classes of the shards failed (configuration error: game_train and camera_val do not" in told
+    assert "19: road, sidewalk, " in told
+    assert "19: bicycle, motorcycle, " in told
+    assert told.count("\n") == 1
 
 
 def test_a_node_with_other_versions_is_named_also_if_it_is_the_first() -> None:

@@ -359,8 +359,12 @@ def test_pretrained_and_weights_exclude_each_other(tmp_path: Path) -> None:
         Backbone("test_resnet", pretrained=True, weights=tmp_path / "weights.pth")
 
 
-def test_a_failed_download_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_failed_download_says_how_to_go_on_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hub is a port that nobody listens at: its library tries again and again, and prints each."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"could not be fetched .*model\.weights=PATH"):
         Backbone("test_resnet", pretrained=True)
+    assert capfd.readouterr() == ("", "")

@@ -123,6 +123,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "whole step" in capsys.readouterr().out
     assert main(["memory.lean=true"]) == 2
     assert "memory.lean=false" in capsys.readouterr().err
+    assert main(["memory.checkpoint_rebuilder=true", "--precision", "bf16"]) == 2
+    assert "memory.checkpoint_rebuilder=false" in capsys.readouterr().err
+
+
+def test_the_stable_variant_is_counted_too() -> None:
+    """Its budget adds up gradients at the encoder's last map."""
+    assert whole("rebuilder.variant=stable").kernels > whole().kernels
 
 
 def saved(*overrides: str) -> int:

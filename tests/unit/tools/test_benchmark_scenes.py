@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.validate import problems
 from tests.helpers.runs import REPOSITORY
-from tools.benchmark_scenes import VARIANTS, summary, table
+from tools.benchmark_scenes import VARIANTS, main, summary, table
 from tools.seeds import interval
 
 
@@ -32,3 +33,13 @@ def test_every_variant_is_a_configuration(name: str) -> None:
     config = load_config(REPOSITORY / "configs" / "scenes" / "dacs.yaml", VARIANTS[name])
     assert problems(config) == []
     assert config.mfm.enabled == name.startswith("mfm")
+
+
+def test_a_run_without_target_labels_is_refused_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = REPOSITORY / "configs" / "scenes" / "dacs.yaml"
+    said = ["--config", str(config), "--folder", str(tmp_path / "runs"), "data.validation=null"]
+    assert main(said) == 2
+    assert "data.validation=null: nothing to compare variants by" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -20,6 +20,8 @@ from tests.helpers.runs import REPOSITORY
 from tools.paper_rows import (
     ABLATIONS,
     FORMS,
+    FOUNDATION,
+    GROWTH,
     MIC_ON_OTHERS,
     NETWORKS,
     RESULTS,
@@ -180,14 +182,25 @@ def test_an_ablation_on_the_scenes_is_the_papers_in_small(paper: Row, small: Row
     assert problems(of_scenes) == []
 
 
-@pytest.mark.parametrize("row", [*NETWORKS, *MIC_ON_OTHERS, *ABLATIONS, *SCENES_ABLATIONS], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [*NETWORKS, *MIC_ON_OTHERS, *FOUNDATION, *ABLATIONS, *GROWTH, *SCENES_ABLATIONS], ids=lambda row: row.name
+)
 def test_every_row_builds(row: Row) -> None:
     config = load_config(row.config, Run(row, "with", 0).overrides())
-    config.model.weights = None  # what a user has to fetch
+    if config.model.lora.rank:
+        pytest.importorskip("peft")
+    config.model.weights, config.model.pretrained = None, False  # what a user has to fetch
     with torch.device("meta"):
         module = build_train_module(config, CLASSES)
     assert (module.rebuilder is None) == ("mfm.use_rebuilder=false" in row.overrides)
     assert module.teacher is not None
+
+
+def test_the_large_rows_are_the_large_preset() -> None:
+    """As far as a preset has sections of its own."""
+    preset = load_config([Path("configs/gta2cs/dacs.yaml"), Path("configs/rebuilder/large.yaml")])
+    row = ROWS["gta2cs/dacs_stable_large"]
+    assert load_config(row.config, [*row.overrides, *FORMS["with"]]) == preset
 
 
 def test_rows_are_launched_by_accelerate_or_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +212,16 @@ def test_rows_are_launched_by_accelerate_or_submitted(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(subprocess, "run", record)
     row = ["gta2cs/mic_mit_b3", "--forms", "with", "--folder", str(tmp_path), "train.precision=bf16"]
-    assert main([*row, "--sbatch"]) == 0
+    finish(Run(ROWS["gta2cs/mic_mit_b3"], "with", 1), tmp_path, 70.0, "train.precision=bf16")
+    assert main([*row, "--seeds", "3", "--sbatch"]) == 0
     (submitted,) = said
-    assert submitted[:2] == ["sbatch", "--parsable"]
-    assert submitted[3:5] == ["slurm/train_mfm.sh", "configs/gta2cs/mic.yaml"]
-    assert {"mfm.enabled=true", "model.backbone=mit_b3", "train.precision=bf16", "seed=0"} < set(submitted)
+    assert submitted[:3] == ["sbatch", "--parsable", "--array=0,2"], "seed 1 is finished"
+    assert submitted[4:6] == ["slurm/train_mfm.sh", "configs/gta2cs/mic.yaml"]
+    folder = f"run.folder={tmp_path}/gta2cs/mic_mit_b3/with"  # of which a task makes its seed's
+    assert {folder, "mfm.enabled=true", "model.backbone=mit_b3", "train.precision=bf16"} < set(submitted)
+    assert not [word for word in submitted if word.startswith("seed=")]
+    assert main([*row, "--seeds", "2", "--sbatch", "optim.lr=1.0"]) == 1, "seed 1 had another rate"
+    assert len(said) == 1
     assert main(row) == 1, "nothing was trained, so it has no evaluation"
     launched = " ".join(said[1])
     assert "launch --config_file configs/accelerate/gpu_single.yaml -m mfm_dist.train --config configs/gta" in launched
