@@ -32,8 +32,8 @@ def update_teacher(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], share: Te
 def move_towards(students: Sequence[Tensor], teachers: Sequence[Tensor], share: Tensor) -> None:
     """Move each teacher's tensor towards its student's: teacher <- teacher + share * (student - teacher).
 
-    By the kernel of torch's fused SGD, which has the bits of ``lerp`` and takes a rate that only the device knows: it
-    ascends a gradient that is the student, with a decay of 1.
+    By the kernel of torch's fused SGD, which takes a rate that only the device knows: it ascends a gradient that is the
+    student, with a decay of 1. Below a share of one half it has the bits of ``lerp``.
     """
     if teachers:
         torch._fused_sgd_(

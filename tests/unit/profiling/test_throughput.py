@@ -49,11 +49,12 @@ def test_it_runs_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "not with accelerate launch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("clip_norm", "difference"), [(0.0, 0.0), (0.1, 1e-6)])
+@pytest.mark.parametrize(("clip_norm", "difference"), [(0.0, 1e-9), (0.1, 1e-6)])
 def test_the_bare_twin_does_the_same_to_every_number(
     clip_norm: float, difference: float, tiny_config: RunConfig
 ) -> None:
-    """Torch adds up a norm in another order than the engine, which knows it by part: hence the last bits."""
+    """Torch adds up a norm in another order than the engine, which knows it by part, and rounds the teacher's first
+    average, of a half, the other way: hence the last bits."""
     tiny_config.train.clip_norm = clip_norm
     readers = open_readers(tiny_config)
     ours, twin = build_setting(tiny_config, readers), build_setting(tiny_config, readers)
