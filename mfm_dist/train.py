@@ -44,7 +44,7 @@ from mfm_dist.errors import (
 )
 from mfm_dist.run.folder import LEASE, OUTCOME, RunFolder, storage_error, write_outcome
 from mfm_dist.run.signals import StopRequested, end_process, end_with_launcher
-from mfm_dist.storage import read_json
+from mfm_dist.storage import read_json, read_text
 
 if TYPE_CHECKING:
     from mfm_dist.checkpoint.files import Checkpoint
@@ -108,14 +108,13 @@ def start_run(config: RunConfig, stop: StopRequested) -> Iterator[Trainer | None
     from mfm_dist.trainer import Trainer
 
     clock = StartClock()
-    clock.lap("imports")
     engine = start_engine(config, exchange_seconds=LONGEST_WAIT * config.watchdog.seconds)
     clock.lap("rendezvous")
     run = RunFolder(config.run.folder, writes=engine.is_main)
     say = print if engine.is_main else lambda _: None
     with engine.run_collectively(lambda: Lease.take(run.path) if engine.is_main else nullcontext()):
         engine.run_collectively(run.create)
-        held = engine.from_main((run.path / LEASE).read_text)
+        held = engine.from_main(lambda: read_text(run.path / LEASE))
         engine.run_collectively(lambda: run.check_shared(held, engine.rank))
         stop.owns_folder = True
         if engine.from_main(lambda: report_finished(config, run)):

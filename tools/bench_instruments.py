@@ -51,6 +51,7 @@ def measure(config: RunConfig, *, rounds: int, warmup: int) -> dict[str, Any]:
     def seconds(round_number: int, *, logged: bool) -> float:
         batches = blocks.take(round_number)
         trainer.progress.step = int(logged)
+        trainer.step_log.begin(trainer.progress.step)
         began = time.process_time()
         trainer.train_step(batches)
         trainer.settle(leave=0 if logged else 1)

@@ -148,7 +148,7 @@ def count_host_syncs(config: RunConfig, batches: list[UDABatch]) -> HostSyncs:
     """Run two steps of the trainer in this process, and collect what the second one waits for.
 
     Args:
-        batches: two, as the data pipeline gives them; their size does not matter to what is counted.
+        batches: of two steps, as the data pipeline gives them; their size does not matter to what is counted.
     """
     config = without_weights(config)
     config.self_training.blur_prob = config.self_training.jitter_prob = 1.0

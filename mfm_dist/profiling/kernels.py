@@ -365,9 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides += [f"train.precision={arguments.precision}"] if arguments.precision else []
     try:
         config = load_config(arguments.config, overrides)
-        small = small_step(arguments.config, overrides)
-        syncs = count_host_syncs(small, [blank_batch(small, block) for block in range(2)])
-        record = as_record(count_kernels(config), syncs, config, arguments.card)
+        counted, small = count_kernels(config), small_step(arguments.config, overrides)
+        syncs = count_host_syncs(small, [blank_batch(small, block) for block in range(2 * small.blocks_per_step)])
+        record = as_record(counted, syncs, config, arguments.card)
         if arguments.json:
             words = ["tools/count_kernels.py", *(sys.argv[1:] if argv is None else argv)]
             write_record(arguments.json, words, ("torch", "timm"), **record)

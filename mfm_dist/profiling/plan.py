@@ -6,7 +6,6 @@ where the plan is for CPUs.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from mfm_dist.optim import build_optimizer, state_sizes
 from mfm_dist.profiling.counting import build_without_storage, count_step, without_weights
 from mfm_dist.profiling.kernels import Count, count_kernels, roofline_ms
 from mfm_dist.profiling.step import random_batch
+from mfm_dist.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _timed_step(config: RunConfig) -> tuple[float, float]:
 def zero_buffers(stage: str) -> ZeroBuffers:
     """Return what the shipped DeepSpeed file of a stage says; DeepSpeed's own and ours where there is none."""
     file = find_shipped(Path(f"configs/deepspeed/zero{stage}.json"))
-    return ZeroBuffers.of(json.loads(file.read_text())["zero_optimization"] if file.is_file() else {})
+    return ZeroBuffers.of(read_json(file)["zero_optimization"] if file.is_file() else {})
 
 
 def stages_of(precision: str, cluster: Cluster) -> list[str]:

@@ -25,8 +25,9 @@ from typing import Any
 
 from mfm_dist.config.arguments import whole
 from mfm_dist.config.loader import load_config
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError, first_line
+from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, UserError, first_line
 from mfm_dist.profiling.plan import ADAPTER, GPUS, PAYS, Cluster, make_plan
+from mfm_dist.storage import read_json
 
 COMPONENTS = (
     *("parameters", "gradients", "optimiser", "master", "teacher", "frozen", "buffers", "activations"),
@@ -114,12 +115,12 @@ def read_link(text: str) -> tuple[float | None, float]:
     except ValueError:
         pass
     try:
-        found = json.loads(Path(text).read_text())
+        found = read_json(Path(text))
         within, across = float(found["within_gb_s"]), float(found["across_gb_s"])
         if min(within, across) > 0:
             return within, across
         what = "no bandwidth above 0"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, CorruptFileError, ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
     raise ConfigError(f"--link {text} is neither GB/s nor the link.json of a preflight ({what})")
 

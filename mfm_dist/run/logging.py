@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfm_dist.distributed.engine import Engine
+from mfm_dist.errors import CorruptFileError
 from mfm_dist.run.cards import card_of, peak_flops
+from mfm_dist.storage import OF_KERNEL, read_text
 
 
 class StartClock:
-    """Measures what a start of a run takes, from the birth of the process on."""
+    """Measures what a start of a run takes, from the birth of the process on; imports are done when this is made."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """By what they went to, in order."""
         self._since = process_began()
+        self.lap("imports")
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap as this."""
@@ -46,9 +49,9 @@ CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def process_began() -> float:
     """Return when this process began, by ``CLOCK``; now, where /proc does not say."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = read_text(Path("/proc/self/stat"), OF_KERNEL).rpartition(")")[2].split()
         return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime, the 22nd field (man 5 proc)
-    except (OSError, ValueError, IndexError):
+    except (OSError, CorruptFileError, ValueError, IndexError):
         return time.clock_gettime(CLOCK)
 
 

@@ -30,7 +30,7 @@ from torch.profiler import record_function
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.errors import EXIT_HUNG, CorruptFileError
 from mfm_dist.run.folder import RunFolder, write_outcome
-from mfm_dist.storage import read_whole
+from mfm_dist.storage import read_text, read_whole
 
 Phase = Literal["start", "loop", "compile", "data", "agreement", "micro-batch", "update", "log", "save", "evaluation"]
 """What a rank is about. ``loop``: between two of the others; ``micro-batch``: forward, backward; ``compile``: the first
@@ -150,8 +150,8 @@ class Watchdog:
     def told_to_end(self) -> int | None:
         """Return the exit code that another rank asks of all, if one does."""
         try:
-            return int(self._end_of_all.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # there is none, or it is about to be written
+            return int(read_text(self._end_of_all))
+        except (OSError, CorruptFileError, ValueError):  # there is none, or it is about to be written
             return None
 
     def report(self) -> Report:
