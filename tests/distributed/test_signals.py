@@ -29,9 +29,11 @@ def start(long_scenes: Path) -> Iterator[Callable[..., Start]]:
     """Starts runs, and leaves none behind."""
     started: list[Start] = []
 
-    def one(run: Path, *overrides: str, launch: str | None = "cpu_ddp", **said: str) -> Start:
+    def one(
+        run: Path, *overrides: str, launch: str | None = "cpu_ddp", module: str = "mfm_dist.train", **said: str
+    ) -> Start:
         arguments = [*tiny_overrides(long_scenes, run), f"train.steps={STEPS}", "checkpoint.every=5", *overrides]
-        started.append(Start(run, arguments, launch=launch, environment=said))
+        started.append(Start(run, arguments, launch=launch, module=module, environment=said))
         return started[-1]
 
     yield one
