@@ -111,14 +111,14 @@ def test_going_back_restores_every_bit(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     before = disturbed(run, scenes, "1000", "loss", "train.steps=4", launch=None)
     assert before.returncode == 0, before.stderr[-3000:]
-    shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "before")
+    shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "before" / "step_00000004")
     # Two steps in which the weights move, then five that are not applied.
     after = disturbed(run, scenes, "11,13,15,17,19", "loss", "checkpoint.every=100", launch=None)
     assert after.returncode == 0, after.stderr[-3000:]
     assert [event["to_step"] for event in of_kind(run, "rollback")] == [4]
     saved_again = run / "checkpoints" / "step_00000004"
     assert json.loads((saved_again / "state.json").read_text())["progress"]["block"] == 20
-    restored, original = checkpoint_tensors(saved_again), checkpoint_tensors(tmp_path / "before")
+    restored, original = checkpoint_tensors(saved_again), checkpoint_tensors(tmp_path / "before" / "step_00000004")
     assert restored.keys() == original.keys()
     assert all(torch.equal(restored[name], original[name]) for name in original)
 
