@@ -29,7 +29,7 @@ def test_a_rank_holds_what_was_counted(path: str) -> None:
     overrides = [f"{key}={rest.partition(' -> ')[2]}".replace("=None", "=null") for key, rest in changed]
     config = load_config(None, overrides)
     sizes = state_sizes(build_without_storage(config), config.optim)
-    assert len(record["results"]) >= 2
+    assert record["results"]
     for found in record["results"]:
         stage = found["launch"][-1] if "zero" in found["launch"] else "0"
         held = rank_bytes(sizes, stage=stage, ranks=found["processes"], precision=found["precision"])
