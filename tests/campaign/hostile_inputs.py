@@ -19,7 +19,6 @@ import json
 import re
 import shutil
 import sys
-import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from PIL import Image
 
 from mfm_dist.storage import JsonLines
 from tests.helpers import crafted_pngs
+from tests.helpers.damaged_shards import write_tar
 from tests.helpers.forked_commands import Answer, ForkedCommands
 from tests.helpers.mutations import YAML_PIECES, change_file, copy_fresh, mutated, vouch
 from tests.helpers.provenance import provenance
@@ -147,7 +147,7 @@ class Campaign:
             known[key] = bad
             form = next(name for name in members if name in ("jpg", "png"))
             (inputs / f"{key}.{form}").write_bytes(members[form])
-        _write_tar(folder / "000000.tar", samples)
+        write_tar(folder / "000000.tar", samples)
         self.must("adopt", folder / "000000.tar")
         check = self.call("check", folder, "--workers", 1)
         found = self.problems("check", check)
@@ -299,15 +299,6 @@ def _encoded(pixels: np.ndarray, form: str, **options: object) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form, **options)
     return file.getvalue()
-
-
-def _write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for key, members in samples:
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
 
 
 def summary(kind: str, lines: list[dict[str, Any]], seed: int, tree: Path) -> dict[str, Any]:
