@@ -205,6 +205,8 @@ class CheckpointWriter:
         """Say why a checkpoint could not be written, and what to do."""
         if not self.folder.exists():
             return f"{path} could not be written: {self.folder} is gone, somebody removed it"
+        if isinstance(error, FileNotFoundError):  # whoever removes a folder empties it first
+            return f"{path} could not be written: {error.filename} is gone, somebody removed it"
         return (
             f"{path} could not be written: {error}. Earlier checkpoints are intact; free some space "
             f"({shutil.disk_usage(self.folder).free / 2**30:.2f} GiB are free) and start the same command again"
