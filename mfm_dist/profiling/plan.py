@@ -121,8 +121,8 @@ def _gpu_seconds(parts: Sequence[Count], gpu: str, precision: str) -> float:
 def calibrate(config: RunConfig, processes: int) -> tuple[float, float]:
     """Time the network on this machine, in as many processes at once as a node has.
 
-    Timed are crops of a sixteenth and a quarter of the pixels where those can be, and the run's own unless that would
-    take too long: time then grows from the larger one as the FLOP do. That is too little, for maps that leave the caches
+    Timed are crops of a sixteenth and a quarter of the pixels where those can be, and the run's own unless that takes
+    too long: time then grows from the larger one as the FLOP do. That is too little, for maps that leave the caches
     cost more than their FLOP say.
 
     Returns:
