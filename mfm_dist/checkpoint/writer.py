@@ -22,6 +22,7 @@ from mfm_dist.checkpoint.files import (
     step_folder,
     write_rank,
 )
+from mfm_dist.checkpoint.host_memory import HostMemory
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import to_tree
@@ -53,8 +54,8 @@ class Saved:
 class CheckpointWriter:
     """Writes the checkpoints of a run one after another, in one thread of each rank or, if told so, at once.
 
-    With the thread, each rank holds a copy of what it writes in main memory meanwhile. The threads exchange nothing:
-    rank 0 learns from files that the others have written, and names the checkpoint then.
+    With the thread, each rank holds a copy of what it writes in main memory, from its first checkpoint on. The threads
+    exchange nothing: rank 0 learns from files that the others have written, and names the checkpoint then.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class CheckpointWriter:
         self.data_fingerprints = data_fingerprints
         self.patience = patience
         self._written = written
+        self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
         self._problem: str | None = None
@@ -96,7 +98,7 @@ class CheckpointWriter:
         following = step_folder(self.folder, progress.step)
         self._settle(following)
         self._saving = following
-        snapshot = collect(module, self.engine, copy=self.config.checkpoint.background)
+        snapshot = collect(module, self.engine, self._memory if self.config.checkpoint.background else None)
         collected = time.perf_counter()
         self._pending = self._thread.submit(self._write, snapshot, copy(progress), module.classes, began, collected)
         if not self.config.checkpoint.background:

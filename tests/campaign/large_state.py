@@ -133,18 +133,18 @@ def measure(engine: Engine, module: Any, folder: Path, *, saves: Sequence[str], 
             found[f"{name}_seconds"] = time.perf_counter() - started
         found[f"{name}_peak_gib"] = memory.peak
 
+    writes = CheckpointWriter(folder, engine, engine.config, data_fingerprints={}, written=lambda _: None)
+
     def save(way: str, step: int) -> None:
         engine.config.checkpoint.background = way == "background"
-        saved: list[Any] = []
-        writes = CheckpointWriter(folder, engine, engine.config, data_fingerprints={}, written=saved.append)
         started = time.perf_counter()
         writes.save(module, Progress(step=step, applied=1))
         found[f"stall_{way}_seconds"] = time.perf_counter() - started
         writes.wait()
-        writes.close()
 
     for step, way in enumerate(saves, 1):
         timed("save" if way == "at_once" else "save_background", partial(save, way, step))
+    writes.close()
     places = {"": step_folder(folder, len(saves))}
     pieces = own_pieces(engine, module)
     if not alone:
@@ -165,7 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure in the ranks of a launch; 0 if every bit came back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=2e8, metavar="N", help="about as many (%(default)g)")
-    parser.add_argument("--saves", nargs="+", choices=SAVES, default=list(SAVES), help="how to save (both)")
+    parser.add_argument(
+        "--saves",
+        nargs="+",
+        choices=SAVES,
+        default=list(SAVES),
+        help="how to save, in this order; of the same ones the last counts (each once)",
+    )
     parser.add_argument("--alone", action="store_true", help="nothing of DeepSpeed or torch beside it")
     parser.add_argument("--precision", choices=("fp32", "bf16_weights"), default="fp32", help="%(default)s")
     parser.add_argument("--work", type=Path, default=Path("runs/campaign"), help="for the checkpoints (%(default)s)")

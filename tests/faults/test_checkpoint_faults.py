@@ -88,7 +88,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step saves, without a network."""
-    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, rank, **_: pieces_of(module.step, rank))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, rank, _: pieces_of(module.step, rank))
 
 
 def pieces_of(step: int, engine: Any) -> Snapshot:
