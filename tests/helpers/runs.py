@@ -17,6 +17,7 @@ from torch import Tensor
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.checkpoint.pieces import Piece, TensorSpec, write_pieces
+from tests.helpers.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 SCENE_SIZE = (64, 128)
@@ -71,8 +72,14 @@ def run_module(
     cwd: Path = REPOSITORY,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module as a program, alone or below ``accelerate launch`` with a file of configs/accelerate."""
-    command = [sys.executable, "-m"]
+    """Run a module as a program, alone or below ``accelerate launch`` with a file of configs/accelerate.
+
+    Each process is forked from one that has imported what takes long, but where ``environment`` shows GPUs.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+    if not variables["CUDA_VISIBLE_DEVICES"]:
+        variables |= warm_python(REPOSITORY)
+    command = [variables.get("PYTHON_EXEC", sys.executable), "-m"]
     if launch is not None:
         file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
@@ -80,7 +87,6 @@ def run_module(
             command += ["--num_processes", str(processes)]
         command += ["--main_process_port", "0", "-m"]
     command += [module, *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
