@@ -125,6 +125,7 @@ class CheckpointWriter:
             wait_for([self._pending], min(self.patience, PATIENCE_AT_THE_END))
         self._give_up()
         self._thread.shutdown(wait=False)
+        self._memory = HostMemory()
 
     def _settle(self, next_folder: Path | None = None) -> None:
         """Wait for all ranks' writes, then make the next folder if there is one; raise on all what failed on any."""

@@ -115,6 +115,7 @@ def become(asked: dict[str, object], streams: list[int]) -> NoReturn:
     try:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
+            sys.modules.pop(arguments[1], None)  # a program is not imported
             sys.path.insert(0, os.getcwd())
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
