@@ -23,8 +23,8 @@ PARTS = ("student", "teacher", "rebuilder", "optimizer")
 """What the tensors of a checkpoint may be of; what a run does not train with is not there."""
 OPTIMIZER_STATES = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 """What ``optim.name`` keeps of each parameter, in fp32."""
-BUCKET_BYTES = 64 << 20
-"""Bytes that the ranks put together at a time when they load, unless a single tensor has more."""
+BUCKET_BYTES = 32 << 20
+"""Bytes that the ranks put together at a time when they load, unless a single tensor has more. Held twice meanwhile."""
 
 
 def collect(module: TrainModule, engine: Engine, memory: HostMemory | None) -> Snapshot:
