@@ -16,6 +16,7 @@ import pytest
 
 from mfm_dist.shards.scene_shards import write_scenes
 from tests.helpers.runs import (
+    KEEPS_NOTHING,
     LARGE_REBUILDER,
     ON_TWO_NODES,
     REPOSITORY,
@@ -148,7 +149,7 @@ def test_the_large_preset_loses_a_node_and_goes_on(
     settings = json.loads(before)["zero_optimization"]
     file.write_text(json.dumps({"zero_optimization": {**settings, "zero_hpz_partition_size": 2}}))
     overrides = [*tiny_overrides(tmp_path / "scenes", tmp_path / "run"), *LARGE_REBUILDER, *ON_TWO_NODES]
-    said = {"MFM_ZERO_STAGE": "3_hpz", "MFM_PROCESSES_PER_NODE": "2", "MFM_PREFLIGHT": "0"}
+    said = {"MFM_ZERO_STAGE": "3_hpz", "MFM_PROCESSES_PER_NODE": "2", "MFM_PREFLIGHT": "0", **KEEPS_NOTHING}
     job = Job(cluster, clone, tmp_path / "run", *overrides, "train.steps=8", nodes="1-2", **said)
     try:
         job.wait_for_step(3, seconds=1800)
