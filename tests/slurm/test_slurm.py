@@ -45,7 +45,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clone = tmp_path_factory.mktemp("slurm") / "a clone"
     for name in ("mfm_dist", "configs", "slurm"):
         shutil.copytree(REPOSITORY / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
-    (clone / "slurm" / "site.env").write_text(f'MFM_PYTHON="{sys.executable}"\nMFM_PROCESSES_PER_NODE=1\n')
+    site = [f'MFM_PYTHON="{sys.executable}"', "MFM_PROCESSES_PER_NODE=${MFM_PROCESSES_PER_NODE:-1}", ""]
+    (clone / "slurm" / "site.env").write_text("\n".join(site))
     return clone
 
 
@@ -160,7 +161,8 @@ def test_the_large_preset_loses_a_node_and_goes_on(
         cluster.start_node("n2")
     summary = (job.folder / "summary.log").read_text()
     record_property("summary", summary.splitlines())
-    assert "1 node(s)" in summary
+    assert "2 node(s) x 2 process(es)" in summary
+    assert "1 node(s) x 2 process(es)" in summary
     assert [line["step"] for line in metrics_of(job.run)] == list(range(1, 9))
 
 
