@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mfm_dist.errors import BadSample
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,29 @@ class UDABatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:
         """Return the same block with every tensor changed."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        values["draws"] = {name: change(value) for name, value in self.draws.items()}
-        return UDABatch(**values)
+        return map_tensors(self, change)
+
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+def tensors_of(record: DataclassInstance) -> dict[str, Tensor]:
+    """Return the tensors of a dataclass by name, those in its mappings too ("field/name")."""
+    found: dict[str, Tensor] = {}
+    for name, value in ((f.name, getattr(record, f.name)) for f in fields(record)):
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{name}/{key}": tensor for key, tensor in value.items()}
+    return found
+
+
+def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Return the same dataclass with every tensor changed, those in its mappings too."""
+    changed: dict[str, Any] = {}
+    for name, value in ((f.name, getattr(record, f.name)) for f in fields(record)):
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, Mapping):
+            changed[name] = {key: change(tensor) for key, tensor in value.items()}
+    return replace(record, **changed)

@@ -17,10 +17,12 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.methods.base import ForwardKind, Maps, Method, Pass, StepInputs, Term
+from mfm_dist.methods.hrda import box_draws
 from mfm_dist.methods.mfm import mask_draws, mfm_pass, passes_of
 from mfm_dist.methods.self_training import PseudoTarget, pseudo_target, without_margins
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.models.dropout import dropouts_of, masked, shares_kept
+from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.layers import batch_norm_untracked
 from mfm_dist.models.preprocessing import channel_constants, normalise_by
 from mfm_dist.models.rebuilder import Rebuilder
@@ -98,15 +100,16 @@ class TrainModule(nn.Module):
             mfm_weight: lambda at this step; at 0 the term still runs, because ZeRO-3 would update an unused
                 parameter with its previous gradient.
             only: name of the one term to run, None for all.
-            inputs: of the previous term's output, so that the teacher is asked once for a batch.
+            inputs: of ``prepare_inputs``; or of the previous term's output, so that the teacher is asked once for a
+                batch.
             measure: also measure the loss of L_mfm where hidden and where visible, the Rebuilder's largest attention
                 logit, and the gradients that reach the encoder's last map.
         """
-        inputs = inputs or self.step_inputs(batch)
+        inputs = self.with_targets(inputs or self.prepare_inputs(batch, mfm_weight))
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
         measured: dict[str, Tensor] = {}
-        terms = self.terms(mfm_weight, measured if measure else None)
+        terms = self.terms(inputs.mfm_weight, measured if measure else None)
         passes = {name: term(self.student, inputs) for name, term in terms.items() if only in (None, name)}
         encoded = self.encode_together(passes, inputs) if self.encodes_once else {}
         for name, seen in passes.items():
@@ -123,7 +126,7 @@ class TrainModule(nn.Module):
             logged["pseudo_weight"] = inputs.pseudo.weight.amax()
         return StepOutput(total=torch.stack(weighted).sum(), losses=logged, measured=measured, inputs=inputs)
 
-    def terms(self, mfm_weight: float, measured: dict[str, Tensor] | None = None) -> dict[str, Term]:
+    def terms(self, mfm_weight: float | Tensor, measured: dict[str, Tensor] | None = None) -> dict[str, Term]:
         """List the terms by name: those of the method, L_sup + L_uda, the cross-entropy on labelled target images where
         there are any, then L_mfm, which adds what it measures."""
         terms = dict(self.method.terms())
@@ -149,7 +152,7 @@ class TrainModule(nn.Module):
         inputs: StepInputs,
         *,
         kind: ForwardKind,
-        weight: float,
+        weight: float | Tensor,
         measured: dict[str, Tensor] | None = None,
     ) -> Pass:
         """Compute L_mfm."""
@@ -177,7 +180,7 @@ class TrainModule(nn.Module):
             alike = [one for one in images if one[2].shape[1:] == size]
             counts = [len(image) for *_, image in alike]
             masks = [self.dropout_masks(inputs, name, number, len(image))[0] for name, number, image in alike]
-            torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, len(self.term_names)))
+            self._seed(inputs, len(self.term_names))
             with masked(self.encoder_dropouts, torch.cat(masks)):
                 together = self.student.encode(torch.cat([image for *_, image in alike]))
             parts = zip(*(feature.split(counts) for feature in together), strict=True)
@@ -195,8 +198,7 @@ class TrainModule(nn.Module):
     @contextmanager
     def pass_of(self, name: str, seen: Pass, inputs: StepInputs, mfm_weight: float) -> Iterator[None]:
         """Span a pass: its draws are its own, and L_mfm counts in BatchNorm's running statistics only if it is to."""
-        # What is drawn without a given mask, in the encoder's attention for example, depends on block and pass alone.
-        torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, self.term_names.index(name)))
+        self._seed(inputs, self.term_names.index(name))
         tracked = not self.is_of_mfm(name) or (self.config.mfm.update_bn and mfm_weight > 0)
         with nullcontext() if tracked else batch_norm_untracked(self.student):
             self.student.head_masks = [
@@ -207,6 +209,10 @@ class TrainModule(nn.Module):
             finally:
                 self.student.head_masks = None
 
+    def _seed(self, inputs: StepInputs, number: int) -> None:
+        """Have what is drawn without a given mask, in the encoder's attention for example, depend on block and pass."""
+        torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, number))
+
     def dropout_masks(self, inputs: StepInputs, name: str, number: int, count: int) -> tuple[Tensor, Tensor]:
         """Return the dropout masks of encoder and heads for an image of a pass, each [count, sum of widths]."""
         masks = inputs.dropout[self.term_names.index(name), number, :count]
@@ -215,8 +221,12 @@ class TrainModule(nn.Module):
 
     def pop_map_squares(self) -> Tensor:
         """Return the squared norms at the encoder's last map since the last call: [2], of the method and of L_mfm."""
-        squares, self.map_gradients.squares = self.map_gradients.squares, None
-        return torch.zeros(2, device=self.image_mean.device) if squares is None else squares
+        squares = self.map_gradients.squares
+        if squares is None:
+            return torch.zeros(2, device=self.image_mean.device)
+        popped = squares.clone()
+        squares.zero_()
+        return popped
 
     def draw(self, batch: UDABatch) -> UDABatch:
         """Return the batch with all tensors that its step draws, on the CPU: functions of seed, block and positions.
@@ -228,6 +238,8 @@ class TrainModule(nn.Module):
         draws = self.method.draws(key, (height, width))
         if self.config.mfm.enabled:
             draws |= mask_draws(key, self.config.rebuilder.grid, self.config.mfm)
+        if isinstance(self.student, HRDASegmentor):
+            draws |= box_draws(self.student, key, (height, width))
         shape = (IMAGES, 2 * len(key.positions), len(self.dropout_keep))
         dropout = [
             torch.rand(shape, generator=torch_generator(key.seed, Stream.FORWARD, key.block, index))
@@ -235,31 +247,48 @@ class TrainModule(nn.Module):
         ]
         return replace(batch, draws={**draws, "dropout": torch.stack(dropout)})
 
-    def step_inputs(self, batch: UDABatch) -> StepInputs:
-        """Prepare what the terms look at, the teacher's targets included."""
+    def step_inputs(self, batch: UDABatch, mfm_weight: float = 1.0) -> StepInputs:
+        """Return what the terms look at, the teacher's targets included."""
+        return self.with_targets(self.prepare_inputs(batch, mfm_weight))
+
+    def prepare_inputs(self, batch: UDABatch, mfm_weight: float) -> StepInputs:
+        """Return what the terms look at, as far as it takes no network: images, draws, lambda.
+
+        Two micro-batches may differ in here by more than the values of tensors; in all that follows they do not.
+        """
         if not batch.draws:
             batch = self.draw(batch).to(batch.source_image.device)
         source_image, target_image = (
             normalise_by(image, self.image_mean, self.image_std) for image in (batch.source_image, batch.target_image)
         )
-        source_whole, few = self.student.context(source_image), batch.labelled_target_image
-        return StepInputs(
+        few = batch.labelled_target_image
+        inputs = StepInputs(
             source_image=source_image,
             source_label=batch.source_label,
             target_image=target_image,
+            target_valid=batch.target_valid,
             labelled_target_image=None if few is None else normalise_by(few, self.image_mean, self.image_std),
             labelled_target_label=batch.labelled_target_label,
-            pseudo=self.pseudo_target(target_image, batch.target_valid),
-            initial_feature=None if self.initial_encoder is None else self.initial_encoder(source_whole),
             classes=self.classes,
             seed=self.config.seed,
             block=batch.block,
             positions=batch.positions,
             draws=batch.draws,
             dropout=(batch.draws["dropout"] < self.dropout_keep) / self.dropout_keep,
+            mfm_weight=torch.full((), mfm_weight, device=self.image_mean.device),
             mean=self.image_mean,
             std=self.image_std,
         )
+        return self.method.prepare(inputs)
+
+    def with_targets(self, inputs: StepInputs) -> StepInputs:
+        """Return the same with the answers of teacher and initial encoder, which are asked once."""
+        pseudo, feature = inputs.pseudo, inputs.initial_feature
+        if pseudo is None:
+            pseudo = self.pseudo_target(inputs.target_image, inputs.target_valid)
+        if feature is None and self.initial_encoder is not None:
+            feature = self.initial_encoder(self.student.context(inputs.source_image))
+        return replace(inputs, pseudo=pseudo, initial_feature=feature)
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint weights outside the checkpoint that training rests on. Ask before the engine cuts the weights."""
@@ -303,7 +332,8 @@ class MapGradients:
 
     def __init__(self) -> None:
         self.squares: Tensor | None = None
-        """Of the method's own terms, and of lambda * L_mfm; None before the first."""
+        """Of the method's own terms, and of lambda * L_mfm; None before the first. Then always the same tensor, which
+        a graph of the step adds to."""
 
     def watched(self, maps: Maps, *, of_mfm: bool) -> Maps:
         """Add what the backward will bring to the last of the maps of each image to one of the sums."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -27,14 +27,16 @@ class StepInputs:
     """uint8 [B, H, W]."""
     target_image: Tensor
     """float32 [B, 3, H, W], normalised, neither mixed nor augmented."""
+    target_valid: Tensor
+    """bool [B, H, W]; False on padding, where a pseudo-label means nothing."""
     labelled_target_image: Tensor | None = None
     """float32 [B, 3, H, W], normalised: of ``data.target_labelled``; None where there are none."""
     labelled_target_label: Tensor | None = None
     """uint8 [B, H, W], their label."""
-    pseudo: PseudoTarget | None
-    """The teacher's answer to ``target_image``; None where nothing asks for it."""
+    pseudo: PseudoTarget | None = None
+    """The teacher's answer to ``target_image``; None where nothing asks for it, and before it was asked."""
     initial_feature: Tensor | None = None
-    """The initial encoder's last map of ``source_image``, [B, C, h, w]; None where nothing asks for it."""
+    """The initial encoder's last map of ``source_image``, [B, C, h, w]; None likewise."""
     classes: ClassSet
     """Of the labels."""
     seed: int
@@ -44,9 +46,12 @@ class StepInputs:
     positions: range
     """Position of each sample: key of what is drawn once per sample."""
     draws: Mapping[str, Tensor]
-    """What ``Method.draws`` gave for this micro-batch, and what MFM and dropout draw."""
+    """What MFM, dropout and HRDA's windows draw for this micro-batch and what ``Method.draws`` gave for it, or the
+    images that ``Method.prepare`` made of that."""
     dropout: Tensor
     """Masks, 0 or 1 / (1 - p): [passes, images of a pass, 2 B, channels of all layers]."""
+    mfm_weight: Tensor
+    """Lambda, a float32 scalar: what a graph of the step reads anew at every replay."""
     mean: Tensor
     """[1, 3, 1, 1], of RGB in 0..255, what images were normalised with."""
     std: Tensor
@@ -55,6 +60,11 @@ class StepInputs:
     def drawn(self, name: str) -> dict[str, Tensor]:
         """Return the draws that were ``named`` so."""
         return {key.removeprefix(f"{name}/"): value for key, value in self.draws.items() if key.startswith(f"{name}/")}
+
+    def with_made(self, name: str, made: Mapping[str, Tensor]) -> StepInputs:
+        """Return the same with tensors of this name in the place of the draws that they were made of."""
+        others = {key: value for key, value in self.draws.items() if not key.startswith(f"{name}/")}
+        return replace(self, draws={**others, **named(name, made)})
 
 
 def named(name: str, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,7 +95,7 @@ class Loss(NamedTuple):
 
     value: Tensor
     """Scalar with its graph; logged as it is."""
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     """What it is multiplied with in the total."""
 
 
@@ -183,6 +193,14 @@ class Method(ABC):
             size: height and width of the crop.
         """
         return {}
+
+    def prepare(self, inputs: StepInputs) -> StepInputs:
+        """Put images that the terms look at, such as mixed ones, in the place of what was drawn for them.
+
+        No network is asked. What differs from one micro-batch to the next by more than the values of tensors, such as
+        whether and how far to blur, belongs here; what follows can be captured in a graph and replayed.
+        """
+        return inputs
 
     def source_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_sup: supervised cross-entropy on labelled images."""

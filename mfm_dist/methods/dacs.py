@@ -30,14 +30,17 @@ class DACS(Method):
     def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:  # noqa: ARG002 - of any size
         return mix_draws(key, self.settings)
 
+    def prepare(self, inputs: StepInputs) -> StepInputs:
+        return with_mixed_image(inputs, self.settings)
+
     def mixed_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_mix: paste source i onto target i; pasted pixels weigh 1, the others the pseudo-weight."""
-        image, label, weight = mixed_batch(inputs, self.settings)
+        image, label, weight = mixed_batch(inputs)
         return self.classify(student, inputs, ForwardKind.MIXED, image, label, weight)
 
 
 def mix_draws(key: Keyed, settings: SelfTrainingSection) -> dict[str, Tensor]:
-    """Draw what ``mixed_batch`` needs: a random key for each image and label value, and the strong augmentation."""
+    """Draw what ``with_mixed_image`` needs: a key for each image and label value, and the strong augmentation."""
     count = len(key.positions)
     ranks = keyed_generator(key.seed, Stream.CLASS_MIX, key.block).random((count, NUM_LABEL_VALUES))
     generator = keyed_generator(key.seed, Stream.STRONG_AUGMENT, key.block)
@@ -45,20 +48,28 @@ def mix_draws(key: Keyed, settings: SelfTrainingSection) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def mixed_batch(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix classes and augment strongly (ClassMix).
+def with_mixed_image(inputs: StepInputs, settings: SelfTrainingSection) -> StepInputs:
+    """Mix images by classes and augment the result strongly (ClassMix): "mixed/image" and "mixed/class_mask"."""
+    drawn = inputs.drawn("mixed")
+    class_mask = draw_class_masks(inputs.source_label, drawn["ranks"], settings.class_draw)
+    image = mix(class_mask, inputs.source_image, inputs.target_image)
+    generator = keyed_generator(inputs.seed, Stream.STRONG_AUGMENT, inputs.block)
+    image = strong_augment(image, settings, generator, shipped=Shipped(drawn, inputs.mean, inputs.std))
+    return inputs.with_made("mixed", {"image": image, "class_mask": class_mask})
+
+
+@torch.no_grad()
+def mixed_batch(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mixed image with what it is to be classified as.
 
     Returns:
         image float32 [B, 3, H, W], label int64 [B, H, W] and pixel weight float32 [B, H, W] of the mixed batch.
     """
     assert inputs.pseudo is not None
-    drawn = inputs.drawn("mixed")
-    class_mask = draw_class_masks(inputs.source_label, drawn["ranks"], settings.class_draw)
-    image = mix(class_mask, inputs.source_image, inputs.target_image)
-    label = mix(class_mask, inputs.source_label.long(), inputs.pseudo.label)
-    weight = mix(class_mask, torch.ones_like(inputs.pseudo.weight), inputs.pseudo.weight)
-    generator = keyed_generator(inputs.seed, Stream.STRONG_AUGMENT, inputs.block)
-    return strong_augment(image, settings, generator, shipped=Shipped(drawn, inputs.mean, inputs.std)), label, weight
+    made = inputs.drawn("mixed")
+    label = mix(made["class_mask"], inputs.source_label.long(), inputs.pseudo.label)
+    weight = mix(made["class_mask"], torch.ones_like(inputs.pseudo.weight), inputs.pseudo.weight)
+    return made["image"], label, weight
 
 
 def build(config: RunConfig) -> Method:

@@ -38,6 +38,9 @@ class DAFormer(Method):
     def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
         return self.dacs.draws(key, size)
 
+    def prepare(self, inputs: StepInputs) -> StepInputs:
+        return self.dacs.prepare(inputs)
+
     def source_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_sup, and L_fd on the same features."""
         supervised = super().source_term(student, inputs)

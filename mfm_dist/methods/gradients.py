@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mfm_dist.models.dropout import dropouts_of, masked
 from mfm_dist.models.layers import batch_norm_untracked
 
 
@@ -39,11 +40,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def zero_loss_through(heads: Sequence[nn.Module], features: list[Tensor]) -> Tensor:
     """Return the scalar 0, whose backward gives a gradient of 0 to every parameter of these decoders.
 
-    They run on a corner of the encoder's maps, which costs next to nothing.
+    They run on a corner of the encoder's maps, which costs next to nothing, and drop nothing there, for which they
+    would draw.
     """
     corner = [feature.detach()[..., :2, :2] for feature in features]
     total = features[-1].new_zeros((), dtype=torch.float32)
     for head in heads:
-        with batch_norm_untracked(head):
+        dropouts = dropouts_of([head])
+        kept = corner[-1].new_ones(len(corner[-1]), sum(layer.width for layer in dropouts))
+        with batch_norm_untracked(head), masked(dropouts, kept):
             total = total + 0.0 * head(corner).float().sum()
     return total

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.methods.base import ForwardKind, Loss, Maps, Method, Pass, StepInputs
+from mfm_dist.methods.base import ForwardKind, Loss, Maps, Method, Pass, StepInputs, named
 from mfm_dist.methods.daformer import DAFormer
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.models.windows import Window
-from mfm_dist.rng import Stream, keyed_generator
+from mfm_dist.models.windows import DrawnWindow, Window
+from mfm_dist.rng import Keyed, Stream, keyed_generator
 
 
 def classify_at_two_resolutions(
@@ -34,7 +34,7 @@ def classify_at_two_resolutions(
 ) -> Pass:
     """Sum (1 - w) * cross-entropy of the fused logits and w * that of the detail window's, one window for the batch."""
     assert isinstance(student, HRDASegmentor)
-    box = draw_detail_box(student, inputs, kind)
+    box = drawn_box(inputs, kind)
 
     def losses(maps: Maps) -> dict[str, Loss]:
         seen = student.decode_crops(maps, box)
@@ -47,11 +47,19 @@ def classify_at_two_resolutions(
     return Pass([student.context(image), box.crop(image)], losses)
 
 
-def draw_detail_box(student: HRDASegmentor, inputs: StepInputs, kind: ForwardKind) -> Window:
-    """Draw the detail window of one forward of one micro-batch."""
-    height, width = inputs.target_image.shape[-2:]
-    generator = keyed_generator(inputs.seed, Stream.DETAIL_BOX, inputs.block, kind)
-    return detail_box((height, width), student.detail_size, student.box_step, generator)
+def box_draws(student: HRDASegmentor, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Draw, on the CPU, the detail window of every forward of a micro-batch in crops of this size."""
+    draws: dict[str, Tensor] = {}
+    for kind in ForwardKind:
+        generator = keyed_generator(key.seed, Stream.DETAIL_BOX, key.block, kind)
+        box = detail_box(size, student.detail_size, student.box_step, generator)
+        draws |= named(f"box/{kind.label}", box.indices())
+    return draws
+
+
+def drawn_box(inputs: StepInputs, kind: ForwardKind) -> DrawnWindow:
+    """Return the detail window of one forward of a micro-batch."""
+    return DrawnWindow(**inputs.drawn(f"box/{kind.label}"))
 
 
 def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Window:

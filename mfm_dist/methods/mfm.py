@@ -19,12 +19,12 @@ from mfm_dist.config.schema import MFMSection
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind, Loss, Maps, Pass, StepInputs
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
-from mfm_dist.methods.hrda import draw_detail_box
+from mfm_dist.methods.hrda import drawn_box
 from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.rebuilder import Rebuilder
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.models.windows import Window
+from mfm_dist.models.windows import DrawnWindow
 from mfm_dist.rng import Keyed, Stream, torch_generator
 
 PATCH = 4
@@ -112,7 +112,7 @@ def mfm_pass(
     inputs: StepInputs,
     settings: MFMSection,
     *,
-    weight: float,
+    weight: float | Tensor,
     detail_weight: float,
     teacher: Encode,
     kind: ForwardKind = ForwardKind.MFM,
@@ -147,7 +147,7 @@ def mfm_pass(
     images, seen_of = [student.context(view.image)], partial(classify, view=view, mask=mask, decode=student.decode)
     if settings.view != "context":
         assert isinstance(student, HRDASegmentor)
-        box = draw_detail_box(student, inputs, kind)
+        box = drawn_box(inputs, kind)
         window = View(*(box.crop(part) for part in view))
         if settings.view == "detail":
             view, images = window, [window.image]
@@ -229,7 +229,7 @@ def classify_fused(
     view: View,
     window: View,
     masks: tuple[Tensor, Tensor],
-    box: Window,
+    box: DrawnWindow,
     weight: float,
 ) -> Seen:
     """Rebuild context and detail, fuse them as HRDA does, and take HRDA's loss: 1 - w of the fused, w of the detail.

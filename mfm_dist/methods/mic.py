@@ -37,9 +37,12 @@ class MIC(Method):
     def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
         return {**self.base.draws(key, size), **masked_draws(key, size, self.settings, self.self_training)}
 
+    def prepare(self, inputs: StepInputs) -> StepInputs:
+        return with_masked_image(self.base.prepare(inputs), self.settings, self.self_training)
+
     def masked_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_mask, over all pixels, masked or not."""
-        image, label, weight = masked_batch(inputs, self.settings, self.self_training)
+        image, label, weight = masked_batch(inputs, self.settings)
         # The published code leaves HRDA's detail loss out of the weight; at the published weight of 1 that is the same.
         seen = self.classify(student, inputs, ForwardKind.MASKED, image, label, weight)
         return seen.weighted(self.settings.loss_weight)
@@ -48,7 +51,7 @@ class MIC(Method):
 def masked_draws(
     key: Keyed, size: tuple[int, int], settings: MICSection, self_training: SelfTrainingSection
 ) -> dict[str, Tensor]:
-    """Draw what ``masked_batch`` needs: the blocks of each image that stay visible, and the augmentation."""
+    """Draw what ``with_masked_image`` needs: the blocks of each image that stay visible, and the augmentation."""
     source, target = chosen_images(len(key.positions), settings.mode)
     positions = [(position, 0) for position in key.positions[:source]]
     positions += [(position, 1) for position in key.positions[:target]]
@@ -64,16 +67,28 @@ def masked_draws(
 
 
 @torch.no_grad()
-def masked_batch(
-    inputs: StepInputs, settings: MICSection, self_training: SelfTrainingSection
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the images of ``settings.mode``, augmented if asked for, with masked blocks in them.
+def with_masked_image(inputs: StepInputs, settings: MICSection, self_training: SelfTrainingSection) -> StepInputs:
+    """Augment the images of ``settings.mode``, if that is asked for, and mask blocks of them: "masked/image"."""
+    source, target = chosen_images(len(inputs.source_image), settings.mode)
+    image = torch.cat([inputs.source_image[:source], inputs.target_image[:target]])
+    drawn = inputs.drawn("masked")
+    if settings.augment:
+        generator = keyed_generator(inputs.seed, Stream.MIC_AUGMENT, inputs.block)
+        shipped = Shipped(drawn, inputs.mean, inputs.std)
+        image = strong_augment(image, self_training, generator, scope="batch", shipped=shipped)
+    # Hidden is 0 after normalisation, the ImageNet mean colour.
+    image = image * F.interpolate(drawn["visible"].unsqueeze(1), image.shape[-2:], mode="nearest")
+    return inputs.with_made("masked", {"image": image})
+
+
+@torch.no_grad()
+def masked_batch(inputs: StepInputs, settings: MICSection) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the masked images with what they are to be classified as.
 
     Returns:
         image float32 [B', 3, H, W], label int64 [B', H, W] and pixel weight float32 [B', H, W].
     """
     source, target = chosen_images(len(inputs.source_image), settings.mode)
-    images = [inputs.source_image[:source], inputs.target_image[:target]]
     labels = [inputs.source_label[:source].long()]
     weights = [torch.ones_like(labels[0], dtype=torch.float32)]
     if target:
@@ -84,14 +99,7 @@ def masked_batch(
             weight = pseudo_weight(pseudo.confidence, pseudo.valid, settings.pseudo_threshold)
         labels.append(pseudo.label[:target])
         weights.append(weight[:target])
-    image, drawn = torch.cat(images), inputs.drawn("masked")
-    if settings.augment:
-        generator = keyed_generator(inputs.seed, Stream.MIC_AUGMENT, inputs.block)
-        shipped = Shipped(drawn, inputs.mean, inputs.std)
-        image = strong_augment(image, self_training, generator, scope="batch", shipped=shipped)
-    # Hidden is 0 after normalisation, the ImageNet mean colour.
-    image = image * F.interpolate(drawn["visible"].unsqueeze(1), image.shape[-2:], mode="nearest")
-    return image, torch.cat(labels), torch.cat(weights)
+    return inputs.drawn("masked")["image"], torch.cat(labels), torch.cat(weights)
 
 
 def chosen_images(batch: int, mode: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from mfm_dist.models.layers import resize
 from mfm_dist.models.pyramid import PyramidDecoder, SimplePyramid
 from mfm_dist.models.segmentor import Segmentor, pad_to_multiple
 from mfm_dist.models.size_limit import limited_size
-from mfm_dist.models.windows import Window, average_windows, sliding_boxes
+from mfm_dist.models.windows import DrawnWindow, Window, average_windows, sliding_boxes
 
 SCALE = 2
 """The context has one pixel for so many of the image, in each direction (HRDA)."""
@@ -95,14 +95,14 @@ class HRDASegmentor(Segmentor):
         """Shrink [B, 3, H, W] to [B, 3, H / 2, W / 2]."""
         return resize(image, [side // SCALE for side in image.shape[-2:]])
 
-    def decode_crops(self, maps: Iterator[list[Tensor]], box: Window) -> TwoResolutions:
+    def decode_crops(self, maps: Iterator[list[Tensor]], box: Window | DrawnWindow) -> TwoResolutions:
         """Classify at both resolutions, from encoder maps of an image's context and then of a detail window."""
         context = next(maps)
         coarse, attention = self.decode(context), self.attend(context)
         detail = self.decode(next(maps), number=1)
         return TwoResolutions(self.fuse_window(coarse, attention, detail, box), detail)
 
-    def fuse_window(self, coarse: Tensor, attention: Tensor, detail: Tensor, box: Window) -> Tensor:
+    def fuse_window(self, coarse: Tensor, attention: Tensor, detail: Tensor, box: Window | DrawnWindow) -> Tensor:
         """Fuse logits and attention of the context [B, C, h, w] with the logits of one detail window: [B, C, 2h, 2w].
 
         Outside the window the context speaks alone.

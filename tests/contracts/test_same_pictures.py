@@ -12,7 +12,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
-from mfm_dist.methods.dacs import mix_draws, mixed_batch
+from mfm_dist.methods.dacs import mix_draws, mixed_batch, with_mixed_image
 from mfm_dist.methods.mfm import keyed_masks
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.preprocessing import normalise
@@ -57,7 +57,7 @@ def pictures(config: RunConfig, world_size: int, workers: int) -> dict[int, list
                 positions=batch.positions,
             )
             inputs = replace(inputs, draws=mix_draws(inputs, config.self_training))
-            mixed = mixed_batch(inputs, config.self_training)
+            mixed = mixed_batch(with_mixed_image(inputs, config.self_training))
             masks = keyed_masks(inputs, config.rebuilder.grid, config.mfm)
             seen[batch.block] = [batch.source_image, batch.source_label, batch.target_image, *mixed, masks]
     return seen

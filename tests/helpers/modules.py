@@ -45,5 +45,6 @@ def block(number: int = 3, size: int = 64) -> UDABatch:
 def inputs_with(**fields: Any) -> StepInputs:
     """Put together what terms look at, with nothing drawn unless it is given."""
     mean, std = channel_constants()
-    filled = {"classes": CLASSES, "draws": {}, "dropout": torch.ones(0), "mean": mean, "std": std}
+    filled: dict[str, Any] = {"classes": CLASSES, "draws": {}, "dropout": torch.ones(0), "mean": mean, "std": std}
+    filled |= {"target_valid": torch.ones(0, dtype=torch.bool), "mfm_weight": torch.ones(())}
     return StepInputs(**(filled | fields))

@@ -15,7 +15,7 @@ from mfm_dist.classes import IGNORE_INDEX
 from mfm_dist.config.schema import SelfTrainingSection
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.methods.base import StepInputs
-from mfm_dist.methods.dacs import mix_draws, mixed_batch
+from mfm_dist.methods.dacs import mix_draws, mixed_batch, with_mixed_image
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator
@@ -50,7 +50,7 @@ def inputs_of(number: int = 5) -> StepInputs:
 
 
 def mixed(inputs: StepInputs, settings: SelfTrainingSection) -> tuple[Tensor, Tensor, Tensor]:
-    return mixed_batch(replace(inputs, draws=mix_draws(inputs, settings)), settings)
+    return mixed_batch(with_mixed_image(replace(inputs, draws=mix_draws(inputs, settings)), settings))
 
 
 def drawn_classes(inputs: StepInputs) -> list[set[int]]:
@@ -116,7 +116,7 @@ def test_the_mixed_loss_is_that_of_the_mixed_batch() -> None:
     # A random teacher is sure of nothing, so that at the published threshold the pseudo-weight is 0.
     inputs = replace(inputs, pseudo=replace(inputs.pseudo, weight=torch.full_like(inputs.pseudo.weight, SHARE)))
     loss = module(block(), 0.0, "mixed", inputs).losses["mixed"].item()
-    image, label, weight = mixed_batch(inputs, module.config.self_training)
+    image, label, weight = mixed_batch(inputs)
     logits = module.student(image)
     assert loss == pytest.approx(cross_entropy(logits, label, weight).item(), rel=1e-6)
     assert loss != pytest.approx(cross_entropy(logits, label).item(), rel=1e-2)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mfm_dist.build import build_train_module
 from mfm_dist.methods.base import ForwardKind
-from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, draw_detail_box
+from mfm_dist.methods.hrda import classify_at_two_resolutions, detail_box, drawn_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor, TwoResolutions
 from mfm_dist.models.preprocessing import normalise
-from mfm_dist.models.windows import Window
+from mfm_dist.models.windows import DrawnWindow
 from mfm_dist.rng import keyed_generator
 from mfm_dist.train_module import TrainModule
 from tests.helpers.classes import CLASSES
@@ -24,7 +24,7 @@ def hrda(*overrides: str) -> TrainModule:
     return build_train_module(config_with(*options, *overrides), CLASSES)
 
 
-def both(student: HRDASegmentor, image: Tensor, box: Window) -> TwoResolutions:
+def both(student: HRDASegmentor, image: Tensor, box: DrawnWindow) -> TwoResolutions:
     return student.decode_crops(map(student.encode, (student.context(image), box.crop(image))), box)
 
 
@@ -41,9 +41,9 @@ def test_each_pass_of_each_block_has_a_window_of_its_own() -> None:
     assert isinstance(module.student, HRDASegmentor)
 
     def boxes(number: int) -> list[object]:
-        assert isinstance(module.student, HRDASegmentor)
         inputs = module.step_inputs(block(number))
-        return [draw_detail_box(module.student, inputs, kind) for kind in ForwardKind]
+        drawn = (drawn_box(inputs, kind) for kind in ForwardKind)
+        return [(int(box.rows[0]), int(box.columns[0])) for box in drawn]
 
     drawn = [tuple(boxes(number)) for number in range(8)]
     assert drawn == [tuple(boxes(number)) for number in range(8)]
@@ -58,10 +58,11 @@ def test_the_source_loss_is_fused_and_detail_in_their_shares(weight: float) -> N
     student, batch = module.student, block()
     assert isinstance(student, HRDASegmentor)
     inputs = module.step_inputs(batch)
-    box = draw_detail_box(student, inputs, ForwardKind.SOURCE)
+    box = drawn_box(inputs, ForwardKind.SOURCE)
     seen = both(student, normalise(batch.source_image), box)
     label = batch.source_label
-    detail = label[:, box.top : box.top + 32, box.left : box.left + 32]
+    top, left = int(box.rows[0]), int(box.columns[0])
+    detail = label[:, top : top + 32, left : left + 32]
     expected = (1 - weight) * cross_entropy(seen.fused, label) + weight * cross_entropy(seen.detail, detail)
     assert torch.allclose(module(batch, 0.0, "source").total, expected)
 
@@ -77,8 +78,9 @@ def test_the_window_weighs_pixels_as_the_crop_does() -> None:
     weight[:, :, :40] = 0.0
     passed = classify_at_two_resolutions(student, inputs, ForwardKind.MIXED, image, label, weight, detail_weight=0.1)
     losses = passed.losses(map(student.encode, passed.images))
-    box = draw_detail_box(student, inputs, ForwardKind.MIXED)
-    rows, columns = slice(box.top, box.top + 32), slice(box.left, box.left + 32)
+    box = drawn_box(inputs, ForwardKind.MIXED)
+    top, left = int(box.rows[0]), int(box.columns[0])
+    rows, columns = slice(top, top + 32), slice(left, left + 32)
     seen = both(student, image, box)
     fused = cross_entropy(seen.fused, label, weight)
     detail = cross_entropy(seen.detail, label[:, rows, columns], weight[:, rows, columns])

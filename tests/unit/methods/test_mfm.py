@@ -15,7 +15,7 @@ from mfm_dist.config.schema import MFMSection
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.base import ForwardKind
 from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
-from mfm_dist.methods.hrda import draw_detail_box
+from mfm_dist.methods.hrda import drawn_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.mfm import (
     confidence_weight,
@@ -301,7 +301,7 @@ def test_the_detail_view_classifies_the_window_at_full_resolution() -> None:
     inputs = module.step_inputs(block())
     assert isinstance(module.student, HRDASegmentor)
     assert inputs.pseudo is not None
-    box = draw_detail_box(module.student, inputs, ForwardKind.MFM)
+    box = drawn_box(inputs, ForwardKind.MFM)
     logits = module.student.decode(module.student.encode(box.crop(inputs.target_image)))
     assert value == pytest.approx(cross_entropy(logits, box.crop(inputs.pseudo.label)).item(), rel=1e-5)
 
@@ -323,7 +323,7 @@ def test_the_fused_view_is_hrdas_loss_of_two_rebuilt_resolutions() -> None:
     details = {ForwardKind.MFM_SOURCE: ForwardKind.MFM_SOURCE_DETAIL, ForwardKind.MFM: ForwardKind.MFM_DETAIL}
     student.eval()
     for kind, (image, label) in images.items():
-        box = draw_detail_box(student, inputs, kind)
+        box = drawn_box(inputs, kind)
         context = rebuild(student, module.rebuilder, student.encode(student.context(image)), masks[kind])
         window = rebuild(student, module.rebuilder, student.encode(box.crop(image)), masks[details[kind]])
         detail = student.decode(window)
@@ -338,7 +338,7 @@ def test_with_nothing_hidden_the_fused_view_is_hrdas_own_loss_of_the_clean_image
     value, inputs = value_of(module), module.step_inputs(block())
     assert isinstance(module.student, HRDASegmentor)
     assert inputs.pseudo is not None
-    box = draw_detail_box(module.student, inputs, ForwardKind.MFM)
+    box = drawn_box(inputs, ForwardKind.MFM)
     context, detail = module.student.context(inputs.target_image), box.crop(inputs.target_image)
     seen = module.student.decode_crops(map(module.student.encode, (context, detail)), box)
     label = inputs.pseudo.label

@@ -15,7 +15,7 @@ from mfm_dist.config.schema import MICSection, RunConfig
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.augment import strong_augment
 from mfm_dist.methods.base import StepInputs
-from mfm_dist.methods.mic import chosen_images, masked_batch, masked_draws, visible_blocks
+from mfm_dist.methods.mic import chosen_images, masked_batch, masked_draws, visible_blocks, with_masked_image
 from mfm_dist.methods.self_training import PseudoTarget, without_margins
 from mfm_dist.rng import Stream, keyed_generator, torch_generator
 from tests.helpers.classes import CLASSES
@@ -38,7 +38,7 @@ def test_the_grid_has_as_many_blocks_as_published(
     rows = torch.arange(size[0]) * grid[0] // size[0]
     columns = torch.arange(size[1]) * grid[1] // size[1]
     assert torch.equal(visible.bool(), kept)
-    enlarged = F.interpolate(visible[None, None], size, mode="nearest")[0, 0]  # as ``masked_batch`` does
+    enlarged = F.interpolate(visible[None, None], size, mode="nearest")[0, 0]  # as ``with_masked_image`` does
     assert torch.equal(enlarged.bool(), kept[rows][:, columns])
 
 
@@ -82,7 +82,8 @@ def inputs_of(count: int = 2, threshold_share: float = 0.25) -> StepInputs:
 
 def masked(inputs: StepInputs, config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     draws = masked_draws(inputs, (32, 32), config.mic, config.self_training)
-    return masked_batch(replace(inputs, draws=draws), config.mic, config.self_training)
+    inputs = with_masked_image(replace(inputs, draws=draws), config.mic, config.self_training)
+    return masked_batch(inputs, config.mic)
 
 
 @pytest.mark.parametrize("mode", ["separatetrg", "separatesrc", "separate"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfm_dist.models.windows import Window, average_windows, sliding_boxes
+from mfm_dist.models.windows import DrawnWindow, Window, average_windows, sliding_boxes
 
 
 def spans(length: int, window: int, step: int) -> list[tuple[int, int]]:
@@ -44,6 +44,26 @@ def test_what_is_cropped_and_pasted_is_the_image_inside_and_zero_outside() -> No
     inside = torch.zeros(8, 10, dtype=torch.bool)
     inside[2:6, 4:9] = True
     assert torch.equal(pasted, torch.where(inside, image, torch.zeros(())))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_window_whose_place_lies_on_the_device_is_the_window(layout: torch.memory_format) -> None:
+    """Values, gradients and layout in memory, which decides how convolutions round."""
+    window = Window(2, 4, 4, 6)
+    drawn = DrawnWindow(**window.indices())
+    found = []
+    for box in (window, drawn):
+        image = torch.arange(480.0).view(2, 3, 8, 10).to(memory_format=layout).requires_grad_()
+        cropped = box.crop(image)
+        pasted = box.paste(cropped * cropped, (8, 10))
+        pasted.square().sum().backward()
+        small = box.scaled_down(2)
+        found.append((cropped.contiguous(memory_format=layout), pasted, image.grad, small.crop(image)))
+        assert pasted.is_contiguous(memory_format=layout)
+        assert torch.equal(box.crop(torch.arange(80).view(1, 8, 10)), torch.arange(80).view(1, 8, 10)[:, 2:6, 4:10])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert drawn.crop(image).is_contiguous(memory_format=layout)
 
 
 def test_a_box_off_the_coarser_grid_is_our_own_mistake() -> None:
