@@ -211,7 +211,8 @@ class TrainModule(nn.Module):
 
     def _seed(self, inputs: StepInputs, number: int) -> None:
         """Have what is drawn without a given mask, in the encoder's attention for example, depend on block and pass."""
-        torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, number))
+        if not self.config.train.cuda_graph:  # whose engine has made sure that nothing is
+            torch.manual_seed(keyed_seed(inputs.seed, Stream.FORWARD, inputs.block, number))
 
     def dropout_masks(self, inputs: StepInputs, name: str, number: int, count: int) -> tuple[Tensor, Tensor]:
         """Return the dropout masks of encoder and heads for an image of a pass, each [count, sum of widths]."""

@@ -399,6 +399,10 @@ class TrainSection:
     compile: bool = False
     """Compile student, teacher, initial encoder and the Rebuilder's blocks by torch.compile. Takes minutes at the
     start, and on a CPU a C++ compiler."""
+    cuda_graph: bool = False
+    """On GPUs: capture forward and backward of a micro-batch in a CUDA graph once and replay it for every other, the
+    same step without the time that launching its kernels takes. Its memory stays taken. Not under ZeRO, nor with
+    `memory.checkpoint_*`. Not run on a GPU yet."""
     deterministic: bool = False
     """Ask torch for deterministic GPU kernels (slower). CPU runs are deterministic anyway."""
     threads: Threads = 1

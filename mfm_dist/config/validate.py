@@ -62,6 +62,8 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
             yield f"train.clip_parts names {part!r}: there are encoder, decoder and rebuilder"
         elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= 1e9:
             yield f"train.clip_parts.{part}={limit}: must be a number above 0 and at most 1e9, or left out"
+    if train.cuda_graph:
+        yield from _graph_problems(config)
     margins = config.self_training.pseudo_weight_ignore_top + config.self_training.pseudo_weight_ignore_bottom
     if margins >= crop[0]:
         yield (
@@ -78,6 +80,22 @@ def _training_problems(config: RunConfig) -> Iterator[str]:
     fixed = config.model.freeze and not config.model.lora.rank
     if fixed and config.mfm.enabled and config.mfm.trained_parts == "encoder":
         yield "mfm.trained_parts=encoder: model.freeze leaves nothing of it to train, choose both"
+
+
+def _graph_problems(config: RunConfig) -> Iterator[str]:
+    """Find what a micro-batch cannot have that is captured in a graph."""
+    again = "saves and restores torch's random state, which cannot be read amid a capture"
+    for key, on, reason in (
+        ("memory.checkpoint_backbone", config.memory.checkpoint_backbone, again),
+        ("memory.checkpoint_rebuilder", config.memory.checkpoint_rebuilder, again),
+        (
+            "debug.check_gradients",
+            config.debug.check_gradients,
+            "looks at each backward from Python, which a replay does not run",
+        ),
+    ):
+        if on:
+            yield f"train.cuda_graph and {key} are both on, and the latter {reason}: turn one off"
 
 
 def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:

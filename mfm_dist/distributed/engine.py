@@ -97,8 +97,13 @@ class Engine:
             # As maps lie: cuDNN would turn every weight round at every call. Not under ZeRO, which keeps weights flat.
             self.module.to(memory_format=torch.channels_last)
         self.optimizer = optimizer
-        self._wrapped: nn.Module = self.accelerator.prepare_model(self.module)
+        self._wrapped: nn.Module = self._wrap(self.module)
         self._check_gradients()
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        """Return what runs in the module's place: DDP around it, where there are several ranks."""
+        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        return wrapped
 
     def forward_backward(self, batch: UDABatch, mfm_weight: float, measure: bool = False) -> dict[str, Tensor]:
         """Run forward and backward of one micro-batch, adding its gradients to those of the step.
@@ -113,9 +118,16 @@ class Engine:
             the module's losses by name, ``total`` among them, and what was measured, detached.
         """
         self._pending += 1
+        losses = self._micro_batch(batch, mfm_weight, measure)
+        self._loss = self._loss + losses["total"]
+        if self._gradient_check is not None:
+            self._gradient_check.after_micro_batch()
+        return losses
+
+    def _micro_batch(self, batch: UDABatch, mfm_weight: float, measure: bool, inputs: Any = None) -> dict[str, Tensor]:
+        """Run forward and backward of one micro-batch, or of what was prepared of it; return what is logged of it."""
         terms = cast(Sequence[str], self.module.term_names) if self.config.memory.lean else [None]
         losses: dict[str, Tensor] = {"total": torch.zeros((), device=self.device)}
-        inputs = None
         for term in terms:
             with self._sync_context(exchange=self._pending == self.accumulation and term == terms[-1]):
                 with self._autocast():
@@ -123,9 +135,6 @@ class Engine:
                 self.backward(output.total)
             losses |= {**output.losses, **output.measured, "total": losses["total"] + output.total.detach()}
             inputs = output.inputs
-        self._loss = self._loss + losses["total"]
-        if self._gradient_check is not None:
-            self._gradient_check.after_micro_batch()
         return losses
 
     def backward(self, loss: Tensor) -> None:
@@ -416,6 +425,9 @@ class Engine:
             self.optimizer.step()
         elif bool(good):
             self.optimizer.step()
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     @cached_property

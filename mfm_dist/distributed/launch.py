@@ -151,6 +151,23 @@ def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
     return [*problems, *_hpz_problems(launch)]
 
 
+def graph_problems(config: RunConfig, launch: Launch, visible: int) -> list[str]:
+    """Say why ``train.cuda_graph`` cannot be had in this launch.
+
+    Args:
+        visible: GPUs that torch sees.
+    """
+    problems = []
+    if config.train.cuda_graph and launch.zero_stage is not None:
+        problems.append(
+            "train.cuda_graph under ZeRO: DeepSpeed works in Python amid forward and backward, which a graph does not "
+            "replay: launch without DeepSpeed (configs/accelerate/gpu_single.yaml), or set train.cuda_graph=false"
+        )
+    if config.train.cuda_graph and (launch.use_cpu or not visible):
+        problems.append("train.cuda_graph needs a GPU, and this launch has none: set train.cuda_graph=false")
+    return problems
+
+
 def _hpz_problems(launch: Launch) -> list[str]:
     """Say what is wrong with the processes among which hpZ keeps a second copy of the weights, a node's as a rule."""
     size = launch.zero_settings.get("zero_hpz_partition_size", 1)

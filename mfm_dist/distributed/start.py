@@ -24,9 +24,10 @@ from accelerate.utils import DeepSpeedPlugin
 
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.bf16_engine import BF16Engine
+from mfm_dist.distributed.cuda_graph import GraphEngine
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Zero0Engine
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
+from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, graph_problems, launch_problems
 from mfm_dist.distributed.trackers import tracker_problems
 from mfm_dist.errors import ConfigError
 
@@ -53,6 +54,7 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         *combination_problems(config, launch),
         *config.world_problems(launch.world_size),
         *device_problems(launch, torch.cuda.device_count()),
+        *graph_problems(config, launch, torch.cuda.device_count()),
         *tracker_problems(config),
     ]
     if problems:
@@ -73,14 +75,12 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
     # NCCL and gloo read this as they start: a rank that hangs leaves its last exchanges beside its stacks (watchdog).
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(EXCHANGES_RECORDED))
 
-    exchange: dict[str, Any] = {}
-    if exchange_seconds:
-        exchange["timeout"] = timedelta(seconds=exchange_seconds)
+    exchange: dict[str, Any] = {"timeout": timedelta(seconds=exchange_seconds)} if exchange_seconds else {}
     if launch.zero_stage is None:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         handlers: list[Any] = [ddp, InitProcessGroupKwargs(**exchange)]
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
-        engine = Engine(accelerator, config)
+        engine = (GraphEngine if config.train.cuda_graph else Engine)(accelerator, config)
     else:
         # The launcher lists the fields of its file here, and the plugin refuses a configuration beside any of them.
         # launch_problems has read what they say.

@@ -151,6 +151,7 @@ def count_host_syncs(config: RunConfig, batches: list[UDABatch]) -> HostSyncs:
         batches: of two steps, as the data pipeline gives them; their size does not matter to what is counted.
     """
     config = without_weights(config)
+    config.train.cuda_graph = False  # which needs a GPU, and changes nothing about what waits
     config.self_training.blur_prob = config.self_training.jitter_prob = 1.0
     engine = start_engine(config)
     module = build_train_module(config, classes_without_data(config))

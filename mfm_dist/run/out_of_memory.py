@@ -54,10 +54,15 @@ def what_needs_less(config: RunConfig, device: torch.device, *, evaluating: bool
     Args:
         evaluating: whether memory ran out in an evaluation, which most of them do not change.
     """
+    graph = "train.cuda_graph=false (a captured micro-batch keeps its memory, in evaluations too)"
+    found = [graph] if config.train.cuda_graph else []
     if evaluating:
-        return ["a smaller eval.resize, which changes the scores", "processes that do not share their GPU with others"]
+        return [
+            *found,
+            "a smaller eval.resize, which changes the scores",
+            "processes that do not share their GPU with others",
+        ]
     memory, train = config.memory, config.train
-    found = []
     if train.precision == "fp32" and device.type == "cuda":
         found.append("train.precision=bf16")
     if not memory.lean:

@@ -253,6 +253,16 @@ def test_less_memory_trains_the_same(
     assert_same_training(trained(scenes, tmp_path, *LARGER, *overrides, launch=launch), larger_alone, initial)
 
 
+def test_micro_batches_that_are_replayed_train_the_same(
+    scenes: Path, tmp_path: Path, larger_alone: dict[str, Any], initial: State
+) -> None:
+    """train.cuda_graph over two processes, which average their gradients themselves; by recorded operators."""
+    graph = [*LARGER, "train.cuda_graph=true", "debug.check_gradients=false"]
+    assert_same_training(
+        trained(scenes, tmp_path, *graph, launch="cpu_ddp", otherwise="replayed"), larger_alone, initial
+    )
+
+
 @pytest.mark.parametrize(
     ("fault", "launch"), [("swapped_sample", None), ("no_exchange", "cpu_ddp"), ("stale_shard", "cpu_zero3")]
 )

@@ -154,6 +154,9 @@ data: {lanes: 0, rare_class_sampling: {enabled: yes}, source: {gta/train: 3, syn
 model: {weights: null, pretrained: on}
 mfm: {reconstruction: pixels, view: context, trained_parts: both, use_rebuilder: on}
 rebuilder: {fill: off}
+train: {cuda_graph: on}
+memory: {checkpoint_backbone: off, checkpoint_rebuilder: off}
+debug: {check_gradients: off}
 """
 """Keys that do not go together with others of every_key.yaml, and what lets them go."""
 

@@ -37,4 +37,7 @@ def test_what_does_not_apply_is_not_named() -> None:
     assert "train.micro_batch=2 or a smaller data.crop" in tips("train.micro_batch=4", "train.global_batch=4")
     assert "micro_batch" not in tips("train.micro_batch=1", "train.global_batch=1")
     assert "memory." not in tips(evaluating=True)
+    for evaluating in (True, False):
+        assert "cuda_graph" not in tips(evaluating=evaluating)
+        assert tips("train.cuda_graph=true", evaluating=evaluating).startswith("train.cuda_graph=false")
     assert "eval.resize" in tips(evaluating=True)
