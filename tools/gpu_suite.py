@@ -508,6 +508,10 @@ CALLS: dict[str, dict[str, Item]] = {
         "trace": Item(trace, 60),
         "one encode": Item(encode, 45),
         "bf16, compiled": _steps("train.precision=bf16", "train.compile=true", seconds=150),
+        "bf16, captured": _steps("train.precision=bf16", "train.cuda_graph=true"),
+        "bf16, compiled and captured": _steps(
+            "train.precision=bf16", "train.compile=true", "train.cuda_graph=true", seconds=150
+        ),
         "evaluation": Item(evaluation, 90, on_cpu=False),
         "bf16, micro-batch 4": _steps("train.precision=bf16", "train.micro_batch=4", "train.global_batch=4"),
         "bf16, micro-batch 8": _steps("train.precision=bf16", "train.micro_batch=8", "train.global_batch=8"),
