@@ -159,26 +159,25 @@ def adjust_hue(rgb: Tensor, turn: float) -> Tensor:
 
 def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn [..., 3, H, W] in 0..1 into hue (in turns), saturation and value, each [..., H, W]."""
-    red, green, blue = rgb.unbind(-3)
     value, brightest = rgb.max(dim=-3)
     span = value - rgb.amin(dim=-3)
-    safe_span = torch.where(span > 0, span, 1.0)
-    sector = torch.stack(
-        [(green - blue) / safe_span % 6.0, (blue - red) / safe_span + 2.0, (red - green) / safe_span + 4.0], dim=-3
-    )
-    hue = sector.gather(-3, brightest.unsqueeze(-3)).squeeze(-3) / 6.0
+    differences = rgb.roll(-1, -3) - rgb.roll(-2, -3)  # green - blue, blue - red, red - green
+    sectors = differences / torch.where(span > 0, span, 1.0).unsqueeze(-3) + _channel_map(0.0, 6.0, rgb)
+    hue = (sectors % 6.0).gather(-3, brightest.unsqueeze(-3)).squeeze(-3) / 6.0
     saturation = torch.where(value > 0, span / torch.where(value > 0, value, 1.0), 0.0)
     return torch.where(span > 0, hue, 0.0), saturation, value
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """Invert ``rgb_to_hsv``: three maps [..., H, W] to [..., 3, H, W]."""
-    channels = []
-    for offset in (5.0, 3.0, 1.0):
-        sector = (offset + hue * 6.0) % 6.0
-        depth = torch.minimum(sector, 4.0 - sector).clamp(0, 1)
-        channels.append(value * (1.0 - saturation * depth))
-    return torch.stack(channels, dim=-3)
+    sectors = (_channel_map(5.0, -1.0, hue) + hue.unsqueeze(-3) * 6.0) % 6.0
+    depth = torch.minimum(sectors, 4.0 - sectors).clamp(0, 1)
+    return value.unsqueeze(-3) * (1.0 - saturation.unsqueeze(-3) * depth)
+
+
+def _channel_map(first: float, end: float, like: Tensor) -> Tensor:
+    """Return where red, green and blue begin on the circle of six sectors, two apart: [3, 1, 1]."""
+    return torch.arange(first, end, math.copysign(2.0, end - first), device=like.device).view(3, 1, 1)
 
 
 def blur_kernel_size(side: int) -> int:

@@ -219,6 +219,8 @@ def count_kernels(config: RunConfig) -> StepCount:
     if config.train.precision == "bf16_weights":
         raise ConfigError("kernels are counted over weights of fp32: set train.precision=fp32 or bf16")
     module = build_without_storage(config)
+    for name in ("jitter_prob", "blur_prob"):  # which no other count wants
+        setattr(module.config.self_training, name, getattr(config.self_training, name))
     counter, fake = Counter(), FakeTensorMode()
     batch = _drawn_batch(module)
     with fake:
