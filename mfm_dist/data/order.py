@@ -57,8 +57,9 @@ class SampleOrder(Order):
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             generator = keyed_generator(self.seed, self.stream, epoch)
-            if self.count <= PERMUTE_UP_TO:  # in half the bytes of permutation(count), which gives the same
-                self._permutation = generator.permutation(np.arange(self.count, dtype=np.uint32))
+            if self.count <= PERMUTE_UP_TO:  # as permutation(count), in half the bytes
+                self._permutation = np.arange(self.count, dtype=np.uint32)
+                generator.shuffle(self._permutation)
             else:
                 self._permutation = FeistelPermutation(self.count, generator)
             self._epoch = epoch
