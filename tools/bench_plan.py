@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Whether a plan's step time is right, on this machine's CPU: python tools/bench_plan.py [--config FILE] [overrides]
 
-For one process, and for two under DDP and ZeRO-2: the step as a plan for CPUs says it, with the network timed at
-smaller crops in the same run and the link measured by the same processes, beside the step as the engine takes it. One
+For one process, and for two under DDP and ZeRO-2: the step as a plan for CPUs says it, with the network timed in
+the same run and the link measured by the same processes, beside the step as the engine takes it. One
 torch thread each. The fastest of several counts, on both sides; on a machine that others use this says little.
 """
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_dist.checkpoint.files import Checkpoint, Snapshot, file_of, naming
+from mfm_dist.checkpoint.host_memory import HostMemory
 from mfm_dist.checkpoint.pieces import Piece, PieceReader, Place, TensorSpec, as_bytes, check_cover
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.engine import Engine
@@ -22,43 +23,43 @@ PARTS = ("student", "teacher", "rebuilder", "optimizer")
 """What the tensors of a checkpoint may be of; what a run does not train with is not there."""
 OPTIMIZER_STATES = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 """What ``optim.name`` keeps of each parameter, in fp32."""
-BUCKET_BYTES = 64 << 20
-"""Bytes that the ranks put together at a time when they load, unless a single tensor has more."""
+BUCKET_BYTES = 32 << 20
+"""Bytes that the ranks put together at a time when they load, unless a single tensor has more. Held twice meanwhile."""
 
 
-def collect(module: TrainModule, engine: Engine, *, copy: bool) -> Snapshot:
+def collect(module: TrainModule, engine: Engine, memory: HostMemory | None) -> Snapshot:
     """Return what this rank has to write: its own pieces, or of what all ranks hold an even share. Collective.
 
     Args:
-        copy: give copies in the memory of the CPU, so that training may go on while they are written.
+        memory: where to put copies, so that training may go on while they are written; None for the tensors themselves.
     """
-
-    def keep(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.detach().to("cpu", dtype, copy=True) if copy else tensor.detach().to(dtype)
-
     specs: dict[str, TensorSpec] = {}
-    pieces: list[Piece] = []
+    held: list[Piece] = []
 
-    def add(name: str, shape: torch.Size, held: list[tuple[slice, Tensor]]) -> None:
+    def add(name: str, shape: torch.Size, pieces: list[tuple[slice, Tensor]]) -> None:
         specs[name] = TensorSpec(torch.float32, shape)
-        pieces.extend(Piece(name, place.start, keep(values, torch.float32)) for place, values in held)
+        held.extend(Piece(name, place.start, values.detach()) for place, values in pieces)
 
     for part, prefix in parts(module).items():
         for name, parameter in part.named_parameters():
             add(f"{prefix.partition('.')[0]}/{name}", parameter_shape(parameter), engine.parameter_pieces(parameter))
         for name, parameter in part.named_parameters():
             if parameter.requires_grad:
-                for key, held in engine.optimizer_pieces(parameter).items():
-                    add(f"optimizer/{prefix}.{name}/{key}", parameter_shape(parameter), held)
-    buffers = {f"student/{name}": buffer for name, buffer in module.student.named_buffers()}
+                for key, pieces in engine.optimizer_pieces(parameter).items():
+                    add(f"optimizer/{prefix}.{name}/{key}", parameter_shape(parameter), pieces)
+    buffers = {f"student/{name}": buffer.detach() for name, buffer in module.student.named_buffers()}
     specs |= {name: TensorSpec(buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     if buffers:
-        flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers.values()])
+        flat = torch.cat([buffer.double().flatten() for buffer in buffers.values()])
         means = engine.mean_on_main(flat).split([buffer.numel() for buffer in buffers.values()])
         if engine.is_main:
-            pieces += [Piece(name, 0, keep(mean, specs[name].dtype)) for name, mean in zip(buffers, means, strict=True)]
-    own = [Piece(name, 0, keep(buffer.flatten(), buffer.dtype)) for name, buffer in buffers.items()]
-    return Snapshot(tensors=specs, pieces=pieces, buffers=own)
+            held += [Piece(name, 0, mean) for name, mean in zip(buffers, means, strict=True)]
+    count = len(held)
+    held += [Piece(name, 0, buffer.flatten()) for name, buffer in buffers.items()]
+    wanted = [(piece.values, specs[piece.name].dtype) for piece in held]
+    values = memory.copies(wanted) if memory else [tensor.to(dtype) for tensor, dtype in wanted]
+    written = [piece._replace(values=own) for piece, own in zip(held, values, strict=True)]
+    return Snapshot(tensors=specs, pieces=written[:count], buffers=written[count:])
 
 
 def parts(module: TrainModule) -> dict[nn.Module, str]:

@@ -22,6 +22,7 @@ from mfm_dist.checkpoint.files import (
     step_folder,
     write_rank,
 )
+from mfm_dist.checkpoint.host_memory import HostMemory
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.loader import to_tree
@@ -53,8 +54,8 @@ class Saved:
 class CheckpointWriter:
     """Writes the checkpoints of a run one after another, in one thread of each rank or, if told so, at once.
 
-    With the thread, each rank holds a copy of what it writes in main memory meanwhile. The threads exchange nothing:
-    rank 0 learns from files that the others have written, and names the checkpoint then.
+    With the thread, each rank holds a copy of what it writes in main memory, from its first checkpoint on. The threads
+    exchange nothing: rank 0 learns from files that the others have written, and names the checkpoint then.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class CheckpointWriter:
         self.data_fingerprints = data_fingerprints
         self.patience = patience
         self._written = written
+        self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
         self._problem: str | None = None
@@ -96,7 +98,7 @@ class CheckpointWriter:
         following = step_folder(self.folder, progress.step)
         self._settle(following)
         self._saving = following
-        snapshot = collect(module, self.engine, copy=self.config.checkpoint.background)
+        snapshot = collect(module, self.engine, self._memory if self.config.checkpoint.background else None)
         collected = time.perf_counter()
         self._pending = self._thread.submit(self._write, snapshot, copy(progress), module.classes, began, collected)
         if not self.config.checkpoint.background:
@@ -123,6 +125,7 @@ class CheckpointWriter:
             wait_for([self._pending], min(self.patience, PATIENCE_AT_THE_END))
         self._give_up()
         self._thread.shutdown(wait=False)
+        self._memory = HostMemory()
 
     def _settle(self, next_folder: Path | None = None) -> None:
         """Wait for all ranks' writes, then make the next folder if there is one; raise on all what failed on any."""
@@ -205,6 +208,8 @@ class CheckpointWriter:
         """Say why a checkpoint could not be written, and what to do."""
         if not self.folder.exists():
             return f"{path} could not be written: {self.folder} is gone, somebody removed it"
+        if isinstance(error, FileNotFoundError):  # whoever removes a folder empties it first
+            return f"{path} could not be written: {error.filename} is gone, somebody removed it"
         return (
             f"{path} could not be written: {error}. Earlier checkpoints are intact; free some space "
             f"({shutil.disk_usage(self.folder).free / 2**30:.2f} GiB are free) and start the same command again"

@@ -45,11 +45,18 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
     One flipped bit always changes the first. Both wrap around at 64 bits, which is as good as any modulus.
     """
-    bits = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).to(torch.int64)
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return torch.stack([bits.sum(), (bits * places).sum()])
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    first = 1
+    for part in tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).split(AT_ONCE):
+        bits = part.to(torch.int64)
+        places = torch.arange(first, first + len(bits), device=bits.device)
+        sums += torch.stack([bits.sum(), (bits * places).sum()])
+        first += len(bits)
+    return sums
 
 
+AT_ONCE = 2**20
+"""Elements: their bits and places take 24 bytes each, four to six times what the tensor itself does."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type of the same size in bytes."""
 

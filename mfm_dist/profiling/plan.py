@@ -121,8 +121,9 @@ def _gpu_seconds(parts: Sequence[Count], gpu: str, precision: str) -> float:
 def calibrate(config: RunConfig, processes: int) -> tuple[float, float]:
     """Time the network on this machine, in as many processes at once as a node has.
 
-    Measured are two smaller crops, of which the larger has a quarter of the pixels where that can be; from there on
-    time grows as the FLOP do. What does not depend on the crop, the Rebuilder for one, is in both and so in the result.
+    Timed are crops of a sixteenth and a quarter of the pixels where those can be, and the run's own unless that takes
+    too long: time then grows from the larger one as the FLOP do. That is too little, for maps that leave the caches
+    cost more than their FLOP say.
 
     Returns:
         seconds of forward and backward of a micro-batch, and of clipping, optimiser and EMA.
@@ -133,21 +134,25 @@ def calibrate(config: RunConfig, processes: int) -> tuple[float, float]:
         (height // n, width // n)
         for n in (4, 2, 1)
         if n == 1 or (min(height, width) >= 64 * n and height % (32 * n) == width % (32 * n) == 0)
-    ][:2]
-    smaller = [replace(config, data=replace(config.data, crop=crop)) for crop in crops]
+    ]
+    each = [replace(config, data=replace(config.data, crop=crop)) for crop in crops]
+    flop = [sum(term.flop for term in count_step(one).values()) for one in each]
+    blocks: list[float] = []
+    updates: list[float] = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        found = [list(pool.map(_timed_step, [one] * processes)) for one in smaller]
-    blocks = [max(block for block, _ in ranks) for ranks in found]
-    update = max(update for _, update in found[-1])
-    if len(blocks) == 1:
-        return blocks[0], update
-    flop = [sum(term.flop for term in count_step(one).values()) for one in (*smaller, config)]
-    slope = (blocks[1] - blocks[0]) / (flop[1] - flop[0])
-    return blocks[1] + slope * (flop[2] - flop[1]), update
+        for number, one in enumerate(each):
+            if number == 2 and (1 + TIMED) * blocks[1] * flop[2] / flop[1] > LONGEST_SECONDS:
+                return blocks[1] + (blocks[1] - blocks[0]) * (flop[2] - flop[1]) / (flop[1] - flop[0]), updates[1]
+            found = list(pool.map(_timed_step, [one] * processes))
+            blocks.append(max(block for block, _ in found))
+            updates.append(max(update for _, update in found))
+    return blocks[-1], updates[-1]
 
 
 TIMED = 3
 """Steps, after one more. The fastest counts: others may use the machine."""
+LONGEST_SECONDS = 60.0
+"""For the steps of a crop; a longer one is inferred."""
 
 
 def _timed_step(config: RunConfig) -> tuple[float, float]:

@@ -186,6 +186,8 @@ def storage_error(error: OSError, folder: Path) -> StorageError | None:
         return None
     if not folder.is_dir():
         return StorageError(f"run.folder={folder} is gone: somebody removed it while the run went on")
+    if isinstance(error, FileNotFoundError):  # whoever removes a folder empties it first
+        return StorageError(f"run.folder={folder}: {error.filename} is gone, somebody removed it while the run went on")
     return StorageError(
         f"run.folder={folder}: {error}. Checkpoints are intact; make room, or mend what keeps it from being written, "
         "and start the same command again"

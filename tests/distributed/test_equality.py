@@ -23,7 +23,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
 from mfm_dist.shards.scene_shards import write_scenes
 from tests.helpers.classes import CLASSES
-from tests.helpers.runs import run_module, run_train, tiny_overrides
+from tests.helpers.runs import LARGE_REBUILDER, ON_TWO_NODES, run_module, run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 WIDE = "data.crop=64x128"
@@ -151,13 +151,9 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
 
 HOUR = 3600
 """Seconds for one start of the large preset, on cores that others may use too."""
-LARGE = [
-    *STABLE, "data.crop=128x256", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
-    "rebuilder.grid=4x8", "memory.checkpoint_rebuilder=true", "train.global_batch=4",
-    "checkpoint.every=10", "checkpoint.keep=2", "checkpoint.background=false", "log.every=20", "eval.every=20",
-    "train.steps=20", f"watchdog.seconds={HOUR}",
-]  # fmt: skip
-"""configs/rebuilder/large.yaml at the rates of these tests; no write in the background, which copies all it writes."""
+LARGE = [*STABLE, *LARGE_REBUILDER, "data.crop=128x256", "rebuilder.grid=4x8", "train.global_batch=4",
+         "checkpoint.every=10", "log.every=20", "eval.every=20", "train.steps=20"]  # fmt: skip
+"""At the rates of these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +188,30 @@ def test_the_large_preset_trains_as_one_and_resumes_bit_for_bit(
     again = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     for part, tensors in run["state"].items():
         assert all(torch.equal(tensor, again["state"][part][name]) for name, tensor in tensors.items()), part
+
+
+@pytest.mark.campaign
+def test_the_large_preset_trains_as_one_on_two_nodes_that_keep_a_copy_each(
+    large_data: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """hpZ, two "nodes" of two ranks, SGD at a constant rate, 10 steps: at most twice as far as last bits lead."""
+    file = tmp_path / "hpz.json"
+    settings = {"stage": 3, "overlap_comm": False, "zero_hpz_partition_size": 2, "stage3_max_live_parameters": 5e7}
+    file.write_text(json.dumps({"zero_optimization": settings}))
+    overrides = [*LARGE, *SGD, *ON_TWO_NODES, "train.steps=10"]
+    alone, other = (
+        trained(large_data, tmp_path / name, *overrides, launch=None, otherwise=otherwise, steps=10, timeout=HOUR)
+        for name, otherwise in (("alone", None), ("other", "last_bits"))
+    )
+    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    nodes = {"launch": "cpu_zero3", "processes": 4, "environment": said}
+    run = trained(large_data, tmp_path / "nodes", *overrides, **nodes, steps=10, timeout=HOUR)
+    initial = initial_state(large_data, *overrides)
+    found = {"nodes": differences(run, alone, initial), "last_bits": differences(other, alone, initial)}
+    record_property("difference_over_movement", found)
+    record_property("peak_gib", [one["metrics"][-1]["memory_gib"] for one in (alone, run)])
+    for part, difference in found["nodes"].items():
+        assert difference <= 2 * found["last_bits"][part], part
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,15 @@ import pytest
 
 from tests.distributed.faults_of_others import FAULTS
 from tests.helpers.processes import family, is_running, wait_until
-from tests.helpers.runs import REPOSITORY
+from tests.helpers.runs import run_python
 
 GONE = "{fault} does not show any more: what works around it, named in docs/distributed.md, can be removed"
 
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_that_is_worked_around_is_still_there(kind: str) -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         "-m", "tests.distributed.faults_of_others", kind],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    found = run_python([*torchrun, "-m", "tests.distributed.faults_of_others", kind])
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("FAULTS ")] or [found.stderr[-3000:]]
     shows = json.loads(line.removeprefix("FAULTS "))
     assert shows.keys() == {fault.__name__ for fault in FAULTS[kind]}

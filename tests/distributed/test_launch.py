@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from mfm_dist.distributed.launch import Launch, combination_problems, device_pro
 from mfm_dist.distributed.launcher import choose_zero
 from mfm_dist.distributed.start import deepspeed_config
 from mfm_dist.train import main
-from tests.helpers.runs import DEFAULTS, REPOSITORY, run_train, tiny_overrides
+from tests.helpers.runs import DEFAULTS, run_python, run_train, tiny_overrides
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
@@ -214,18 +211,14 @@ def test_torchrun_starts_ranks_at_a_stage_and_the_first_record_says_what_the_sta
 ) -> None:
     run = tmp_path / "run"
     arguments = [*DEFAULTS, *tiny_overrides(scenes, run), "train.steps=2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["-m", "mfm_dist.train", "--zero", "3", *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = run_python([*torchrun, "-m", "mfm_dist.train", "--zero", "3", *arguments])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "training in 2 processes, CPU" in done.stdout
     first, second = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     told = {key.removeprefix("start_seconds/"): value for key, value in first.items() if "start_seconds/" in key}
     assert list(told) == ["imports", "rendezvous", "data and networks", "engine", "first_batch"]
-    assert all(0 < seconds < 240 for seconds in told.values())
+    assert all(0 <= seconds < 240 for seconds in told.values())
     assert not any("start_seconds/" in key for key in second)
 
 

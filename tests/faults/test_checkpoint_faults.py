@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mfm_dist.checkpoint.contents import PARTS
-from mfm_dist.checkpoint.files import Checkpoint, Snapshot, find_latest, read_checkpoint, write_rank
+from mfm_dist.checkpoint.files import Checkpoint, Snapshot, find_latest, read_checkpoint, step_folder, write_rank
 from mfm_dist.checkpoint.pieces import Piece, TensorSpec
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import load_newest
@@ -34,6 +34,7 @@ from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, StorageError
 from mfm_dist.run.folder import RunFolder
+from mfm_dist.storage import temporary_folder
 from mfm_dist.train import set_aside
 from tests.helpers.classes import CLASSES
 from tests.helpers.ranks import on_ranks
@@ -87,7 +88,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _content_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step saves, without a network."""
-    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, rank, **_: pieces_of(module.step, rank))
+    monkeypatch.setattr("mfm_dist.checkpoint.writer.collect", lambda module, rank, _: pieces_of(module.step, rank))
 
 
 def pieces_of(step: int, engine: Any) -> Snapshot:
@@ -289,6 +290,18 @@ def test_a_disk_that_is_full_at_any_moment_costs_no_checkpoint(
         assert assert_whole(folder, 4)
     assert number > 20
     assert found == {2, 3}
+
+
+def test_what_somebody_removes_while_it_is_written_is_named(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(memory, 1)
+
+    def remove(name: str) -> None:
+        if name == "fsync":
+            shutil.rmtree(temporary_folder(step_folder(memory, 2)))
+
+    watch(monkeypatch, remove)
+    problem = problem_of(writer(memory, background=False), 2)
+    assert re.search(r"step_00000002 could not be written: .* is gone, somebody removed it$", str(problem))
 
 
 def problem_of(writes: CheckpointWriter, step: int) -> StorageError | None:

@@ -43,6 +43,9 @@ def test_which_errors_of_the_system_are_the_runs(tmp_path: Path) -> None:
     assert of(errno.EPERM, Path("elsewhere")) == "None"
     assert storage_error(OSError(errno.ECONNRESET, "reason"), tmp_path) is None
     assert storage_error(DiskFullError("full"), tmp_path) is None  # a message of its own
+    emptied = of(errno.ENOENT, tmp_path / "metrics.jsonl")
+    assert "metrics.jsonl is gone, somebody removed it" in emptied
+    assert "make room" not in emptied
     shutil.rmtree(tmp_path)
     assert "is gone: somebody removed it while the run went on" in of(errno.ENOENT, tmp_path / "metrics.jsonl")
 

@@ -17,11 +17,19 @@ from torch import Tensor
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.checkpoint.pieces import Piece, TensorSpec, write_pieces
+from tests.helpers.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 SCENE_SIZE = (64, 128)
 DEFAULTS = ["--config", str(REPOSITORY / "tests" / "defaults.yaml")]
 """Without it, the command would start from the quickstart."""
+LARGE_REBUILDER = ["rebuilder.variant=stable", "rebuilder.depth=24", "rebuilder.width=1024", "rebuilder.heads=16",
+                   "memory.checkpoint_rebuilder=true", "checkpoint.keep=2", "checkpoint.background=false",
+                   "watchdog.seconds=3600"]  # fmt: skip
+"""The one of configs/rebuilder/large.yaml; no write in the background, which copies all it writes."""
+ON_TWO_NODES = ["model.backbone=mit_b0", "model.backbone_options={}", "data.crop=128x128", "rebuilder.grid=4",
+                "train.micro_batch=1", "train.global_batch=4"]  # fmt: skip
+"""A network around it that four ranks of a small machine can hold."""
 SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "20"}
 """As ``mfm-train --launch`` sets them, but a stopped process is killed sooner."""
 
@@ -72,15 +80,28 @@ def run_module(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a module as a program, alone or below ``accelerate launch`` with a file of configs/accelerate."""
-    command = [sys.executable, "-m"]
+    command = ["-m"]
     if launch is not None:
         file = REPOSITORY / "configs" / "accelerate" / f"{launch}.yaml"
         command += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
         if not launch.endswith("single"):
             command += ["--num_processes", str(processes)]
         command += ["--main_process_port", "0", "-m"]
-    command += [module, *arguments]
+    return run_python([*command, module, *arguments], timeout=timeout, cwd=cwd, environment=environment)
+
+
+def run_python(
+    arguments: Sequence[str],
+    *,
+    timeout: float = 240,
+    cwd: Path = REPOSITORY,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python, as a process forked from one that has imported what takes long unless ``environment`` shows GPUs."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
+    if not variables["CUDA_VISIBLE_DEVICES"]:
+        variables |= warm_python(REPOSITORY)
+    command = [variables.get("PYTHON_EXEC", sys.executable), *arguments]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 

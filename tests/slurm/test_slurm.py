@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import REPOSITORY, assert_equal_bits, metrics_of, tiny_overrides
+from mfm_dist.shards.scene_shards import write_scenes
+from tests.helpers.runs import (
+    LARGE_REBUILDER,
+    ON_TWO_NODES,
+    REPOSITORY,
+    assert_equal_bits,
+    metrics_of,
+    tiny_overrides,
+)
 from tests.slurm.cluster import Cluster, missing
 
 STEPS = 20
@@ -56,7 +64,7 @@ class Job:
         clone: Path,
         run: Path,
         *overrides: str,
-        nodes: int = 2,
+        nodes: int | str = 2,
         configs: Sequence[Path] = (REPOSITORY / "tests" / "defaults.yaml",),
         **environment: str,
     ) -> None:
@@ -65,12 +73,12 @@ class Job:
         self.number = cluster.submit(*options, SCRIPT, *map(str, configs), *overrides, cwd=clone, **environment)
         self.folder = run / "jobs" / str(self.number)
 
-    def wait_for(self, condition: Callable[[], object], what: str) -> None:
-        wait_until(condition, what, told=self.told)
+    def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+        wait_until(condition, what, told=self.told, seconds=seconds)
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
         metrics = self.run / "metrics.jsonl"
-        self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), f"step {step}")
+        self.wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), f"step {step}", seconds)
 
     def end(self, seconds: float = 180) -> str:
         """Its last state."""
@@ -126,6 +134,33 @@ def test_a_preempted_job_requeues_and_ends_like_an_undisturbed_one(
     assert not (job.run / "lease.json").exists()
     assert_equal_bits(job.run, undisturbed.run, step=STEPS)
     assert metrics_of(job.run) == metrics_of(undisturbed.run)
+
+
+@needs_slurm
+@pytest.mark.campaign
+def test_the_large_preset_loses_a_node_and_goes_on(
+    cluster: Cluster, clone: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """ZeRO-3, two nodes of two ranks that keep a copy of the weights each; the job goes on with one of them."""
+    write_scenes(tmp_path / "scenes", train=12, val=2, size=(128, 256), seed=0, workers=1, report=lambda _: None)
+    file = clone / "configs" / "deepspeed" / "zero3_hpz.json"
+    before = file.read_text()
+    settings = json.loads(before)["zero_optimization"]
+    file.write_text(json.dumps({"zero_optimization": {**settings, "zero_hpz_partition_size": 2}}))
+    overrides = [*tiny_overrides(tmp_path / "scenes", tmp_path / "run"), *LARGE_REBUILDER, *ON_TWO_NODES]
+    said = {"MFM_ZERO_STAGE": "3_hpz", "MFM_PROCESSES_PER_NODE": "2", "MFM_PREFLIGHT": "0"}
+    job = Job(cluster, clone, tmp_path / "run", *overrides, "train.steps=8", nodes="1-2", **said)
+    try:
+        job.wait_for_step(3, seconds=1800)
+        cluster.kill_node("n2")
+        assert job.end(seconds=3600) == "COMPLETED", job.told()
+    finally:
+        file.write_text(before)
+        cluster.start_node("n2")
+    summary = (job.folder / "summary.log").read_text()
+    record_property("summary", summary.splitlines())
+    assert "1 node(s)" in summary
+    assert [line["step"] for line in metrics_of(job.run)] == list(range(1, 9))
 
 
 @needs_slurm

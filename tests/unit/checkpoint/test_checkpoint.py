@@ -15,6 +15,7 @@ from torch import Tensor
 from mfm_dist.build import build_train_module
 from mfm_dist.checkpoint.contents import collect, load_modules, load_state
 from mfm_dist.checkpoint.files import find_latest, read_checkpoint, sound_first, write_checkpoint, write_rank
+from mfm_dist.checkpoint.host_memory import HostMemory
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
 from mfm_dist.config.schema import RunConfig
@@ -271,7 +272,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained: tuple[T
 def test_what_is_collected_is_a_copy(trained: tuple[TrainModule, Engine]) -> None:
     """On a CPU ``.cpu()`` copies nothing, and training goes on in place while the thread writes."""
     module, engine = trained
-    snapshot = collect(module, engine, copy=True)
+    snapshot = collect(module, engine, HostMemory())
     everything = [*snapshot.pieces, *snapshot.buffers]
     before = [piece.values.clone() for piece in everything]
     assert {piece.name for piece in snapshot.pieces} == snapshot.tensors.keys()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfm_dist.checkpoint.contents import collect, load_state
 from mfm_dist.checkpoint.files import open_checkpoint, read_checkpoint
+from mfm_dist.checkpoint.host_memory import HostMemory
 from mfm_dist.checkpoint.pieces import CHUNK_BYTES
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.writer import CheckpointWriter
@@ -113,7 +114,7 @@ def test_the_ranks_read_everything_once_between_them(writers: int, readers: int,
 def test_no_rank_copies_more_than_its_share() -> None:
     def copied(engine: ThreadEngine) -> tuple[int, int]:
         module: Any = prepared(engine, 1)
-        snapshot = collect(module, engine, copy=True)
+        snapshot = collect(module, engine, HostMemory())
         own = [piece.values.nbytes for piece in (*snapshot.pieces, *snapshot.buffers)]
         return sum(own), sum(spec.nbytes for spec in snapshot.tensors.values())
 
