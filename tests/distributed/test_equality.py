@@ -23,7 +23,7 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import ZERO_SETTINGS
 from mfm_dist.shards.scene_shards import write_scenes
 from tests.helpers.classes import CLASSES
-from tests.helpers.runs import LARGE_REBUILDER, ON_TWO_NODES, run_module, run_train, tiny_overrides
+from tests.helpers.runs import KEEPS_NOTHING, LARGE_REBUILDER, ON_TWO_NODES, run_module, run_train, tiny_overrides
 
 CAMPAIGN = pytest.mark.campaign
 WIDE = "data.crop=64x128"
@@ -203,7 +203,7 @@ def test_the_large_preset_trains_as_one_on_two_nodes_that_keep_a_copy_each(
         trained(large_data, tmp_path / name, *overrides, launch=None, otherwise=otherwise, steps=10, timeout=HOUR)
         for name, otherwise in (("alone", None), ("other", "last_bits"))
     )
-    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), **KEEPS_NOTHING}
     nodes = {"launch": "cpu_zero3", "processes": 4, "environment": said}
     run = trained(large_data, tmp_path / "nodes", *overrides, **nodes, steps=10, timeout=HOUR)
     initial = initial_state(large_data, *overrides)

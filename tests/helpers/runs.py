@@ -30,6 +30,8 @@ LARGE_REBUILDER = ["rebuilder.variant=stable", "rebuilder.depth=24", "rebuilder.
 ON_TWO_NODES = ["model.backbone=mit_b0", "model.backbone_options={}", "data.crop=128x128", "rebuilder.grid=4",
                 "train.micro_batch=1", "train.global_batch=4"]  # fmt: skip
 """A network around it that four ranks of a small machine can hold."""
+KEEPS_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""With it, glibc gives back what is freed: a process takes what lives in it, and four large ones fit on a machine."""
 SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "20"}
 """As ``mfm-train --launch`` sets them, but a stopped process is killed sooner."""
 
@@ -97,9 +99,12 @@ def run_python(
     cwd: Path = REPOSITORY,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python, as a process forked from one that has imported what takes long unless ``environment`` shows GPUs."""
+    """Run Python, as a process forked from one that has imported what takes long.
+
+    It is started afresh where ``environment`` shows GPUs or sets ``KEEPS_NOTHING``, which are read at a start.
+    """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
-    if not variables["CUDA_VISIBLE_DEVICES"]:
+    if not variables["CUDA_VISIBLE_DEVICES"] and not KEEPS_NOTHING.keys() <= variables.keys():
         variables |= warm_python(REPOSITORY)
     command = [variables.get("PYTHON_EXEC", sys.executable), *arguments]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)

@@ -50,7 +50,8 @@ def warm_python(tree: Path) -> dict[str, str]:
     assert server.stdout is not None
     while (line := server.stdout.readline()) != "ready\n":
         assert line, "it did not start"
-    atexit.register(server.communicate)
+    assert server.stdin is not None
+    atexit.register(server.stdin.close)
     return {SOCKET: str(address), "PYTHON_EXEC": str(program)}
 
 

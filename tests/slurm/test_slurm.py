@@ -16,6 +16,7 @@ import pytest
 
 from mfm_dist.shards.scene_shards import write_scenes
 from tests.helpers.runs import (
+    KEEPS_NOTHING,
     LARGE_REBUILDER,
     ON_TWO_NODES,
     REPOSITORY,
@@ -44,7 +45,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clone = tmp_path_factory.mktemp("slurm") / "a clone"
     for name in ("mfm_dist", "configs", "slurm"):
         shutil.copytree(REPOSITORY / name, clone / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
-    (clone / "slurm" / "site.env").write_text(f'MFM_PYTHON="{sys.executable}"\nMFM_PROCESSES_PER_NODE=1\n')
+    site = [f'MFM_PYTHON="{sys.executable}"', "MFM_PROCESSES_PER_NODE=${MFM_PROCESSES_PER_NODE:-1}", ""]
+    (clone / "slurm" / "site.env").write_text("\n".join(site))
     return clone
 
 
@@ -148,7 +150,7 @@ def test_the_large_preset_loses_a_node_and_goes_on(
     settings = json.loads(before)["zero_optimization"]
     file.write_text(json.dumps({"zero_optimization": {**settings, "zero_hpz_partition_size": 2}}))
     overrides = [*tiny_overrides(tmp_path / "scenes", tmp_path / "run"), *LARGE_REBUILDER, *ON_TWO_NODES]
-    said = {"MFM_ZERO_STAGE": "3_hpz", "MFM_PROCESSES_PER_NODE": "2", "MFM_PREFLIGHT": "0"}
+    said = {"MFM_ZERO_STAGE": "3_hpz", "MFM_PROCESSES_PER_NODE": "2", "MFM_PREFLIGHT": "0", **KEEPS_NOTHING}
     job = Job(cluster, clone, tmp_path / "run", *overrides, "train.steps=8", nodes="1-2", **said)
     try:
         job.wait_for_step(3, seconds=1800)
@@ -159,7 +161,8 @@ def test_the_large_preset_loses_a_node_and_goes_on(
         cluster.start_node("n2")
     summary = (job.folder / "summary.log").read_text()
     record_property("summary", summary.splitlines())
-    assert "1 node(s)" in summary
+    assert "2 node(s) x 2 process(es)" in summary
+    assert "1 node(s) x 2 process(es)" in summary
     assert [line["step"] for line in metrics_of(job.run)] == list(range(1, 9))
 
 
