@@ -6,13 +6,15 @@ STAMP := $(VENV)/.installed
 TRAIN := $(BIN)/python -m mfm_dist.train --launch configs/accelerate/cpu_zero2.yaml
 RUN := runs/quickstart
 SEVERAL := tests/distributed tests/end_to_end tests/faults tests/slurm
+TORCH := $(addprefix tests/unit/,models methods distributed checkpoint test_train_module.py test_optim.py test_encode_once.py)
+BIN26 := $(VENV)-torch26/bin
 
 .PHONY: help install quickstart quickstart-source-only scenes lint test test-torch26 campaign slurm-cluster clean
 
 help:
 	@echo "make quickstart   environment, scenes, a distributed training run, evaluation, report (minutes on 2 cores)"
 	@echo "make test         environment, lint, all tests"
-	@echo "make test-torch26 the tests of single processes with torch 2.6"
+	@echo "make test-torch26 the tests of what torch computes, with torch 2.6 in $(VENV)-torch26"
 	@echo "make install      the virtual environment in $(VENV) alone (VENV=path to choose another)"
 	@echo "make scenes       the embedded data set in data/scenes alone"
 	@echo "make lint         ruff and mypy alone"
@@ -49,11 +51,12 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not campaign" $(SEVERAL:%=--ignore=%) -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SEVERAL) -m "not campaign"
 
-# The tests of single processes with the oldest torch that setup.py allows, in an environment of its own.
+# The tests of what torch computes with the oldest torch that setup.py allows, in an environment of its own.
 test-torch26:
-	test -x $(VENV)-torch26/bin/python || $(PYTHON) -m venv $(VENV)-torch26
-	$(VENV)-torch26/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.6.*' 'torchvision==0.21.*' -e '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-torch26/bin/python -m pytest tests -m "not campaign" $(SEVERAL:%=--ignore=%) -n 2 --dist loadfile
+	test -x $(BIN26)/python || $(PYTHON) -m venv $(VENV)-torch26
+	grep -vE '^torch(vision)?==' constraints.txt > $(VENV)-torch26/constraints.txt
+	$(BIN26)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-torch26/constraints.txt 'torch==2.6.*' 'torchvision==0.21.*' -e '.[test]'
+	OMP_NUM_THREADS=1 $(BIN26)/python -m pytest $(TORCH) -m "not campaign" -n 2 --dist loadfile
 
 # One after another; each appends its record, and goes on where an interrupted campaign stopped.
 campaign: $(STAMP)

@@ -20,6 +20,7 @@ from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.schema import DataSection
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.inference.command_line import model_parser
 from mfm_dist.inference.evaluation import OneProcess, evaluate
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     scored = what_to_score(arguments)
     model, reader, classes = scored.model, scored.reader, scored.classes
+    set_fp32_math(model.card.fp32_math)
     ranks = OneProcess()
     scores, _ = evaluate(
         model.segmentor.to(ranks.device),

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mfm_dist import load
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.errors import (
     EXIT_DATA,
     EXIT_DONE,
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(map(is_video, names)):
         video.require_pyav()
     model = load(arguments.run or arguments.model, checked_device(arguments.device))
+    set_fp32_math(model.card.fp32_math)
     root = arguments.input if arguments.input.is_dir() else arguments.input.parent
     try:
         done, bad, short = predict_all(model, root, names, output, ids=arguments.ids, overlays=arguments.overlays)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from mfm_dist.errors import CorruptFileError, DiskFullError, StorageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_BYTES = 1 << 20
 LARGEST_FILE = 64 << 20
-"""Bytes of the largest file that is read whole; the manifest of 50,000 shards has as many."""
+"""Bytes of the largest file that is read whole."""
 
 OF_KERNEL = 1 << 20
 """Bytes of the largest file in /proc that is read; asked for some millions, the kernel refuses (ENOMEM)."""
@@ -167,6 +169,110 @@ def read_json(path: Path, limit: int = LARGEST_FILE) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path.name} is not a mapping")
     return value
+
+
+def read_json_in_parts(path: Path, many: str, limit: int) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values of the JSON object in a file; of the list under ``many``, the key with each of its items.
+
+    What is held of the file is one value, of at most ``LARGEST_FILE``.
+
+    Args:
+        limit: most bytes that the file may have.
+
+    Raises what ``open_regular`` does, and CorruptFileError where there is no such object.
+    """
+    with open_regular(path) as file:
+        text = _JsonText(io.TextIOWrapper(file, encoding="utf-8"), limit)
+        try:
+            for _ in text.separated("{", "}"):
+                key = text.value()
+                text.one_of(":")
+                if key != many:
+                    yield key, text.value()
+                    continue
+                for _ in text.separated("[", "]"):
+                    yield key, text.value()
+            text.require_end()
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a text that is not UTF-8 is a ValueError too
+            raise CorruptFileError(f"{path.name} is no JSON ({error!s:.200})") from error
+
+
+class _JsonText:
+    """A JSON text that is parsed value by value as it is read; what is wrong with it raises ValueError."""
+
+    def __init__(self, file: TextIO, limit: int) -> None:
+        self._file = file
+        self._left = limit
+        self._window, self._at = "", 0
+        """What was read and is not parsed yet stands in the window from ``_at`` on."""
+        self._decoder = json.JSONDecoder()
+
+    def value(self) -> Any:
+        """Return the next value. What ends the window may be half of a value, or of a number that looks whole."""
+        self._skip_space()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._window, self._at)
+                if self._window[end : end + 1] in _AFTER_VALUE:
+                    self._at = end
+                    return value
+                problem = f"no value at {self._window[self._at : self._at + 40]!r}"
+            except ValueError as error:
+                problem = str(error)
+            if not self._read():
+                raise ValueError(problem)
+
+    def one_of(self, marks: str) -> str:
+        """Take the next character, which is to be one of these, and return it."""
+        self._skip_space()
+        found = self._window[self._at : self._at + 1]
+        if not found or found not in marks:
+            raise ValueError(f"{found!r} where {' or '.join(marks)} belongs")
+        self._at += 1
+        return found
+
+    def separated(self, opening: str, closing: str) -> Iterator[None]:
+        """Stop at each thing between two brackets, which whoever iterates takes, and take all around them."""
+        self.one_of(opening)
+        self._skip_space()
+        if self._window[self._at : self._at + 1] == closing:
+            self._at += 1
+            return
+        while True:
+            yield
+            if self.one_of("," + closing) == closing:
+                return
+
+    def require_end(self) -> None:
+        """Require that nothing follows."""
+        self._skip_space()
+        if self._at < len(self._window):
+            raise ValueError(f"{self._window[self._at : self._at + 40]!r} behind its end")
+
+    def _skip_space(self) -> None:
+        while True:
+            found = _SPACE.match(self._window, self._at)
+            assert found is not None
+            self._at = found.end()
+            if self._at < len(self._window) or not self._read():
+                return
+
+    def _read(self) -> bool:
+        """Read on, twice as far each time that it did not do; return whether there was more."""
+        rest = self._window[self._at :]
+        more = self._file.read(max(CHUNK_BYTES, len(rest)))
+        self._left -= len(more)
+        if self._left < 0 or len(rest) > LARGEST_FILE:
+            raise ValueError("it is too large")
+        self._window, self._at = rest + more, 0
+        return bool(more)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_AFTER_VALUE = (",", ":", "]", "}", " ", "\t", "\n", "\r")
 
 
 def no_space_left(where: Path, need: int, free: int, again: str) -> str:

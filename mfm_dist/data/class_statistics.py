@@ -8,12 +8,14 @@ A shard without any label has no such file. ``ShardRecord.classes_sha256`` says 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mfm_dist.classes import IGNORE_INDEX
-from mfm_dist.data.manifest import Manifest, ShardRecord, read_sidecar, remake_hint, statistics_path, write_sidecar
+from mfm_dist.data.manifest import Manifest, read_sidecar, remake_hint, statistics_path, write_sidecar
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import CorruptFileError, DataError
 
 
@@ -67,21 +69,21 @@ def write_statistics(tar: Path, counts: np.ndarray) -> str:
     return ""
 
 
-def read_statistics(folder: Path, manifest: Manifest) -> np.ndarray:
-    """Read the statistics of a whole folder, uint32 [samples, classes], in the order of its sample numbers.
+def read_statistics(folder: Path, manifest: Manifest) -> Iterator[np.ndarray]:
+    """Read the statistics of a whole folder, uint32 [samples, classes], shard by shard.
 
     Raises:
-        DataError: shards without statistics, or with damaged ones; all are named, and the command that mends them.
+        DataError: shards without statistics, or with damaged ones; all are named once the others were given, and the
+            command that mends them.
     """
-    parts, problems = [np.empty((0, len(manifest.class_names)), dtype=np.uint32)], []
+    problems = []
     for record in manifest.shards:
         try:
-            parts.append(_read_shard(folder / record.file, record, len(manifest.class_names)))
+            yield _read_shard(folder / record.file, record, len(manifest.class_names))
         except CorruptFileError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join([*problems, f"The command that adds them: {remake_hint(folder, manifest)}"]))
-    return np.concatenate(parts)
 
 
 def _read_shard(tar: Path, record: ShardRecord, num_classes: int) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -53,9 +53,9 @@ class ConcatenatedReader:
         parts = [reader.relabelling_fingerprint for reader in self.readers]
         return hashlib.sha256(repr(parts).encode()).hexdigest() if any(parts) else ""
 
-    def class_statistics(self) -> np.ndarray:
-        """Count the pixels of each class: uint32 [samples, classes]. Raises what ``read_statistics`` raises."""
-        return np.concatenate([reader.class_statistics() for reader in self.readers])
+    def class_statistics(self) -> Iterator[np.ndarray]:
+        """Count the pixels of each class, as ``ShardReader.class_statistics`` does, of one set after another."""
+        return chain.from_iterable(reader.class_statistics() for reader in self.readers)
 
     def read(self, number: int, *, with_label: bool = True) -> Sample | BadSample:
         """Read sample ``number``; a bad one has its number in its own set."""

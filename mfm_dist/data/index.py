@@ -28,12 +28,12 @@ from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
     Manifest,
-    ShardRecord,
     index_path,
     read_sidecar,
     remake_hint,
     size_problem,
 )
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError, DataError
 from mfm_dist.storage import CHUNK_BYTES, open_regular
 
@@ -137,7 +137,7 @@ class DatasetIndex:
         if problems:
             fix = f"Remake what is damaged: {remake_hint(folder, manifest)}"
             raise DataError("\n".join([*problems, fix]))
-        starts = np.array([0, *accumulate(record.samples for record in manifest.shards)], dtype=np.int64)
+        starts = np.array([0, *accumulate(manifest.shards.samples)], dtype=np.int64)
         return cls(folder=folder, manifest=manifest, rows=rows, starts=starts)
 
     def __len__(self) -> int:

@@ -8,8 +8,9 @@ import json
 import math
 import re
 import shlex
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -18,8 +19,9 @@ import numpy as np
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.config.class_files import DEFAULT, load_class_set
+from mfm_dist.data.shard_records import ShardRecord, ShardRecords
 from mfm_dist.errors import ConfigError, CorruptFileError, DataError
-from mfm_dist.storage import read_json, read_whole, write_atomically
+from mfm_dist.storage import read_json_in_parts, read_whole, write_atomically
 
 FORMAT_VERSION = 2
 WITHOUT_CLASS_SET = 1
@@ -31,7 +33,13 @@ OUR_COMMANDS = {("mfm-shards", "make"), ("python", "tools/make_shards.py")}
 """What makes shards, as manifests name it; the second is from before there were console commands."""
 LARGEST_SIDECAR = 1 << 30
 """Bytes; an index takes some 100 a sample."""
-_TAR = re.compile(r"[0-9]{6,}\.tar")
+LARGEST_MANIFEST = 256 << 20
+"""Bytes; the manifest of 100,000 shards with 19 classes has 77 MiB."""
+LARGEST_SHARD = 1 << 40
+"""Bytes of a tar, and more than its samples."""
+_UNREADABLE = (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError, ConfigError, CorruptFileError)
+"""What reading a manifest that anybody may have written raises."""
+_TAR = re.compile(r"[0-9]{6,20}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _Part = TypeVar("_Part")
 
@@ -83,31 +91,6 @@ class DatasetPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """One finished shard."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-    """Of the sidecar index, which is checked whenever the folder is opened; being small, that costs little."""
-    image_sizes: dict[str, int]
-    """Number of images by size, keyed ``"<height>x<width>"``."""
-    pixel_counts: dict[str, int]
-    """Labelled pixels by class name, and those that carry no class under ``"ignore"``; empty without labels."""
-    classes_sha256: str = ""
-    """Of the class statistics (``class_statistics``); empty without labels, and where never counted."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Samples that were to be here and cannot be used: key -> reason."""
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether any pixel carries a class."""
-        return any(count for name, count in self.pixel_counts.items() if name != "ignore")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Contents of ``dataset.json``."""
 
@@ -117,7 +100,7 @@ class Manifest:
     recipe: Recipe
     command: str
     """Command that makes the folder, without its ``--output``."""
-    shards: tuple[ShardRecord, ...] = ()
+    shards: ShardRecords = field(default_factory=ShardRecords)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -132,57 +115,73 @@ class Manifest:
     @property
     def has_labels(self) -> bool:
         """Whether any pixel of any sample carries a class."""
-        return any(record.has_classes for record in self.shards)
+        return any(count for name, count in self.pixel_counts.items() if name != "ignore")
 
     @property
     def samples(self) -> int:
-        return sum(record.samples for record in self.shards)
+        return sum(self.shards.samples)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over those of the shards in their order: two folders share it if every number is the same sample."""
-        return hashlib.sha256("".join(record.sha256 for record in self.shards).encode()).hexdigest()
+        return hashlib.sha256(self.shards.sha256s.encode()).hexdigest()
 
     @property
     def pixel_counts(self) -> dict[str, int]:
         """Labelled pixels of the whole data set by class name."""
-        return _total([record.pixel_counts for record in self.shards])
+        return self.shards.pixel_counts
 
     @property
     def left_out(self) -> dict[str, str]:
         """Samples that cannot be used: key -> reason."""
-        return {key: reason for record in self.shards for key, reason in record.left_out.items()}
+        return self.shards.left_out
 
     @property
     def image_sizes(self) -> dict[str, int]:
         """Images of the whole data set by ``"<height>x<width>"``."""
-        return _total([record.image_sizes for record in self.shards])
+        return self.shards.image_sizes
 
     def to_json(self) -> str:
-        """Return the text of the file; equal manifests give equal bytes."""
-        content = {"format": FORMAT_VERSION, **asdict(self)}
-        shards = content.pop("shards")
+        """Return the text of the file, a line for each shard; equal manifests give equal bytes."""
+        content = asdict(replace(self, shards=ShardRecords()))
+        del content["shards"]
         totals = {"samples": self.samples, "image_sizes": self.image_sizes, "pixel_counts": self.pixel_counts}
-        return json.dumps({**content, **totals, "shards": shards}, indent=1) + "\n"
+        head = json.dumps({"format": FORMAT_VERSION, **content, **totals}, indent=1).removesuffix("\n}")
+        shards = ",\n".join(f"  {json.dumps(vars(record))}" for record in self.shards)
+        return f'{head},\n "shards": [\n{shards}\n ]\n}}\n'
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read a manifest. Raise DataError when the file is not a manifest of this format."""
+        content: dict[str, Any] = {}
         try:
-            content = read_json(path)
-            version = content["format"]
-            if version not in (FORMAT_VERSION, WITHOUT_CLASS_SET):
-                raise DataError(f"{path} has format {version}, not {FORMAT_VERSION}; make the shards anew")
+            shards = ShardRecords(_read_shards(path, content))
             manifest = cls(
                 name=content["name"],
                 classes=_read_class_set(path, content),
                 recipe=_typed(Recipe(**content["recipe"])),
                 command=content["command"],
-                shards=tuple(_shard(record) for record in content["shards"]),
+                shards=shards,
             )
             return _typed(manifest)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError, CorruptFileError) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{path} cannot be read as a manifest ({error!r:.500}); make the shards anew") from error
+
+
+def _read_shards(path: Path, content: dict[str, Any]) -> Iterator[ShardRecord]:
+    """Yield the shards of a manifest as they are read; put all else that it says into ``content``.
+
+    Raises:
+        DataError: it has another format.
+        What ``read_json_in_parts`` and ``_shard`` raise.
+    """
+    for key, value in read_json_in_parts(path, "shards", LARGEST_MANIFEST):
+        if key == "shards":
+            yield _shard(value)
+            continue
+        if key == "format" and value not in (FORMAT_VERSION, WITHOUT_CLASS_SET):
+            raise DataError(f"{path} has format {value}, not {FORMAT_VERSION}; make the shards anew")
+        content[key] = value
 
 
 def _read_class_set(path: Path, content: dict[str, Any]) -> ClassSet | None:
@@ -215,6 +214,8 @@ def _shard(fields: dict[str, Any]) -> ShardRecord:
         mistakes.append("file is no name such as 000000.tar")
     if min(record.samples, record.bytes) < 0:
         mistakes.append("samples or bytes are negative")
+    if max(record.samples, record.bytes) > LARGEST_SHARD:
+        mistakes.append(f"samples or bytes are more than {LARGEST_SHARD}")
     if mistakes:
         raise ValueError(f"shard {record.file!r}: {'; '.join(mistakes)}")
     return record
@@ -222,31 +223,27 @@ def _shard(fields: dict[str, Any]) -> ShardRecord:
 
 def _typed(instance: _Part) -> _Part:
     """Return the same object. Raise TypeError for fields that are not of their type."""
-    hints = get_type_hints(type(instance))
+    hints = _hints(type(instance))  # type: ignore[arg-type]
     wrong = [name for name, hint in hints.items() if not _is(getattr(instance, name), hint)]
     if wrong:
         raise TypeError(f"{type(instance).__name__}: {', '.join(wrong)} of the wrong type")
     return instance
 
 
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Return the type of each field of a dataclass."""
+    return get_type_hints(kind)
+
+
 def _is(value: object, hint: Any) -> bool:
-    """Tell whether a value has a type: a plain one, a union, ``dict[...]`` or ``tuple[..., ...]``."""
+    """Tell whether a value has a type: a plain one, a union or ``dict[...]``."""
     if isinstance(value, dict) and get_origin(hint) is dict:
         of_keys, of_values = get_args(hint)
         return all(_is(key, of_keys) and _is(one, of_values) for key, one in value.items())
-    if isinstance(value, tuple) and get_origin(hint) is tuple:
-        return all(_is(one, get_args(hint)[0]) for one in value)
     if isinstance(hint, UnionType):
         return any(_is(value, one) for one in get_args(hint))
     return hint is Any or type(value) is hint
-
-
-def _total(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Sum dictionaries key by key, keeping keys whose count is 0."""
-    total: Counter[str] = Counter()
-    for part in counts:
-        total.update(part)
-    return dict(total)
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:

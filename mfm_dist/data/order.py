@@ -6,16 +6,17 @@ Any position costs the same, so a run resumes at step 1,000,000 as fast as it st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
 
+from mfm_dist.data.bit_table import BitTable
 from mfm_dist.errors import ConfigError
 from mfm_dist.rng import Stream, keyed_generator
 
 PERMUTE_UP_TO = 10_000_000
-"""Up to this many samples an epoch's order is held as an array (80 MB, half a second); above, it is computed."""
+"""Up to this many samples an epoch's order is held as an array (40 MB, half a second); above, it is computed."""
 FEISTEL_ROUNDS = 6
 CYCLE = 1000
 """Positions over which shares of several sets are exact, but for rounding."""
@@ -56,8 +57,11 @@ class SampleOrder(Order):
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             generator = keyed_generator(self.seed, self.stream, epoch)
-            fits = self.count <= PERMUTE_UP_TO
-            self._permutation = generator.permutation(self.count) if fits else FeistelPermutation(self.count, generator)
+            if self.count <= PERMUTE_UP_TO:  # as permutation(count), in half the bytes
+                self._permutation = np.arange(self.count, dtype=np.uint32)
+                generator.shuffle(self._permutation)
+            else:
+                self._permutation = FeistelPermutation(self.count, generator)
             self._epoch = epoch
         return int(self._permutation[(place + attempt) % self.count])
 
@@ -227,28 +231,39 @@ class RareClassOrder(Order):
     """An endless stream of draws with replacement: a class, then one of the samples that hold enough of it.
 
     Rare class sampling (DAFormer): rare classes come up more often. Every position draws by itself, keyed by (seed,
-    position), so there is nothing to remember from draw to draw.
+    position), so there is nothing to remember from draw to draw. What is held is a bit for each sample and class.
     """
 
     def __init__(
-        self, pixels: np.ndarray, *, class_names: tuple[str, ...], temperature: float, min_pixels: int, seed: int
+        self,
+        statistics: Iterable[np.ndarray],
+        *,
+        class_names: tuple[str, ...],
+        temperature: float,
+        min_pixels: int,
+        seed: int,
     ) -> None:
         """
         Args:
-            pixels: uint32 [samples, classes], the class statistics.
+            statistics: the class statistics, uint32 [samples, classes] each; all in their order are of all samples.
             temperature: as in ``class_probabilities``.
             min_pixels: a sample stands for a class of which it holds more than this many pixels.
 
         Raises:
             ConfigError: no sample holds that many pixels of a class that occurs.
         """
-        self.count = len(pixels)
         self.seed = seed
-        totals = pixels.sum(axis=0, dtype=np.int64)
-        enough = pixels > min_pixels
-        if missing := [i for i in np.flatnonzero(totals) if not enough[:, i].any()]:
-            found = ", ".join(f"{class_names[i]} ({pixels[:, i].max()})" for i in missing)
-            least = min(int(pixels[:, i].max()) for i in missing)
+        totals = np.zeros(len(class_names), dtype=np.int64)
+        most = np.zeros(len(class_names), dtype=np.int64)
+        self._enough = BitTable(len(class_names))
+        for pixels in statistics:
+            totals += pixels.sum(axis=0, dtype=np.int64)
+            most = np.maximum(most, pixels.max(axis=0, initial=0))
+            self._enough.extend(pixels > min_pixels)
+        self.count = len(self._enough)
+        if missing := [i for i in np.flatnonzero(totals).tolist() if not self._enough.count(i)]:
+            found = ", ".join(f"{class_names[i]} ({most[i]})" for i in missing)
+            least = min(most[i] for i in missing)
             raise ConfigError(
                 f"data.rare_class_sampling.min_pixels={min_pixels}: no sample holds that many pixels of {found}; "
                 f"in brackets the most that one holds. Lower it below {least} (the published 3000 are meant for "
@@ -256,13 +271,11 @@ class RareClassOrder(Order):
             )
         self.probabilities = class_probabilities(totals, temperature)
         self._cumulated = np.cumsum(self.probabilities)
-        self._samples = [np.flatnonzero(enough[:, i]).astype(np.uint32) for i in range(len(totals))]
 
     def sample_at(self, position: int, attempt: int) -> int:
         """Draw the sample of a position; every further ``attempt``, in place of a damaged sample, is a new draw."""
         train_id, generator = self._draw_class(position, attempt)
-        samples = self._samples[train_id]
-        return int(samples[generator.integers(len(samples))])
+        return self._enough.select(train_id, int(generator.integers(self._enough.count(train_id))))
 
     def wanted(self, position: int, attempt: int) -> int:
         return self._draw_class(position, attempt)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from mfm_dist.data.decoding import (
     torchvision_jpeg,
 )
 from mfm_dist.data.index import DatasetIndex
-from mfm_dist.data.manifest import ShardRecord
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
 from mfm_dist.storage import regular_descriptor
 
@@ -162,10 +162,10 @@ class ShardReader:
         """Of what becomes of the stored labels; "" where they stay."""
         return "" if self.relabelling is None else self.relabelling.fingerprint
 
-    def class_statistics(self) -> np.ndarray:
-        """Count the pixels of each class: uint32 [samples, classes]. Raises what ``read_statistics`` raises."""
-        counts = read_statistics(self.index.folder, self.index.manifest)
-        return counts if self.relabelling is None else self.relabelling.sum_counts(counts)
+    def class_statistics(self) -> Iterator[np.ndarray]:
+        """Count the pixels of each class, shard by shard, as ``read_statistics`` does, with its errors."""
+        for counts in read_statistics(self.index.folder, self.index.manifest):
+            yield counts if self.relabelling is None else self.relabelling.sum_counts(counts)
 
     def read(self, number: int, *, with_label: bool = True) -> Sample | BadSample:
         """Read, verify and decode sample ``number``.

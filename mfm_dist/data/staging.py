@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mfm_dist.data.manifest import Manifest, ShardRecord
+from mfm_dist.data.manifest import Manifest
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import CorruptFileError, DataError, DiskFullError, StorageError
 from mfm_dist.storage import CHUNK_BYTES, atomic_file, open_regular, regular_descriptor, sha256_of
 

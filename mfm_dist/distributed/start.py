@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
 
 from mfm_dist.config.schema import RunConfig
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.distributed.bf16_engine import BF16Engine
 from mfm_dist.distributed.cuda_graph import GraphEngine
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, Zero0Engine
@@ -101,15 +102,6 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
             "or MULTI_CPU): use distributed_type MULTI_GPU, which is DDP on CPUs too, or DEEPSPEED"
         )
     return engine
-
-
-def set_fp32_math(math: Literal["ieee", "tf32"]) -> None:
-    """Have GPUs multiply fp32 matrices and convolve alike (``train.fp32_math``).
-
-    torch's own defaults differ: convolutions in TF32, matrix products in IEEE fp32 (2.15).
-    """
-    torch.backends.cudnn.allow_tf32 = math == "tf32"
-    torch.set_float32_matmul_precision("high" if math == "tf32" else "highest")
 
 
 def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:

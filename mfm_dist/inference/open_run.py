@@ -108,6 +108,7 @@ def _card(
         method=config.method_label + (" + MFM" if config.mfm.enabled else ""),
         crop=config.data.crop,
         resize=config.eval.resize,
+        fp32_math=config.train.fp32_math,
         step=checkpoint.progress.step,
         miou=miou if weights == "student" and isinstance(miou, float) else None,  # evaluation scores the student
         revision=revision if isinstance(revision, str) else None,

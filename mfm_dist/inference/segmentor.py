@@ -60,6 +60,8 @@ class ModelCard:
     resize: tuple[Pixels, Pixels] | None = None
     """Prediction fits images into this box (height, width), aspect kept, and enlarges the logits to their own size, as
     the evaluation of the run does; None: images as they are."""
+    fp32_math: Literal["ieee", "tf32"] = "ieee"
+    """As the run's ``train.fp32_math``. The commands set torch to it; ``mfm_dist.load`` leaves torch as it is."""
     step: IntFrom0
     """Global batches the weights were trained on."""
     miou: float | None

@@ -22,9 +22,10 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     Copies of the modules, such as a teacher, share the graphs. Whatever draws does so by torch's own kernels, so that a
     compiled run draws what any other does.
     """
-    torch._dynamo.config.recompile_limit = VARIANTS
-    torch._dynamo.config.accumulated_recompile_limit = VARIANTS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # By the names that torch 2.6 has, which are aliases since 2.7.
+    torch._dynamo.config.cache_size_limit = VARIANTS
+    torch._dynamo.config.accumulated_cache_size_limit = VARIANTS
+    torch._dynamo.config.fail_on_cache_limit_hit = True
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     for block in blocks:
         kind = type(block)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mfm_dist.config.arguments import whole
 from mfm_dist.data.index import open_manifest
-from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, ShardRecord, remake_hint
+from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, remake_hint
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
 from mfm_dist.shards.packing import worker_pool
 from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard

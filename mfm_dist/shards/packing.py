@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from mfm_dist.data.manifest import DatasetPlan, ShardRecord, conflict, is_complete
+from mfm_dist.data.manifest import DatasetPlan, conflict, is_complete
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import BadSample, ConfigError, DataError, StorageError, UserError
 
 if TYPE_CHECKING:

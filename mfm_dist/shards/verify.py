@@ -12,13 +12,13 @@ from mfm_dist.data.index import index_problem, scan_tar
 from mfm_dist.data.manifest import (
     MANIFEST_FILE,
     Manifest,
-    ShardRecord,
     index_path,
     read_sidecar,
     size_problem,
     statistics_path,
 )
 from mfm_dist.data.reader import decode_sample, read_member, reads_of
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import CorruptFileError
 from mfm_dist.storage import open_regular, sha256_of
 

@@ -29,7 +29,6 @@ from mfm_dist.data.manifest import (
     UNFINISHED_FILE,
     DatasetPlan,
     Manifest,
-    ShardRecord,
     index_path,
     remake_hint,
     size_problem,
@@ -39,6 +38,7 @@ from mfm_dist.data.manifest import (
 )
 from mfm_dist.data.png import PNG_START
 from mfm_dist.data.reader import read_member, reads_of
+from mfm_dist.data.shard_records import ShardRecord, ShardRecords
 from mfm_dist.errors import CorruptFileError, DataError, StorageError
 from mfm_dist.storage import atomic_file, no_space_left, open_regular, sha256_of, write_atomically
 
@@ -189,9 +189,14 @@ class ShardSetWriter:
         return [shard for shard in self._planned if f"{shard.number:06d}.tar" not in self._records]
 
     def add(self, record: ShardRecord) -> None:
-        """Take note of a finished shard; from now on a restart keeps it."""
+        """Take note of a finished shard; from now on a restart keeps it.
+
+        Above 100 shards the note is written once in a hundredth of them, or all notes together would grow with the
+        square of the shards; a restart may then make the last hundredth again.
+        """
         self._records[record.file] = record
-        self._save(UNFINISHED_FILE)
+        if len(self._records) >= 1.01 * self._saved:
+            self._save(UNFINISHED_FILE)
 
     def finish(self) -> Manifest:
         """Declare the folder complete."""
@@ -208,7 +213,9 @@ class ShardSetWriter:
             raise StorageError(no_space_left(self.folder, need, free, remake_hint(self.folder, self._manifest)))
 
     def _save(self, name: str) -> None:
-        self._manifest = replace(self._manifest, shards=tuple(self._records[file] for file in sorted(self._records)))
+        shards = ShardRecords(self._records[file] for file in sorted(self._records))
+        self._manifest = replace(self._manifest, shards=shards)
+        self._saved = len(shards)
         write_atomically(self.folder / name, self._manifest.to_json())
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from mfm_dist.data.class_statistics import PixelCounts, write_statistics
 from mfm_dist.data.index import scan_tar
-from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, ShardRecord, index_path
+from mfm_dist.data.manifest import MANIFEST_FILE, Manifest, Recipe, index_path
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.shard_records import ShardRecord, ShardRecords
 from mfm_dist.data.streaming import ShardStream, stream_samples
 from mfm_dist.errors import BadSample
 from mfm_dist.shards.writer import count_shard, encode_jpeg, encode_label_png
@@ -98,7 +99,7 @@ def adopt(tar: Path, *, counted: bool = False) -> tuple[BadSample, ...]:
         classes_sha256=write_statistics(tar, counts.classes),
     )
     recipe = Recipe(generator="damaged", version=1, arguments={})
-    manifest = Manifest(name="damaged", classes=CLASSES, recipe=recipe, command="none", shards=(record,))
+    manifest = Manifest(name="damaged", classes=CLASSES, recipe=recipe, command="none", shards=ShardRecords([record]))
     (tar.parent / MANIFEST_FILE).write_text(manifest.to_json())
     return bad
 

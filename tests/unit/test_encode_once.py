@@ -51,7 +51,7 @@ def assert_equal_steps(one: TrainModule, other: TrainModule) -> None:
     for name, gradient in gradients.items():
         reference = references[name]
         # A shift before a BatchNorm has no gradient but the rounding of one.
-        assert (gradient - reference).norm() <= 1e-5 * reference.norm() + 1e-7, name
+        assert (gradient - reference).norm() <= 2e-5 * reference.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,12 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfm_dist
-from mfm_dist import export
+from mfm_dist import evaluate, export, predict
 from mfm_dist.build import build_student, build_train_module
 from mfm_dist.checkpoint.contents import load_modules, load_teacher
 from mfm_dist.checkpoint.files import find_latest
@@ -129,6 +130,38 @@ def test_the_box_of_evaluation_goes_with_it(trained_run: Path, tmp_path: Path, s
     assert not torch.equal(predicted, predict_labels(model.segmentor, image, CPU))
     (folder / "config.json").write_text(re.sub(r' "resize": [^"]*', "", (folder / "config.json").read_text()))
     assert mfm_dist.load(folder).card.resize is None  # an export of before there was a box
+
+
+@pytest.fixture
+def _fp32_as_before() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.usefixtures("_fp32_as_before")
+def test_the_commands_compute_fp32_as_the_run_did(trained_run: Path, tmp_path: Path, scenes: Path) -> None:
+    run, folder, photo = tmp_path / "run", tmp_path / "model", tmp_path / "photo.png"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    assert config.count("fp32_math: ieee") == 1
+    (run / "config.yaml").write_text(config.replace("fp32_math: ieee", "fp32_math: tf32"))
+    assert export.main(["--run", str(run), "--output", str(folder)]) == 0
+    Image.new("RGB", (64, 32)).save(photo)
+    predicting = ["--input", str(photo), "--output", str(tmp_path / "predicted")]
+    scoring = ["--data", str(scenes / "camera_val"), "--json"]
+    for model, expected in (
+        (["--run", str(run)], True),
+        (["--model", str(folder)], True),
+        (["--run", str(trained_run)], False),
+    ):
+        for command, words in ((predict.main, predicting), (evaluate.main, scoring)):
+            torch.backends.cudnn.allow_tf32 = not expected
+            torch.set_float32_matmul_precision("medium")
+            assert command([*model, *words]) == 0
+            assert torch.backends.cudnn.allow_tf32 == expected
+            assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
 
 
 def test_a_run_folder_loads_as_its_export(exported: Path, trained_run: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from mfm_dist import storage
 from mfm_dist.errors import CorruptFileError, StorageError
-from mfm_dist.storage import JsonLines, atomic_file, read_json, whole_folder, write_atomically
+from mfm_dist.storage import JsonLines, atomic_file, read_json, read_json_in_parts, whole_folder, write_atomically
 
 
 def full(_: int) -> None:
@@ -94,3 +96,53 @@ def test_json_that_is_none_is_told_with_the_reason(content: bytes, reason: str, 
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(CorruptFileError, match=reason):
         read_json(tmp_path / "file", 1000 if len(content) == 1009 else 1 << 20)
+
+
+LONG = {
+    "a": [1, {"b": []}],
+    "many": [12345, -1.5e-7, '\\ "}],:', {"x": {"y": [None, True]}}, [[]], ""],
+    "é": "ü𝄞",
+    "z": 6,
+}
+ODD = [{"many": []}, {}, {"many": [[], {}, 1]}, {"a": {"many": [1]}}]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])
+def test_json_read_in_parts_is_what_is_read_whole(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever what was read so far ends: in a number, a name, an escape."""
+    monkeypatch.setattr(storage, "CHUNK_BYTES", chunk)
+    for content in (LONG, *ODD):
+        for text in (json.dumps(content), json.dumps(content, indent=3, ensure_ascii=False) + "\n\n"):
+            (tmp_path / "file").write_text(text, encoding="utf-8")
+            parts = list(read_json_in_parts(tmp_path / "file", "many", 1000))
+            many = [value for key, value in parts if key == "many"]
+            others = {key: value for key, value in parts if key != "many"}
+            assert {**others, **({"many": many} if "many" in content else {})} == content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"many": [1, 2', "no value at '2'"),
+        (b'{"many": [1, 2 ', "'' where , or ] belongs"),
+        (b'{"many": [1, 2}', "'}' where , or ] belongs"),
+        (b'{"many": 3}', r"'3' where \[ belongs"),
+        (b'{"many": [1 2]}', "'2' where , or ] belongs"),
+        (b'{"many": [1,]}', "Expecting value"),
+        (b'{"a": nul}', "Expecting value"),
+        (b'{"a": "x', "Unterminated string"),
+        (b'{"a" 1}', "'1' where : belongs"),
+        (b'{"a": 12x}', "no value at '12x}'"),
+        (b'{"a": 1} {', "'{' behind its end"),
+        (b"[1]", r"'\[' where \{ belongs"),
+        (b"", "'' where { belongs"),
+        (b'{"many": [' + b"[" * 100_000, "maximum recursion"),
+        (b'{"many": [' + b"9" * 5000 + b"]}", "Exceeds the limit"),
+        (b'{"many": ["\xe9"]}', "can't decode byte 0xe9"),
+        (b'{"many": [' + b"1, " * 100_000 + b"1]}", "it is too large"),
+    ],
+)
+def test_json_in_parts_that_is_none_is_told(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CorruptFileError, match=f"file is no JSON .*{reason}"):
+        list(read_json_in_parts(tmp_path / "file", "many", 200_000))

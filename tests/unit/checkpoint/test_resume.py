@@ -15,7 +15,8 @@ from mfm_dist.checkpoint.resume import IMMUTABLE_KEYS, resume_problems
 from mfm_dist.config.class_files import load_class_set
 from mfm_dist.config.loader import changed_keys, to_tree
 from mfm_dist.config.schema import LoRASection, RunConfig
-from mfm_dist.data.manifest import Manifest, Recipe, ShardRecord
+from mfm_dist.data.manifest import Manifest, Recipe
+from mfm_dist.data.shard_records import ShardRecord, ShardRecords
 from tests.helpers.classes import CLASSES
 
 OTHER = {
@@ -164,13 +165,15 @@ def test_a_run_keeps_its_classes_and_what_it_made_of_its_labels(config: RunConfi
 def test_a_fingerprint_follows_the_shards_and_their_order_and_nothing_else() -> None:
     def manifest(name: str, *sums: str) -> Manifest:
         shards = [
-            ShardRecord(file=f"{s}.tar", samples=1, bytes=9, sha256=s, index_sha256=s, image_sizes={}, pixel_counts={})
+            ShardRecord(
+                file=f"{s}.tar", samples=1, bytes=9, sha256=64 * s, index_sha256=64 * s, image_sizes={}, pixel_counts={}
+            )
             for s in sums
         ]
         recipe = Recipe(generator="folder", version=1, arguments={"name": name})
-        return Manifest(name=name, classes=None, recipe=recipe, command=name, shards=tuple(shards))
+        return Manifest(name=name, classes=None, recipe=recipe, command=name, shards=ShardRecords(shards))
 
-    prints = [m.fingerprint for m in (manifest("a", "x", "y"), manifest("b", "x", "y"))]
+    prints = [m.fingerprint for m in (manifest("a", "1", "2"), manifest("b", "1", "2"))]
     assert prints[0] == prints[1]
-    others = [manifest("a", "y", "x"), manifest("a", "x"), manifest("a", "x", "z")]
+    others = [manifest("a", "2", "1"), manifest("a", "1"), manifest("a", "1", "3")]
     assert len({prints[0], *(m.fingerprint for m in others)}) == 4

@@ -17,6 +17,7 @@ import pytest
 
 from mfm_dist.data.index import DatasetIndex, build_index, scan_tar
 from mfm_dist.data.manifest import Manifest, index_path
+from mfm_dist.data.shard_records import ShardRecords
 from mfm_dist.errors import ConfigError, DataError
 from mfm_dist.shards.check import main as check
 from tests.helpers.shards import ShardFolder, flip_bit
@@ -253,7 +254,9 @@ def test_an_index_that_its_checksum_vouches_for_and_that_is_none(
     index.write_bytes(content)
     manifest = Manifest.read(folder / "dataset.json")
     record = replace(manifest.shards[0], index_sha256=hashlib.sha256(content).hexdigest())
-    (folder / "dataset.json").write_text(replace(manifest, shards=(record, *manifest.shards[1:])).to_json())
+    (folder / "dataset.json").write_text(
+        replace(manifest, shards=ShardRecords([record, *manifest.shards[1:]])).to_json()
+    )
     with pytest.raises(DataError, match=reason):
         DatasetIndex.open(folder)
     assert check([str(folder), "--workers", "1"]) == 3

@@ -7,7 +7,7 @@ import pytest
 
 from mfm_dist.data import order as order_module
 from mfm_dist.data.order import FeistelPermutation, SampleOrder
-from mfm_dist.rng import Stream
+from mfm_dist.rng import Stream, keyed_generator
 
 
 def make(count: int, seed: int = 0, stream: Stream = Stream.SOURCE_ORDER) -> SampleOrder:
@@ -49,6 +49,13 @@ def test_a_position_does_not_depend_on_what_was_asked_before() -> None:
     sequence = [walked[position] for position in range(31 * 4)]
     shuffled = np.random.default_rng(0).permutation(len(sequence)).tolist()
     assert all(jumped[position] == sequence[position] for position in shuffled)
+
+
+def test_an_order_that_is_held_is_numpys_permutation() -> None:
+    """It is held in half the bytes, which must not change a run that goes on."""
+    order = make(10_007, seed=3)
+    expected = keyed_generator(3, Stream.SOURCE_ORDER, 1).permutation(10_007).tolist()
+    assert [order[10_007 + place] for place in range(10_007)] == expected
 
 
 def test_a_far_position_needs_no_walk() -> None:

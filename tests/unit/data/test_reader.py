@@ -20,6 +20,7 @@ from mfm_dist.data import reader as reader_module
 from mfm_dist.data.decoding import decode_image, decode_label, header_size
 from mfm_dist.data.manifest import Manifest, index_path
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.data.shard_records import ShardRecords
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
 from mfm_dist.shards.pictures import read_label
 from mfm_dist.shards.writer import encode_jpeg, encode_label_png, write_index
@@ -47,7 +48,7 @@ def repack(folder: Path, members: dict[str, bytes]) -> ShardReader:
         index_sha256=sha256_of(index_path(tar)),
         pixel_counts={},
     )
-    manifest_file.write_text(replace(manifest, shards=(record,)).to_json())
+    manifest_file.write_text(replace(manifest, shards=ShardRecords([record])).to_json())
     return ShardReader(folder)
 
 

@@ -27,8 +27,8 @@ NAMES = ("road", "car", "train", "rider")
 PIXELS = np.array([[900, 50, 0, 0], [800, 0, 120, 0], [700, 90, 101, 0], [950, 200, 0, 0]], dtype=np.uint32)
 
 
-def order_of(pixels: np.ndarray = PIXELS, *, temperature: float = 0.5, min_pixels: int = 100) -> RareClassOrder:
-    return RareClassOrder(pixels, class_names=NAMES, temperature=temperature, min_pixels=min_pixels, seed=3)
+def order_of(*pixels: np.ndarray, temperature: float = 0.5, min_pixels: int = 100) -> RareClassOrder:
+    return RareClassOrder(pixels or [PIXELS], class_names=NAMES, temperature=temperature, min_pixels=min_pixels, seed=3)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 1e9])
@@ -68,6 +68,25 @@ def test_every_further_attempt_is_a_new_draw_that_knows_its_class() -> None:
     assert any(order.sample_at(position, 1) != order.sample_at(position, 0) for position in range(50))
 
 
+def test_the_draws_are_those_of_lists_of_the_samples_of_each_class() -> None:
+    """The statistics come in parts, and are held in bits; what is drawn stays what it was, bit for bit."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 200, (10_000, 4), dtype=np.uint32)
+    pixels[:, 2] //= 1 + generator.integers(0, 9, 10_000, dtype=np.uint32)  # rarely enough
+    order = order_of(*np.split(pixels, [3, 4100, 4100, 9999]), temperature=0.1)
+    totals = pixels.sum(axis=0)
+    exponents = (1 - totals / totals.sum()) / 0.1
+    chances = np.exp(exponents - exponents.max())
+    cumulated = np.cumsum(chances / chances.sum())
+    lists = [np.flatnonzero(pixels[:, train_id] > 100).astype(np.uint32) for train_id in range(4)]
+    for position in [*range(1500), *range(10**12, 10**12 + 500)]:
+        for attempt in range(2):
+            draws = keyed_generator(3, Stream.RARE_CLASS, position, attempt)
+            train_id = int(np.searchsorted(cumulated, draws.random() * cumulated[-1], side="right"))
+            expected = lists[train_id][draws.integers(len(lists[train_id]))]
+            assert (order.wanted(position, attempt), order.sample_at(position, attempt)) == (train_id, expected)
+
+
 def test_a_class_without_an_image_is_told_with_the_most_that_one_holds() -> None:
     with pytest.raises(ConfigError, match=r"min_pixels=200: no sample holds that many pixels of car \(200\), train"):
         order_of(min_pixels=200)
@@ -75,7 +94,7 @@ def test_a_class_without_an_image_is_told_with_the_most_that_one_holds() -> None
 
 def test_the_statistics_count_what_the_labels_hold(shard_folder: ShardFolder) -> None:
     folder = shard_folder(count=10, shard_size=4)
-    counts = ShardReader(folder).class_statistics()
+    counts = np.concatenate(list(ShardReader(folder).class_statistics()))
     assert counts.dtype == np.uint32
     for number in range(10):
         label = raw_sample(number).label
@@ -87,18 +106,18 @@ def test_statistics_that_are_missing_or_damaged_are_named_with_the_command(shard
     flip_bit(folder / "000001.classes.npy", 200)
     (folder / "000002.classes.npy").unlink()
     with pytest.raises(DataError) as caught:
-        ShardReader(folder).class_statistics()
+        list(ShardReader(folder).class_statistics())
     lines = str(caught.value).split("\n")
     assert "000001.classes.npy is damaged" in lines[0]
     assert "000002.classes.npy cannot be read" in lines[1]
     assert "mfm-shards make test" in lines[2]
     with pytest.raises(DataError, match="holds no labels"):
-        ShardReader(shard_folder("target", labelled=False)).class_statistics()
+        list(ShardReader(shard_folder("target", labelled=False)).class_statistics())
 
 
 def test_shards_made_before_statistics_get_them_from_their_labels(shard_folder: ShardFolder) -> None:
     folder = shard_folder(count=10, shard_size=4)
-    expected = ShardReader(folder).class_statistics()
+    expected = np.concatenate(list(ShardReader(folder).class_statistics()))
     manifest_file = folder / "dataset.json"
     text = manifest_file.read_text()
     manifest = Manifest.read(manifest_file)
@@ -108,12 +127,12 @@ def test_shards_made_before_statistics_get_them_from_their_labels(shard_folder: 
     manifest_file.write_text(text)
     assert not is_complete(folder, manifest.recipe)
     with pytest.raises(DataError, match="made before they were counted"):
-        ShardReader(folder).class_statistics()
+        list(ShardReader(folder).class_statistics())
     recipe = manifest.recipe
     plan = DatasetPlan(folder=folder, recipe=recipe, command="", classes=CLASSES, samples=10, shard_size=4)
     writer = ShardSetWriter(plan)
     assert writer.pending == []
-    assert np.array_equal(read_statistics(folder, writer.finish()), expected)
+    assert np.array_equal(np.concatenate(list(read_statistics(folder, writer.finish()))), expected)
     assert is_complete(folder, manifest.recipe)
 
 
@@ -182,4 +201,4 @@ def test_statistics_hold_no_pickle(shard_folder: ShardFolder, tmp_path: Path) ->
     path.write_bytes(content)
     manifest_file.write_text(manifest_file.read_text().replace(old, hashlib.sha256(content).hexdigest()))
     with pytest.raises(DataError, match="not a readable"):
-        ShardReader(folder).class_statistics()
+        list(ShardReader(folder).class_statistics())

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.distributed.engine import Engine
-from mfm_dist.distributed.start import set_fp32_math, start_engine
+from mfm_dist.distributed.start import start_engine
 from mfm_dist.optim import build_optimizer
 from mfm_dist.profiling.kernels import CudaAutocast
 from tests.helpers.classes import CLASSES

@@ -30,7 +30,7 @@ Graphs = Counter[str]
 @pytest.fixture(autouse=True)
 def _compiler_as_before() -> Iterator[None]:
     torch._dynamo.reset()
-    limits = {"recompile_limit": 8, "accumulated_recompile_limit": 256, "fail_on_recompile_limit_hit": False}
+    limits = {"cache_size_limit": 8, "accumulated_cache_size_limit": 256, "fail_on_cache_limit_hit": False}
     with torch._dynamo.config.patch(limits):
         yield
     torch._dynamo.reset()
@@ -128,6 +128,11 @@ def test_a_compiled_step_of_hrda_is_the_plain_one() -> None:
 
 
 @NEEDS_COMPILER
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.6."),
+    reason="compiled by torch 2.6, what draws a mask for itself draws another",
+    strict=True,
+)
 def test_it_is_the_same_function() -> None:
     options = ["model.backbone=test_resnet", "model.backbone_options={out_indices: [4]}"]
     outputs = []

@@ -69,7 +69,8 @@ def test_scenes_in_other_classes(whole: Path, tmp_path: Path) -> None:
     assert run(tmp_path, "--classes", "cityscapes7") == 0
     plain, merged = (ShardReader(root / "game_val", classes=CITYSCAPES7) for root in (whole, tmp_path))
     assert (plain.relabelling is None, merged.relabelling is None) == (False, True)
-    assert np.array_equal(plain.class_statistics(), merged.class_statistics())
+    pairs = zip(plain.class_statistics(), merged.class_statistics(), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
     assert np.array_equal(plain.read(0).label, merged.read(0).label)
     assert merged.index.manifest.command.endswith("--classes cityscapes7")
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import webdataset
 from PIL import Image
 
 from mfm_dist.data.manifest import DatasetPlan, Manifest, Recipe, conflict, is_complete
+from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import DataError, StorageError
+from mfm_dist.shards import writer as writer_module
 from mfm_dist.shards.writer import RawSample, ShardSetWriter, encode_jpeg, encode_label_png, remove_shards, write_shard
 from mfm_dist.storage import atomic_file
 from tests.helpers.classes import CLASSES
@@ -34,6 +37,26 @@ def begin(folder: Path, recipe: Recipe = RECIPE) -> ShardSetWriter:
     command = "mfm-shards make test"
     plan = DatasetPlan(folder=folder, recipe=recipe, command=command, classes=CLASSES, samples=10, shard_size=4)
     return ShardSetWriter(plan)
+
+
+def test_of_many_shards_the_notes_are_written_once_in_a_hundredth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them each time would grow with their square, and 100,000 shards could not be made."""
+    sizes = []
+    monkeypatch.setattr(
+        writer_module, "write_atomically", lambda _, text: sizes.append(len(json.loads(text)["shards"]))
+    )
+    plan = DatasetPlan(folder=tmp_path / "set", recipe=RECIPE, command="", classes=CLASSES, samples=400, shard_size=1)
+    writer = ShardSetWriter(plan)
+    record = ShardRecord(
+        file="", samples=1, bytes=1, sha256="0" * 64, index_sha256="0" * 64, image_sizes={}, pixel_counts={}
+    )
+    for number in range(400):
+        writer.add(replace(record, file=f"{number:06d}.tar"))
+        assert sizes[-1] >= (number + 1) / 1.01 - 1
+    assert sizes[:100] == list(range(100))
+    assert len(sizes) < 280
 
 
 def test_plain_webdataset_reads_the_same_samples_and_bytes(shard_folder: ShardFolder) -> None:
