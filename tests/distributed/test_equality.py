@@ -199,13 +199,14 @@ def test_the_large_preset_trains_as_one_on_two_nodes_that_keep_a_copy_each(
     settings = {"stage": 3, "overlap_comm": False, "zero_hpz_partition_size": 2, "stage3_max_live_parameters": 5e7}
     file.write_text(json.dumps({"zero_optimization": settings}))
     overrides = [*LARGE, *SGD, *ON_TWO_NODES, "train.steps=10"]
+    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), **KEEPS_NOTHING}
+    nodes = {"launch": "cpu_zero3", "processes": 4, "environment": said}
+    # First of all, while this process holds no states.
+    run = trained(large_data, tmp_path / "nodes", *overrides, **nodes, steps=10, timeout=HOUR)
     alone, other = (
         trained(large_data, tmp_path / name, *overrides, launch=None, otherwise=otherwise, steps=10, timeout=HOUR)
         for name, otherwise in (("alone", None), ("other", "last_bits"))
     )
-    said = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), **KEEPS_NOTHING}
-    nodes = {"launch": "cpu_zero3", "processes": 4, "environment": said}
-    run = trained(large_data, tmp_path / "nodes", *overrides, **nodes, steps=10, timeout=HOUR)
     initial = initial_state(large_data, *overrides)
     found = {"nodes": differences(run, alone, initial), "last_bits": differences(other, alone, initial)}
     record_property("difference_over_movement", found)
