@@ -97,11 +97,19 @@ def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> i
             _refuse(checkpoint.path, [*not_finite({name: whole}), *negative])
         put.setters[name](whole)
     if checkpoint.world_size == engine.world_size:
-        own = engine.run_collectively(lambda: checkpoint.buffers(engine.rank))
+        own = engine.run_collectively(partial(_statistics, checkpoint, module.student, engine.rank))
         for name, buffer in module.student.named_buffers():
             buffer.copy_(own[name])
         reader.bytes_read += checkpoint.files[file_of("buffers", engine.rank)].size
     return reader.bytes_read
+
+
+def _statistics(checkpoint: Checkpoint, student: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Read the BatchNorm statistics that a rank wrote. Raises ConfigError: some are not there."""
+    own = checkpoint.buffers(rank)
+    missing = dict(student.named_buffers()).keys() - own.keys()
+    _refuse(checkpoint.path, [f"rank {rank} wrote no {name}" for name in missing])
+    return own
 
 
 class _Targets(NamedTuple):

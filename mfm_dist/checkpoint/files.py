@@ -164,6 +164,8 @@ class Checkpoint:
                 for place in reader.places(file_of("rank", rank)):
                     held[place.name] += place.length
             check_cover(self.specs, held.values())
+        for rank in range(self.world_size):
+            self.buffers(rank)
 
     def share(self, reader: PieceReader, rank: int, world_size: int) -> dict[str, list[tuple[str, Place]]]:
         """Return what a rank has to read so that all ranks together read everything once, by tensor and file.

@@ -591,10 +591,10 @@ def entry(numel: int, start: int, end: int) -> dict[str, Any]:
     return {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
 
 
-def rewrite_header(path: Path, header: Any) -> None:
+def rewrite_header(path: Path, header: Any, name: str = "rank_00000.safetensors") -> None:
     """A file of tensors that has a header alone, vouched for."""
     text = json.dumps(header).encode()
-    rewrite(path, "rank_00000.safetensors", len(text).to_bytes(8, "little") + text)
+    rewrite(path, name, len(text).to_bytes(8, "little") + text)
 
 
 SPOILS: dict[str, Callable[[Path], object]] = {
@@ -614,6 +614,12 @@ SPOILS: dict[str, Callable[[Path], object]] = {
     "a piece beyond its tensor": lambda f: rewrite_header(f, {"student/a[16:16]": entry(0, 0, 0)}),
     "a piece of another type": lambda f: rewrite_header(f, {"student/a[0:0]": entry(0, 0, 0) | {"dtype": "I32"}}),
     "a piece of no tensor": lambda f: rewrite_header(f, {"student/c[0:0]": entry(0, 0, 0)}),
+    "statistics of another type": lambda f: rewrite_header(
+        f, {"student/b[0:0]": entry(0, 0, 0) | {"dtype": "I32"}}, "buffers_00000.safetensors"
+    ),
+    "half of the statistics": lambda f: rewrite_header(
+        f, {"student/b[0:0]": entry(0, 0, 0)}, "buffers_00000.safetensors"
+    ),
     "no place": lambda f: rewrite_header(f, {"student/a": entry(0, 0, 0)}),
     "half of it": lambda f: rewrite_header(f, {"student/a[0:0]": entry(0, 0, 0)}),
     "all files gone": lambda f: replace_by_folder(f),
