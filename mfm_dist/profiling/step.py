@@ -255,19 +255,19 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
     blocks = Blocks(config, readers)
     settings = {name: build_and_weigh(configs[name], readers, blocks, device) for name in configs}
     ways: list[tuple[str, str, StepFunction]] = [
-        *((name, "engine", setting.engine_step) for name, setting in settings.items()),
-        *((name, "bare", setting.bare_step) for name, setting in settings.items()),
+        way
+        for name, setting in settings.items()
+        for way in ((name, "engine", setting.engine_step), (name, "bare", setting.bare_step))
     ]
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     for number in range(warmup + steps):
-        order = ways if number % 2 == 0 else ways[::-1]  # there and back: a drift of the machine falls on all alike
-        seconds: dict[tuple[str, str], dict[str, float]] = {}
-        for name, kind, step in order:
+        twice: dict[tuple[str, str], list[dict[str, float]]] = {(name, kind): [] for name, kind, _ in ways}
+        for name, kind, step in (*ways, *ways[::-1]):  # there and back: a drift of the machine falls on all alike
             found = measured_step(step, lambda: blocks.take(number), device)  # noqa: B023 - called at once
-            seconds[name, kind] = {**found, **settings[name].clock.pop()}
+            twice[name, kind].append({**found, **settings[name].clock.pop()})
         if number >= warmup:
             for name in settings:
-                rounds[name].append({"engine": seconds[name, "engine"], "bare": seconds[name, "bare"]})
+                rounds[name].append({kind: _mean(twice[name, kind]) for kind in ("engine", "bare")})
     images = config.images_per_step
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
@@ -277,6 +277,10 @@ def measure(config: RunConfig, *, steps: int, warmup: int) -> dict[str, Any]:
         **{name: summary(rounds[name], images) | {"memory_gib": settings[name].memory_gib} for name in settings},
         "rounds": rounds,
     }
+
+
+def _mean(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {part: statistics.fmean(one[part] for one in measured) for part in measured[0]}
 
 
 def with_mfm(config: RunConfig, enabled: bool) -> RunConfig:

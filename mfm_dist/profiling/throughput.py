@@ -1,8 +1,8 @@
 """Measure the training step on this machine: mfm-profile step [--steps N] [overrides]; ``data``: the data pipeline.
 
-Four ways to take the same step run in turn, one step each a round: our engine and a bare PyTorch loop, each with and
-without the MFM term. The figures are medians over the rounds, so a disturbance hits all four alike. One process, the
-GPU where there is one. Real shards are read; data.render_scenes=true makes some at any scenes.size.
+Four ways to take the same step run in turn, there and back in each round: our engine and a bare PyTorch loop, each with
+and without the MFM term. The figures are medians over the rounds, so a disturbance hits all four alike. One process,
+the GPU where there is one. Real shards are read; data.render_scenes=true makes some at any scenes.size.
 """
 
 from __future__ import annotations
