@@ -193,10 +193,7 @@ def read_json_in_parts(path: Path, many: str, limit: int) -> Iterator[tuple[str,
                 for _ in text.separated("[", "]"):
                     yield key, text.value()
             text.require_end()
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # a text that is not UTF-8 is a ValueError too
+        except (ValueError, RecursionError) as error:  # a text that is not UTF-8 is a ValueError too
             raise CorruptFileError(f"{path.name} is no JSON ({error!s:.200})") from error
 
 
