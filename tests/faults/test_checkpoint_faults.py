@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.checkpoint.files import Checkpoint, Snapshot, find_latest, read_checkpoint, step_folder, write_rank
-from mfm_dist.checkpoint.pieces import Piece, TensorSpec
+from mfm_dist.checkpoint.pieces import CHUNK_BYTES, Piece, TensorSpec, write_pieces
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import load_newest
 from mfm_dist.checkpoint.writer import CheckpointWriter
@@ -37,6 +37,7 @@ from mfm_dist.run.folder import RunFolder
 from mfm_dist.storage import temporary_folder
 from mfm_dist.train import set_aside
 from tests.helpers.classes import CLASSES
+from tests.helpers.mutations import vouch
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
 
@@ -426,6 +427,23 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_the_checkpoint_before_is_used(
         assert found.progress.step == 1
         assert [f"step_00000002 is damaged ({name} differs from what was written)" in line for line in lines] == [True]
     assert_whole(tmp_path, 2)
+
+
+def test_what_the_campaign_vouches_for_counts_as_written(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    path = tmp_path / "step_00000002" / "buffers_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    vouch(path.parent)
+    lines: list[str] = []
+    found = find_latest(tmp_path, report=lines.append)
+    assert (found is not None and found.progress.step, lines) == (2, [])
+
+    sums = write_pieces(tmp_path / "long", [Piece("a", 0, torch.arange(3 * CHUNK_BYTES // 8, dtype=torch.float32))])
+    assert len(sums.chunks) == 2
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"long": {"bytes": 0, "sha256": []}}}))
+    vouch(tmp_path)
+    entry = json.loads((tmp_path / "manifest.json").read_text())["files"]["long"]
+    assert (entry["bytes"], entry["sha256"]) == (sums.size, sums.chunks)
 
 
 def test_any_flipped_bit_of_a_manifest_is_noticed_or_changes_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mfm_dist.checkpoint.pieces import CHUNK_BYTES
+
 YAML_PIECES = [
     b"&a {x: *a}", b"*a", b"!!int ''", b"!!timestamp x", b"!!python/object/apply:os.system [touch executed]",
     b"9" * 400, b"[" * 400, b"\xff\xfe", b"\xe9", b"2024-13-45", b"1e400", b"-1", b".nan", b"{}", b"[]", b"null", b"? ",
@@ -225,7 +227,12 @@ def _vouch(content: dict[str, Any], folder: Path) -> None:
 def _renew(entry: dict[str, Any], path: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
-    entry["sha256"] = sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    if isinstance(entry.get("sha256"), list):  # a checkpoint's tensors
+        chunks = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
+        entry["sha256"] = [sha256(chunk).hexdigest() for chunk in chunks]
+    else:
+        entry["sha256"] = sha256(content).hexdigest()
     if "bytes" in entry:
         entry["bytes"] = path.stat().st_size
     return True
