@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,13 +88,11 @@ def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> i
     put = _targets(checkpoint, module, engine)
     reader = checkpoint.reader()
     for name, whole in _whole_tensors(checkpoint, reader, engine):
-        # Training never looks at running statistics, which one bad batch can spoil.
-        if name not in put.setters:  # of a part that this run trains without
+        if name not in put:  # of a part that this run trains without
             continue
-        if name in put.finite:
-            negative = [f"{name} holds numbers below 0"] if name.endswith("_sq") and (whole < 0).any() else []
-            _refuse(checkpoint.path, [*not_finite({name: whole}), *negative])
-        put.setters[name](whole)
+        negative = [f"{name} holds numbers below 0"] if name.endswith("_sq") and (whole < 0).any() else []
+        _refuse(checkpoint.path, [*not_finite({name: whole}), *negative])
+        put[name](whole)
     if checkpoint.world_size == engine.world_size:
         own = engine.run_collectively(partial(_statistics, checkpoint, module.student, engine.rank))
         for name, buffer in module.student.named_buffers():
@@ -105,22 +102,14 @@ def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> i
 
 
 def _statistics(checkpoint: Checkpoint, student: nn.Module, rank: int) -> dict[str, Tensor]:
-    """Read the BatchNorm statistics that a rank wrote. Raises ConfigError: some are not there."""
+    """Read the BatchNorm statistics that a rank wrote. Raises ConfigError: some are not there, or not finite."""
     own = checkpoint.buffers(rank)
     missing = dict(student.named_buffers()).keys() - own.keys()
-    _refuse(checkpoint.path, [f"rank {rank} wrote no {name}" for name in missing])
+    _refuse(checkpoint.path, [*(f"rank {rank} wrote no {name}" for name in missing), *not_finite(own)])
     return own
 
 
-class _Targets(NamedTuple):
-    """Where the tensors of a checkpoint go."""
-
-    setters: dict[str, Callable[[Tensor], object]]
-    finite: set[str]
-    """Those that may hold finite numbers only."""
-
-
-def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> _Targets:
+def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> dict[str, Callable[[Tensor], object]]:
     """Say where each tensor goes, once all are known to fit, and make room for the optimiser's."""
     setters: dict[str, Callable[[Tensor], object]] = {}
     for part, prefix in parts(module).items():
@@ -129,7 +118,6 @@ def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> _Ta
         _refuse_misfit(checkpoint.path, part, checkpoint.part(file), buffers_needed=whole)
         for name, parameter in part.named_parameters():
             setters[f"{file}/{name}"] = partial(engine.set_parameter, parameter)
-    finite = set(setters)
     setters |= {f"student/{name}": buffer.copy_ for name, buffer in module.student.named_buffers()}
     states = _optimizer_states(checkpoint, module, engine)
     keys = OPTIMIZER_STATES[engine.config.optim.name]
@@ -137,7 +125,7 @@ def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> _Ta
     engine.reset_optimizer(keys, applied)
     for name, (parameter, key) in states.items():
         setters[name] = partial(engine.set_optimizer_state, parameter, key, applied=applied)
-    return _Targets(setters, finite | states.keys())
+    return setters
 
 
 def _optimizer_states(
@@ -235,9 +223,8 @@ def load_modules(checkpoint: Checkpoint, module: TrainModule) -> None:
         ConfigError: if the checkpoint is of another network.
     """
     for part, prefix in parts(module).items():
-        # The teacher's buffers are not kept. Training never looks at running statistics, which one bad batch can spoil.
         tensors, whole = checkpoint.tensors(prefix.partition(".")[0]), part is module.student
-        _load_part(checkpoint.path, part, tensors, buffers_needed=whole, buffers_finite=False)
+        _load_part(checkpoint.path, part, tensors, buffers_needed=whole)  # the teacher's are not kept
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:
@@ -263,18 +250,11 @@ def load_teacher(checkpoint: Checkpoint, student: nn.Module) -> None:
     _load_part(checkpoint.path, student, {**checkpoint.tensors("student"), **teacher})
 
 
-def _load_part(
-    path: Path,
-    part: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    buffers_needed: bool = True,
-    buffers_finite: bool = True,
-) -> None:
+def _load_part(path: Path, part: nn.Module, tensors: Mapping[str, Tensor], *, buffers_needed: bool = True) -> None:
     """Put parameters, which must all be there and finite, and buffers back, once all are known to fit."""
     parameters, buffers = dict(part.named_parameters()), dict(part.named_buffers())
     _refuse_misfit(path, part, tensors, buffers_needed=buffers_needed)
-    _refuse(path, [*not_finite(tensors if buffers_finite else {name: tensors[name] for name in parameters})])
+    _refuse(path, [*not_finite(tensors)])
     with torch.no_grad():
         for name, tensor in {**parameters, **buffers}.items():
             if name in tensors:

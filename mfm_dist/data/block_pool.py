@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from mfm_dist.errors import ConfigError
+
 _FREE, _IN_USE = 0, 1
 
 
@@ -28,10 +30,19 @@ class BlockPool:
             workers: processes that will be forked; 0 is one, this process.
             slots: for each of them.
             size: bytes of a slot.
+
+        Raises:
+            ConfigError: this machine has no such memory.
         """
         self._slots = slots
         self._size = size
         count = max(workers, 1) * slots
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if count * size > memory:  # which may be promised all the same, and end the process when it is used
+            raise ConfigError(
+                f"the micro-batches of a step take {count * size / 2**30:,.1f} GiB in each process, and this machine "
+                f"has {memory / 2**30:.1f} GiB: lower train.global_batch or data.workers, or train in more processes"
+            )
         self._memory = mmap.mmap(-1, count * size)
         self._state = mmap.mmap(-1, count)  # one byte a slot, which nobody else writes at the same time
         self._owner = os.getpid()

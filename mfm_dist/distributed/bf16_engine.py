@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, parameter_shape
 from mfm_dist.distributed.engine import Piece
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.distributed.teacher import move_towards
 
 
@@ -32,7 +32,7 @@ class BF16Engine(DeepSpeedEngine):
         constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
         super().prepare(module, optimizer)
         # BatchNorm wants its statistics in the type of its weights. Other buffers stay as exact as they were.
-        statistics = {id(b) for m in module.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)}
+        statistics = {id(buffer) for buffer in running_statistics(module)}
         for name, buffer in module.named_buffers():
             if buffer.is_floating_point():
                 whole = constants[name].to(buffer.device)

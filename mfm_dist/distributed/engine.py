@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from mfm_dist.batch import UDABatch
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.clipping import Ceilings, clip_factors, is_good, sum_of_squares
+from mfm_dist.distributed.running_statistics import KeptStatistics
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import UserError
 
@@ -117,6 +118,8 @@ class Engine:
         Returns:
             the module's losses by name, ``total`` among them, and what was measured, detached.
         """
+        if self._pending == 0:
+            self._statistics.keep()
         self._pending += 1
         losses = self._micro_batch(batch, mfm_weight, measure)
         self._loss = self._loss + losses["total"]
@@ -142,7 +145,8 @@ class Engine:
         (loss / self.accumulation).backward()
 
     def step(self, ceilings: Ceilings = Ceilings(), flags: Tensor | None = None) -> StepResult:  # noqa: B008 - frozen
-        """Clip, update, clear. With a loss or gradient that is not finite or too large the weights stay as they are.
+        """Clip, update, clear. With a loss or gradient that is not finite or too large all stays as it was, BatchNorm's
+        running statistics too.
 
         Clipped by ``train.clip_parts`` and ``train.clip_norm`` here, in the same way under every engine. On a GPU
         nothing here waits for the device, but for what DeepSpeed does itself.
@@ -171,6 +175,7 @@ class Engine:
                 torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         self._pending, self._loss = 0, torch.zeros_like(self._loss)
         self._update(good, [gradient for gradients in parts.values() for gradient in gradients])
+        self._statistics.put_back(unless=good)
         self._was_applied = good
         self.applied += good
         return StepResult(
@@ -429,6 +434,11 @@ class Engine:
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    @cached_property
+    def _statistics(self) -> KeptStatistics:
+        """The student's; made when the first step begins, where nothing moves them in memory any more."""
+        return KeptStatistics(cast(Any, self.module).student)
 
     @cached_property
     def _teacher_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:

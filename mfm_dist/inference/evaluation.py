@@ -16,11 +16,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mfm_dist.classes import ClassSet
 from mfm_dist.data.pipeline import EvaluationItem
 from mfm_dist.data.reader import Sample
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.errors import BadSample
 from mfm_dist.inference.metrics import (
     Counts,
@@ -251,16 +251,10 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
     return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
 
 
-def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of a module's BatchNorm layers, in a fixed order."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
-    return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
-
-
 @contextmanager
 def evaluation_mode(student: nn.Module, ranks: Ranks) -> Iterator[None]:
     """Put a module into evaluation mode for a while, with the all-rank mean of BatchNorm's statistics. Collective."""
-    buffers, was_training = batch_norm_buffers(student), student.training
+    buffers, was_training = running_statistics(student), student.training
     own = [buffer.clone() for buffer in buffers]
     try:
         student.eval()

@@ -15,8 +15,8 @@ from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.pipeline import TrainPipeline
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.methods import build_method
 from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
@@ -109,12 +109,12 @@ def test_ablation_of_mfm_reaches_every_parameter(
 ) -> None:
     config = configured(scenes, f"method.name={name}", *overrides, mfm=True)
     module = build_train_module(config, CLASSES)
-    statistics = [b.clone() for b in batch_norm_buffers(module.student)]
+    statistics = [b.clone() for b in running_statistics(module.student)]
     output = module(batches["source"][0], 1.0, module.term_names[-1])
     assert torch.isfinite(output.total)
     output.total.backward()
     assert_every_parameter_has_a_gradient(module)
-    assert not all(torch.equal(a, b) for a, b in zip(statistics, batch_norm_buffers(module.student), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(statistics, running_statistics(module.student), strict=True))
     if name == "dacs":
         encoder, decoder = (largest_gradient(part) for part in (module.student.backbone, module.student.decoder))
         trains = {"decoder": (False, True), "encoder": (True, False)}.get(config.mfm.trained_parts, (True, True))

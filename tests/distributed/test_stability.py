@@ -91,6 +91,19 @@ def test_all_ranks_skip_and_go_back_together(
     assert steps == list(range(1, 13)), "what was given up is forgotten"
 
 
+@pytest.mark.parametrize("launch", [None, "cpu_ddp", "cpu_zero2", "cpu_zero3"])
+def test_a_step_that_is_not_applied_leaves_no_trace(launch: str | None, scenes: Path, tmp_path: Path) -> None:
+    """Block 3, of the last step, is infinite from the first layer on: no weight and no running statistic has moved."""
+    run = tmp_path / "run"
+    completed = disturbed(run, scenes, "3", "activation", "train.steps=2", "checkpoint.every=1", launch=launch)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert [event["step"] for event in of_kind(run, "skipped_step")] == [2]
+    before, after = (checkpoint_tensors(run / "checkpoints" / f"step_0000000{step}") for step in (1, 2))
+    assert any(name.endswith("running_var") for name in before)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert [name for name in moved if not name.endswith("num_batches_tracked")] == [], "a count that nothing reads"
+
+
 def test_a_step_for_which_a_rank_has_no_data_is_none(scenes: Path, tmp_path: Path) -> None:
     """Rank 1 has none from the fourth on, and the third is skipped; the same command goes on as if undisturbed."""
     run, other = tmp_path / "run", tmp_path / "undisturbed"

@@ -1,5 +1,5 @@
-"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss or gradient, or are too large
-for memory (BAD_KIND), and on rank 1 there is no data from block NO_DATA_FROM on, if that is set."""
+"""The training command with planted faults: the micro-batches BAD_BLOCKS give a bad loss, gradient or activation,
+or are too large for memory (BAD_KIND), and on rank 1 there is no data from block NO_DATA_FROM on, if that is set."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def forward_with_faults(self: TrainModule, batch: Any, *arguments: Any) -> StepO
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
     if batch.block in BAD and KIND == "gpu memory":
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+    if batch.block in BAD and KIND == "activation":
+        planted = self.student.backbone.register_forward_pre_hook(lambda _, images: (images[0] * float("inf"),))
+        output = honest_forward(self, batch, *arguments)
+        planted.remove()
+        return output
     output = honest_forward(self, batch, *arguments)
     if batch.block not in BAD:
         return output

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfm_dist.build import build_student, build_train_module
 from mfm_dist.config.schema import MFMSection
-from mfm_dist.inference.evaluation import batch_norm_buffers
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.methods.mfm import keyed_masks, rebuild
 from mfm_dist.models.layers import batch_norm_untracked
 from mfm_dist.models.preprocessing import normalise
@@ -147,7 +147,7 @@ def test_the_mfm_pass_touches_batch_norm_statistics_only_when_asked(weight: floa
     def statistics(*overrides: str, lam: float = weight) -> list[Tensor]:
         module = build_train_module(config_with("method.name=source_only", *overrides), CLASSES)
         module(block(), lam)
-        return batch_norm_buffers(module.student)
+        return running_statistics(module.student)
 
     touched = statistics(f"mfm.update_bn={update_bn}")
     plain = statistics("mfm.enabled=false")
@@ -170,7 +170,7 @@ def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
     module = build_train_module(config_with(), CLASSES)
     teacher = module.teacher
     assert teacher is not None
-    before = [b.clone() for b in batch_norm_buffers(teacher.segmentor)]
+    before = [b.clone() for b in running_statistics(teacher.segmentor)]
     image = normalise(block().target_image)
     for mode in (True, False, True):
         module.train(mode)
@@ -178,7 +178,7 @@ def test_teacher_is_frozen_without_dropout_on_batch_statistics() -> None:
         assert torch.equal(first, teacher(image))  # no dropout in any mode
         # Batch statistics: the answer to an image depends on its neighbour in the batch.
         assert not torch.allclose(first[:1], teacher(image[:1]), atol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(before, batch_norm_buffers(teacher.segmentor), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(teacher.segmentor), strict=True))
 
 
 def test_mfm_changes_neither_the_students_start_nor_its_inference() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from mfm_dist.data.block_pool import BlockPool
+from mfm_dist.errors import ConfigError
 
 
 def test_a_slot_is_free_again_when_the_last_view_of_it_is_gone() -> None:
@@ -44,3 +46,8 @@ def test_the_end_of_a_view_in_a_forked_process_means_nothing() -> None:
     os.waitpid(child, 0)
     assert pool.take() is None
     assert lent.shape == (16,)
+
+
+def test_more_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"take 1,024\.0 GiB in each process.*lower train\.global_batch"):
+        BlockPool(workers=2, slots=512, size=2**30)

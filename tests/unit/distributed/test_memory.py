@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mfm_dist.build import build_train_module
 from mfm_dist.config.loader import load_config
 from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.distributed.start import deepspeed_config, start_engine
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.optim import build_optimizer
 from tests.helpers.classes import CLASSES
 from tests.helpers.modules import SMALL, block
@@ -49,7 +49,7 @@ def two_micro_batches(network: list[str], *overrides: str, weight: float = 0.5) 
         losses = [engine.forward_backward(block(number), weight) for number in (3, 4)]
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert len(gradients) == sum(p.requires_grad for p in module.parameters())
-    return Step(losses, gradients, batch_norm_buffers(module.student), module, held.most)
+    return Step(losses, gradients, running_statistics(module.student), module, held.most)
 
 
 class Held:

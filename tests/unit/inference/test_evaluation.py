@@ -16,9 +16,9 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.data.geometry import resize_box
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.inference.evaluation import (
     OneProcess,
-    batch_norm_buffers,
     evaluate,
     evaluation_mode,
 )
@@ -104,7 +104,7 @@ def test_the_most_probable_class_is_argmax() -> None:
 
 def test_training_mode_and_statistics_survive(tiny_config: RunConfig, scenes: Path) -> None:
     student = build_student(tiny_config, CLASSES).train()
-    before = [b.clone() for b in batch_norm_buffers(student)]
+    before = [b.clone() for b in running_statistics(student)]
     evaluate(
         student,
         EvaluationSet(ShardReader(scenes / "camera_val"), rank=0, world_size=1),
@@ -113,7 +113,7 @@ def test_training_mode_and_statistics_survive(tiny_config: RunConfig, scenes: Pa
         classes=CLASSES,
     )
     assert student.training
-    assert all(torch.equal(a, b) for a, b in zip(before, batch_norm_buffers(student), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(student), strict=True))
 
 
 def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_config: RunConfig, scenes: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.errors import ConfigError
-from mfm_dist.inference.evaluation import batch_norm_buffers
 from mfm_dist.models.activation_checkpointing import checkpoint_blocks, find_blocks, find_stages
 from mfm_dist.models.backbone import Backbone
 from mfm_dist.train_module import batch_norm_untracked
@@ -85,13 +85,13 @@ def test_maps_gradients_statistics_and_draws_are_the_same_bits(name: str, untrac
     """``untracked``: the forward's BatchNorm setting holds in the recomputation, which runs after it was put back."""
     plain, checkpointed = small_backbone(name), small_backbone(name)
     checkpoint_blocks(checkpointed)
-    before = [b.clone() for b in batch_norm_buffers(plain)]
+    before = [b.clone() for b in running_statistics(plain)]
     for ours, theirs in zip(
         gradients(checkpointed, untracked=untracked), gradients(plain, untracked=untracked), strict=True
     ):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    statistics = batch_norm_buffers(plain)
-    assert all(torch.equal(a, b) for a, b in zip(batch_norm_buffers(checkpointed), statistics, strict=True))
+    statistics = running_statistics(plain)
+    assert all(torch.equal(a, b) for a, b in zip(running_statistics(checkpointed), statistics, strict=True))
     unmoved = all(torch.equal(a, b) for a, b in zip(before, statistics, strict=True))
     assert unmoved == (untracked or not statistics)
 
