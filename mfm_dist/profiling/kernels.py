@@ -35,6 +35,7 @@ from mfm_dist.config.arguments import add_run_arguments
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.clipping import Ceilings, clip_factors, is_good, sum_of_squares
+from mfm_dist.distributed.running_statistics import KeptStatistics
 from mfm_dist.distributed.teacher import update_teacher
 from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
 from mfm_dist.optim import build_optimizer
@@ -227,10 +228,13 @@ def count_kernels(config: RunConfig) -> StepCount:
         module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         module.pop_map_squares()  # no buffer: zeros of the meta device, which gradients cannot be added to
         optimizer = build_optimizer(module, config.optim, fused=True)
+        statistics = KeptStatistics(module.student)
     batch = batch.map(fake.from_tensor)
     _watch_parts(counter, module)
     found, inputs, loss = StepCount(counter.parts), None, torch.zeros(())
     with fake, counter:
+        with counter.within("clipping"):
+            statistics.keep()
         for term in module.term_names if config.memory.lean else [None]:
             saved, autocast = Saved({p.untyped_storage()._cdata for p in module.parameters()}), CudaAutocast()
             with ExitStack() as stack:
@@ -248,7 +252,7 @@ def count_kernels(config: RunConfig) -> StepCount:
             found.saved_bytes = max(found.saved_bytes, saved.bytes)
             del output, autocast
         with counter.within("clipping"), torch.no_grad():
-            _clip(optimizer, loss.detach(), config)
+            statistics.put_back(unless=_clip(optimizer, loss.detach(), config))
         with counter.within("first step alone"):  # makes the optimiser's state
             optimizer.step()
         with counter.within("optimiser"):
@@ -282,8 +286,8 @@ def _watch_parts(counter: Counter, module: TrainModule) -> None:
         counter.watch("rebuilder", module.rebuilder)
 
 
-def _clip(optimizer: torch.optim.Optimizer, loss: Tensor, config: RunConfig) -> None:
-    """Do what ``Engine.step`` does between backward and update, in one process."""
+def _clip(optimizer: torch.optim.Optimizer, loss: Tensor, config: RunConfig) -> Tensor:
+    """Do what ``Engine.step`` does between backward and update, in one process; return whether all is well."""
     parts: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
         parts.setdefault(group["part"], []).extend(p.grad for p in group["params"] if p.grad is not None)
@@ -293,6 +297,7 @@ def _clip(optimizer: torch.optim.Optimizer, loss: Tensor, config: RunConfig) -> 
     factors = torch.where(good, clip_factors(norms, limits, config.train.clip_norm), math.nan)
     for gradients, factor in zip(parts.values(), factors, strict=True):
         torch._foreach_mul_(gradients, factor)
+    return good
 
 
 class Saved:
