@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_dist.build import build_train_module
@@ -26,6 +27,7 @@ from mfm_dist.optim import build_optimizer
 from mfm_dist.train_module import TrainModule
 from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block
+from tests.helpers.mutations import vouch
 from tests.helpers.runs import checkpoint_tensors, rewrite_tensors
 
 
@@ -200,6 +202,10 @@ def change(tensors: dict[str, Tensor], name: str, into: Tensor | None, *, key: s
     tensors[key or name] = old if into is None else into
 
 
+def a_variance(tensors: dict[str, Tensor]) -> str:
+    return next(name for name in tensors if name.endswith("running_var"))
+
+
 UNLIKE_A_RUN: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "int8": ("student", lambda t: change(t, min(t), t[min(t)].to(torch.int8)), "is int8"),
     "bool": ("teacher", lambda t: change(t, min(t), t[min(t)] > 0), "is bool"),
@@ -207,6 +213,7 @@ UNLIKE_A_RUN: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] 
     "float16": ("rebuilder", lambda t: change(t, min(t), t[min(t)].half()), "is float16"),
     "nan": ("student", lambda t: t[max(t)].view(-1)[:1].fill_(torch.nan), "not finite"),
     "infinity": ("teacher", lambda t: t[max(t)].view(-1)[:1].fill_(torch.inf), "not finite"),
+    "mean of variances": ("student", lambda t: t[a_variance(t)].fill_(torch.inf), "running_var holds .* not finite"),
     "shape": ("student", lambda t: change(t, min(t), torch.zeros(1)), "another network"),
     "name": ("student", lambda t: change(t, min(t), None, key="other"), "another network"),
     "state's name": ("optimizer", lambda t: change(t, min(t), None, key=f"{min(t)}_cubed"), "another network"),
@@ -238,10 +245,17 @@ def test_tensors_that_no_run_writes_are_refused_under_right_checksums(
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         with pytest.raises(ConfigError, match=reason):
             load_state(found, module, engine)
-        if reason not in ("not finite", "below 0"):
+        if not reason.endswith(("not finite", "below 0")):
             assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items()), kind
     rewrite_tensors(path, whole)
     load_state(read_checkpoint(path), module, engine)
+    statistics = path / "buffers_00000.safetensors"
+    tensors = load_file(statistics)
+    tensors[next(name for name in tensors if "running_var[" in name)].fill_(torch.inf)
+    save_file(tensors, statistics)
+    vouch(path)
+    with pytest.raises(ConfigError, match=r"running_var holds .* not finite"):
+        load_state(read_checkpoint(path), module, engine)
 
 
 def test_a_manifest_cannot_point_outside_its_folder(
