@@ -23,7 +23,8 @@ class KeptStatistics:
     def __init__(self, module: nn.Module) -> None:
         """Lay the module's statistics side by side in memory, so that one kernel copies all of them."""
         buffers = running_statistics(module)
-        self._now = torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.zeros(0)
+        nothing = torch.zeros(0, device=next(module.parameters()).device)
+        self._now = torch.cat([buffer.flatten() for buffer in buffers]) if buffers else nothing
         pieces = self._now.split([buffer.numel() for buffer in buffers])
         for buffer, piece in zip(buffers, pieces, strict=True):
             buffer.data = piece.view_as(buffer)
