@@ -203,7 +203,7 @@ def launcher(log: Path, environments: list[dict[str, str]], arguments: list[str]
         if (process := os.fork()) == 0:
             rank({**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, arguments)
         ranks.append(process)
-    log.with_suffix(".ranks").write_text(json.dumps(ranks))
+    tell(log.with_suffix(".ranks"), json.dumps(ranks))
     code, left, deadline = 0, set(ranks), float("inf")
     while left:
         process, status = os.waitpid(-1, os.WNOHANG)
@@ -216,8 +216,15 @@ def launcher(log: Path, environments: list[dict[str, str]], arguments: list[str]
             end_all(sorted(left), signal.SIGKILL)
         else:
             time.sleep(0.02)
-    log.with_suffix(".code").write_text(str(code))
+    tell(log.with_suffix(".code"), str(code))
     os._exit(code)
+
+
+def tell(path: Path, text: str) -> None:
+    """Write a file that is whole as soon as it is there; somebody waits for it."""
+    unfinished = path.with_suffix(f"{path.suffix}.tmp")
+    unfinished.write_text(text)
+    unfinished.rename(path)
 
 
 def end_all(processes: Sequence[int], number: int) -> None:
