@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """Return the running means and variances of a module's BatchNorm layers, in a fixed order."""
+    """Return the running means and variances of a module's BatchNorm layers, each [channels], in a fixed order."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 
@@ -35,5 +35,5 @@ class KeptStatistics:
         self._before.copy_(self._now)
 
     def put_back(self, *, unless: Tensor) -> None:
-        """Make them again what they were, unless a bool on the device says that the step was applied."""
+        """Make them again what they were, unless a scalar bool on their device says that the step was applied."""
         torch.where(unless, self._now, self._before, out=self._now)
