@@ -53,18 +53,19 @@ class Trackers:
             StorageError: if a tracker cannot write its files.
             ConfigError: if it cannot be started otherwise, e.g. for want of a login.
         """
-        self._trackers: list[GeneralTracker] = []
+        self._started: list[GeneralTracker] = []
         self._excepthook = threading.excepthook
         threading.excepthook = self._pass_over_writers
         for name in dict.fromkeys(config.log.trackers) if enabled else ():
             try:
-                self._trackers.append(_start(name, config, step))
+                self._started.append(_start(name, config, step))
             except OSError as error:
                 raise StorageError(f"log.trackers: {name} cannot write its files: {error}") from error
             except Exception as error:  # each service has errors of its own
                 reason = f"{type(error).__name__}: {error}"
                 problem = f"log.trackers: {name} could not be started ({reason}); mend it or leave it out"
                 raise ConfigError(problem) from error
+        self._trackers = list(self._started)  # without those that have failed
 
     def log(self, values: Mapping[str, float], step: int) -> list[str]:
         """Hand on numbers by name. A tracker that fails is dropped, for no run should end by it.
@@ -95,13 +96,13 @@ class Trackers:
         return problems
 
     def close(self) -> None:
-        """Let them write what they still hold."""
-        for tracker in self._trackers:
+        """Let them write what they still hold, one that failed later what it took before."""
+        for tracker in self._started:
             try:
                 tracker.finish()
             except Exception as error:
                 print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
-        self._trackers = []
+        self._started, self._trackers = [], []
         threading.excepthook = self._excepthook
 
     def _pass_over_writers(self, arguments: threading.ExceptHookArgs) -> None:
