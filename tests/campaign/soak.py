@@ -4,6 +4,9 @@
 python -m tests.campaign.soak [--steps 20000] [--work FOLDER] [--record FILE]
 
 One process trains, with checkpoints and evaluations on the way, and is looked at from outside (/proc) every 100 steps.
+Beside it, on the same core and with it in turns of milliseconds, a bare loop trains a network and keeps nothing. The
+processor's own speed changes by several percent in minutes, where a machine is shared; so a step is counted in
+repetitions of that loop that the same CPU time would have bought meanwhile.
 From step 2,000 on, means of blocks of 500 steps are fitted by a line. Its slope has an upper bound of 95 %, one-sided,
 whose standard error allows for residuals that depend on the one before (AR(1)). The line of the record holds the bounds
 and the blocks.
@@ -13,14 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 
 from mfm_dist.shards.scene_shards import write_scenes
 from mfm_dist.storage import JsonLines
@@ -43,7 +51,7 @@ SETTINGS = ["data.crop=32x32", "model.decoder=segformer", "model.decoder_options
 LARGEST_GROWTH = {"memory_mib": 20.0, "cpu_percent": 1.0}
 """In 10,000 steps, by the upper bound."""
 QUANTILE = 1.697
-"""Student's t, 95 % one-sided, 30 degrees of freedom; there are 36 blocks."""
+"""Student's t, 95 % one-sided, 30 degrees of freedom; there are 35 blocks."""
 
 
 def look(process: int) -> dict[str, float]:
@@ -60,15 +68,45 @@ def look(process: int) -> dict[str, float]:
     }
 
 
-def watch(life: Start, steps: int) -> list[dict[str, float]]:
-    """Look at a run whenever it has logged, until it ends."""
+def repeat(repetitions: Synchronized[int]) -> None:
+    """Train a network on noise for ever, with nothing that could grow: what the trainer's CPU time is measured by."""
+    os.nice(5)  # a quarter of the core
+    torch.set_num_threads(1)
+    network = timm.create_model("test_resnet", num_classes=7)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, foreach=False)
+    images = torch.randn(2, 3, 32, 32)
+    while True:
+        optimizer.zero_grad()
+        network(images).square().mean().backward()
+        optimizer.step()
+        repetitions.value += 1
+
+
+@contextmanager
+def reference() -> Iterator[tuple[int, Synchronized[int]]]:
+    """Run ``repeat`` in a process of its own; give its number and what it counts."""
+    spawned = multiprocessing.get_context("spawn")
+    repetitions: Synchronized[int] = spawned.Value("q", 0)
+    process = spawned.Process(target=repeat, args=(repetitions,), daemon=True)
+    process.start()
+    assert process.pid is not None
+    try:
+        yield process.pid, repetitions
+    finally:
+        process.kill()
+        process.join()
+
+
+def watch(life: Start, steps: int, beside: tuple[int, Synchronized[int]]) -> list[dict[str, float]]:
+    """Look at a run, and at what runs beside it, whenever it has logged, until it ends."""
     looks: list[dict[str, float]] = []
     while life.launcher.poll() is None:
         step = last_step(life.run)
         if step and step < steps and (not looks or step > looks[-1]["step"]):
-            looks.append({"step": step, **look(life.launcher.pid)})
+            other = {"repetitions": beside[1].value, "reference_seconds": look(beside[0])["cpu_seconds"]}
+            looks.append({"step": step, **look(life.launcher.pid), **other})
             JsonLines(life.run.with_suffix(".jsonl")).append(looks[-1])
-        time.sleep(0.1)
+        time.sleep(0.05)
     return looks
 
 
@@ -89,12 +127,17 @@ def judged(looks: Sequence[dict[str, float]]) -> dict[str, Any]:
     counted = looks[start:]
     for begin in range(0, len(counted) - per_block, per_block):
         inside = counted[begin : begin + per_block + 1]
-        cpu = (inside[-1]["cpu_seconds"] - inside[0]["cpu_seconds"]) / (inside[-1]["step"] - inside[0]["step"])
+        passed = {name: inside[-1][name] - inside[0][name] for name in inside[0]}
+        a_step = passed["cpu_seconds"] / passed["step"]
+        a_repetition = passed["reference_seconds"] / passed["repetitions"]
         memory = float(np.mean([one["memory_mib"] for one in inside[1:]]))
-        blocks.append({"step": inside[-1]["step"], "memory_mib": round(memory, 2), "cpu_ms": round(1000 * cpu, 3)})
+        blocks.append({
+            "step": inside[-1]["step"], "memory_mib": round(memory, 2), "cpu_ms": round(1000 * a_step, 3),
+            "reference_ms": round(1000 * a_repetition, 3), "repetitions_a_step": round(a_step / a_repetition, 4),
+        })  # fmt: skip
     each = 10_000 / BLOCK
     memory, memory_bound = slope_bound(np.array([block["memory_mib"] for block in blocks]))
-    times = np.array([block["cpu_ms"] for block in blocks])
+    times = np.array([block["repetitions_a_step"] for block in blocks])
     cpu, cpu_bound = slope_bound(times / times.mean())
     growth = {"memory_mib": memory * each, "cpu_percent": 100 * cpu * each}
     bounds = {"memory_mib": memory_bound * each, "cpu_percent": 100 * cpu_bound * each}
@@ -122,12 +165,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenes, run = work / "scenes", work / f"run_{int(time.time())}"
     write_scenes(scenes, train=6, val=1, size=(32, 64), seed=0, shard_size=5, workers=1, report=lambda _: None)
     settings = [*tiny_overrides(scenes, run), *SETTINGS, f"train.steps={arguments.steps}"]
-    life = Start(run, settings, launch=None)
-    try:
-        looks = watch(life, arguments.steps)
-    finally:
-        for process in family(life.launcher.pid):
-            kill(process)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of what is started from here on
+    with reference() as beside:
+        life = Start(run, settings, launch=None)
+        os.sched_setaffinity(0, cores)
+        try:
+            looks = watch(life, arguments.steps, beside)
+        finally:
+            for process in family(life.launcher.pid):
+                kill(process)
     assert life.launcher.returncode == 0, life.log.read_text()[-3000:]
     line = {"steps": arguments.steps, "settings": SETTINGS, **judged(looks), **provenance(REPOSITORY)}
     JsonLines(arguments.record).append(line)
