@@ -8,11 +8,11 @@
 
 PLAN is a name in configs/lab/plans or a file. A run is an arm of the plan on a bed, for one seed; its figure is the
 mean target mIoU at 80, 90 and 100 % of its steps. Every finished run, failed ones too, is appended at once to
-RECORDS/lab_BED.jsonl. Runs of one bed and seed with the same overrides are the same run, whichever plan asked for it.
-What ran on a GPU and what did not are kept apart: with --gpu every command knows the one, without it the other.
-Nothing runs from a clone with uncommitted changes, for a record names its commit. Interrupted runs go on from their
-folder if they could save, and begin again if not. Exit codes: 0 done, 1 runs failed, 2 wrong arguments or plan,
-130 interrupted.
+RECORDS/lab_BED.jsonl, with what its probe and its instruments say of the Rebuilder. Runs of one bed and seed with the
+same overrides are the same run, whichever plan asked for it. What ran on a GPU and what did not are kept apart: with
+--gpu every command knows the one, without it the other. Nothing runs from a clone with uncommitted changes, for a
+record names its commit. Interrupted runs go on from their folder if they could save, and begin again if not. Exit
+codes: 0 done, 1 runs failed, 2 wrong arguments or plan, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from mfm_dist.run.folder import OUTCOME
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import whole
 from mfm_dist.report.paired import holm, paired_difference
+from mfm_dist.storage import JsonLines
 from tools.lab_runs import BEDS, OUTCOMES, PLANS, SCORED_AT, Plan, Records, Run, read_plan
 
 SOURCES = ("mfm_dist", "tools", "configs", "setup.py", "constraints.txt")
@@ -55,6 +56,8 @@ PROBE = Path("tools/probe_rebuilder.py")
 SECONDS_A_STEP = {"stride8": (0.12, 0.20), "aligned": (0.12, 0.20), "stride32": (0.27, 0.70)}
 """DACS without and with MFM, ten evaluations shared out: CPU time of short runs on one core (AMD EPYC), stride 8 for
 aligned too. An estimate for beds that have no record yet."""
+INSTRUMENTS = ("mfm/", "rebuilder/")
+"""How names begin of what a run logs about its Rebuilder (docs/stability.md)."""
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
@@ -110,8 +113,9 @@ class Lab:
             record = {
                 "question": self.plan.name, "bed": run.bed, "arm": run.arm, "overrides": list(run.overrides),
                 "seed": run.seed, "commit": self.commit, "machine": self.machine, **device_of(folder),
-                **scores_of(run, folder), "probe": None, "seconds": round(time.monotonic() - begun, 1),
-                "resumed": resumed, "code": code, "reason": reason_of(folder, code),
+                **scores_of(run, folder), "instruments": instruments_of(run, folder), "probe": None,
+                "seconds": round(time.monotonic() - begun, 1), "resumed": resumed, "code": code,
+                "reason": reason_of(folder, code),
             }  # fmt: skip
             if code == EXIT_DONE and not why_no_probe(run.config):
                 record["probe"] = await self._probe(folder)
@@ -179,6 +183,22 @@ def scores_of(run: Run, folder: Path) -> dict[str, Any]:
     return {"evaluations": {str(step): miou for step, miou in by_step.items()}, "figure": figure}
 
 
+def instruments_of(run: Run, folder: Path) -> dict[str, dict[str, float]]:
+    """Return what a run logged of MFM and the Rebuilder: the mean of its lines, and of those of its last fifth."""
+    lines, last = JsonLines(folder / "metrics.jsonl"), SCORED_AT[0] * run.config.train.steps
+    kept = [
+        {name: line[name] for name in line if name.startswith(INSTRUMENTS)} | {"step": line["step"]} for line in lines
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for name in sorted(set().union(*kept) - {"step"}):
+        values = {line["step"]: line[name] for line in kept if line.get(name) is not None}
+        late = [value for step, value in values.items() if step > last]
+        found[name] = {"mean": statistics.fmean(values.values())}
+        if late:
+            found[name]["late"] = statistics.fmean(late)
+    return found
+
+
 def reason_of(folder: Path, code: int) -> str:
     """Say how a run ended: what it wrote itself, else the last line of its output."""
     outcome = json.loads((folder / OUTCOME).read_text()) if (folder / OUTCOME).exists() else {}
@@ -231,17 +251,39 @@ def collect(plan: Plan, records: Records) -> dict[str, Any]:
         # What has no p-value, because runs diverged, counts as not shown.
         for row, p in zip(contrasts, holm([_or(row.get("p"), 1.0) for row in contrasts]), strict=True):
             row["p_holm"] = p
+    arms = []
+    for (bed, arm), values in figures.items():
+        alike = [line for run, line in known.items() if (run.bed, run.arm) == (bed, arm)]
+        arms.append({"bed": bed, "arm": arm, "by_seed": values, "works": works(alike)})
     return {
         "plan": plan.name,
         "confirmed": plan.confirmed,
         "on_record": len(known),
         "runs": len(plan.runs),
-        "arms": [{"bed": bed, "arm": arm, "by_seed": values} for (bed, arm), values in figures.items()],
+        "arms": arms,
         "contrasts": contrasts,
         "diverged": diverged,
         "commits": sorted({line["commit"] for line in known.values()}),
         "machines": sorted({json.dumps(line["machine"], sort_keys=True) for line in known.values()}),
     }
+
+
+def works(lines: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Tell from records of an arm whether its Rebuilder does its task; means of the runs that say so.
+
+    Returns:
+        ``over_diffusion``: agreement with the pseudo-label on hidden pixels, minus that of averaged neighbours;
+        ``loss_hidden`` of the last fifth of the steps; ``lambda_eff``, the mean of all steps.
+    """
+    probes = [(line.get("probe") or {}).get("rebuilder_minus_diffusion") for line in lines]
+    logged = [line.get("instruments") or {} for line in lines]
+    every = {
+        "over_diffusion": probes,
+        "loss_hidden": [said.get("mfm/loss_hidden", {}).get("late") for said in logged],
+        "lambda_eff": [said.get("mfm/lambda_eff", {}).get("mean") for said in logged],
+    }
+    there = {name: [value for value in values if value is not None] for name, values in every.items()}
+    return {name: statistics.fmean(values) if values else None for name, values in there.items()}
 
 
 def _or(value: float | None, otherwise: float) -> float:
@@ -250,14 +292,17 @@ def _or(value: float | None, otherwise: float) -> float:
 
 def show_results(results: dict[str, Any]) -> str:
     """Return what was collected, for people."""
-    lines = [f"{'bed':<10} {'arm':<24} {'mean':>6}  by seed"]
+    lines = [f"{'bed':<10} {'arm':<24} {'mean':>6} {'over diffusion':>14} {'hidden loss':>11} {'lambda':>6}  by seed"]
     for row in results["arms"]:
         seeds = ", ".join(f"{seed}: {value:.2f}" for seed, value in sorted(row["by_seed"].items()))
         mean = f"{statistics.fmean(row['by_seed'].values()):.2f}" if seeds else ""
-        lines.append(f"{row['bed']:<10} {row['arm']:<24} {mean:>6}  {seeds}")
-    lines += ["", f"{'bed':<10} {'contrast':<40} {'n':>2} {'mean':>7} {'95 %':>7} {'p':>7} {'Holm':>7}"]
+        said = zip(row["works"].values(), ("+14.3f", "11.3f", "6.2f"), (14, 11, 6), strict=True)
+        cells = [" " * wide if value is None else format(value, form) for value, form, wide in said]
+        lines.append(f"{row['bed']:<10} {row['arm']:<24} {mean:>6} {' '.join(cells)}  {seeds}")
+    lines += ["", f"{'bed':<10} {'contrast':<40} {'n':>2} {'mean':>7} {'95 %':>7} {'least':>7} {'p':>7} {'Holm':>7}"]
     for row in results["contrasts"]:
-        values = [(row.get("mean"), "+.2f"), (row.get("half_width"), ".2f"), (row.get("p"), ".4f")]
+        values = [(row.get("mean"), "+.2f"), (row.get("half_width"), ".2f"),
+                  (min(row["by_seed"].values(), default=None), "+.2f"), (row.get("p"), ".4f")]  # fmt: skip
         cells = ["" if value is None else format(value, form) for value, form in [*values, (row["p_holm"], ".4f")]]
         name = f"{row['first']} - {row['second']}"
         lines.append(

@@ -80,7 +80,8 @@ def fill(plan: Plan, folder: Path, figures: dict[tuple[str, int], float | None])
     for one in plan.runs:
         if (one.arm, one.seed) in figures:
             figure = figures[one.arm, one.seed]
-            records.append(record(one, figure, code=0 if figure is not None else 5))
+            said = {"mfm/lambda_eff": {"mean": 0.5}} if one.config.mfm.enabled else {}
+            records.append(record(one, figure, code=0 if figure is not None else 5, instruments=said))
     return records
 
 
@@ -97,6 +98,7 @@ def test_differences_are_paired_by_seed_and_corrected_when_all_is_there(tmp_path
     assert row["half_width"] == pytest.approx(12.706, rel=1e-4)
     assert row["p_holm"] == pytest.approx(2 * row["p"])
     assert "mfm - dacs" in show_results(results)
+    assert {row["arm"]: row["works"]["lambda_eff"] for row in results["arms"]} == {"dacs": None, "mfm": 0.5}
     draw(results, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
@@ -138,6 +140,12 @@ def test_runs_are_trained_once_and_a_failure_is_on_record_with_its_reason(
     scores = trained["evaluations"]
     assert sorted(map(int, scores)) == list(range(11))
     assert trained["figure"] == pytest.approx((scores["8"] + scores["9"] + scores["10"]) / 3)
+    instruments = trained["instruments"]
+    assert set(instruments["mfm/loss_hidden"]) == {"mean", "late"}
+    logged = [json.loads(line) for line in next((tmp_path / "runs").glob("*/mfm_*/*/metrics.jsonl")).open()]
+    late = [line["mfm/loss_hidden"] for line in logged if line["step"] > 8]
+    assert instruments["mfm/loss_hidden"]["late"] == pytest.approx(sum(late) / len(late))
+    assert (instruments["mfm/lambda_eff"]["mean"], failed["instruments"]) == (1.0, {})
     assert (failed["code"], failed["figure"], "absent" in failed["reason"]) == (2, None, True)
     assert not list((tmp_path / "runs").glob("stride8/mfm_*/*/checkpoints"))
     capsys.readouterr()
