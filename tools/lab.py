@@ -220,11 +220,11 @@ def show_plan(plan: Plan, records: Records) -> str:
     for bed, arm in product(plan.beds, plan.arms):
         runs = [run for run in plan.runs if (run.bed, run.arm) == (bed, arm)]
         done, config = sum(run in known for run in runs), runs[0].config
-        alike = [line for line in lines if line["bed"] == bed and not line["resumed"]]
+        alike = [line for line in lines if line["bed"] == bed and line["figure"] is not None and not line["resumed"]]
         same = [line for line in alike if tuple(line["overrides"]) == runs[0].overrides]
-        measured = [line["seconds"] for line in same or alike]
+        measured = [line["seconds"] / max(map(int, line["evaluations"])) for line in same or alike]
         a_step = SECONDS_A_STEP.get(bed, max(SECONDS_A_STEP.values()))[config.mfm.enabled]
-        seconds = statistics.median(measured) if measured else a_step * config.train.steps
+        seconds = config.train.steps * (statistics.median(measured) if measured else a_step)
         rest += seconds * (len(runs) - done)
         guess = "" if same else "  (of this bed's other runs)" if alike else "  (of short runs)"
         shown.append(f"{bed:<10} {arm:<24} {done:>4} of {len(runs):<2} {seconds:>7.0f}{guess}")

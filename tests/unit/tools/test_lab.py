@@ -37,7 +37,8 @@ def write_plan(folder: Path, **changes: Any) -> Path:
 def record(one: Run, figure: float | None, **changes: Any) -> dict[str, Any]:
     """What a run leaves on record."""
     base = {"bed": one.bed, "arm": one.arm, "overrides": list(one.overrides), "seed": one.seed, "figure": figure}
-    said = {"code": 0, "device": "cpu", "seconds": 60.0, "resumed": False, "commit": COMMIT, "machine": {"cpu": "x"}}
+    said = {"code": 0, "device": "cpu", "seconds": 3600.0, "resumed": False, "commit": COMMIT, "machine": {"cpu": "x"}}
+    said["evaluations"] = {"0": 1.0, "750": figure}  # half of the bed's steps
     return base | said | changes
 
 
@@ -91,7 +92,7 @@ def test_differences_are_paired_by_seed_and_corrected_when_all_is_there(tmp_path
     records = fill(plan, tmp_path / "a", figures)
     (row, _) = collect(plan, records)["contrasts"]
     assert (row["by_seed"], row["half_width"], row["p_holm"]) == ({1: 1.0}, None, None)
-    assert "3 of 4 on record; the rest: 0.0 core-hours" in show_plan(plan, records)
+    assert "3 of 4 on record; the rest: 2.0 core-hours" in show_plan(plan, records)
     results = collect(plan, fill(plan, tmp_path / "b", figures | {("mfm", 2): 63.0}))
     row = results["contrasts"][0]
     assert (row["mean"], row["by_seed"]) == (2.0, {1: 1.0, 2: 3.0})
