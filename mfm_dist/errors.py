@@ -157,6 +157,21 @@ def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     return told
 
 
+def ended_from_outside(error: Exception) -> str | None:
+    """Say what outside of this process ended it, where an error tells of that: a traceback would not help.
+
+    PyTorch raises ``RuntimeError`` for all of it; which it is, its text tells.
+    """
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if "gloo/transport/" in said:
+        return "another process of the job is gone: killed, failed or cut off"
+    if said.startswith("DataLoader worker"):
+        return "a loader worker is gone, perhaps killed for want of memory, of which a smaller data.workers takes less"
+    if isinstance(error, MemoryError) or "can't allocate memory" in said or said == "can't start new thread":
+        return "this machine has no more memory or threads, or this process may not take more"
+    return None
+
+
 def first_line(error: Exception) -> str:
     """Return what an error says, without the lines that follow; its kind if it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

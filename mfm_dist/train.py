@@ -39,6 +39,7 @@ from mfm_dist.errors import (
     OutOfMemoryError,
     StorageError,
     UserError,
+    ended_from_outside,
     first_line,
     joined,
 )
@@ -83,9 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             mistake = storage_error(error, folder)
         if mistake is not None:
             return tell(mistake, launch.rank, folder, step=step, owned=owned)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if outside := ended_from_outside(error):
+            reason = f"rank {launch.rank}: {outside} ({reason})"
+            print(reason, file=sys.stderr, flush=True)
         if folder is not None and owned and not (folder / OUTCOME).exists():  # the first rank to fail says why
-            reason = f"{type(error).__name__}: {first_line(error)}"
             write_outcome(folder, code=EXIT_ERROR, reason=reason, step=step, owned=True)
+        if outside:
+            return EXIT_ERROR
         raise
 
 

@@ -104,8 +104,8 @@ class Round:
         self.expect(code is None or says in str(outcome.get("reason")), f"the reason is not told: {outcome}")
         if code is not None and code != 0:
             self.expect(outcome["step"] >= self.notes["step"], f"{outcome} is of a step before the last one logged")
-        # A rank that loses its peer in an exchange prints gloo's error, beside what the peer says of its own.
-        self.notes["traceback"] = bool(re.search(r'File "[^"]*mfm_dist/(?!train\.py)', output))
+        traceback = re.search(r'Traceback(?s:.*)File "[^"]*mfm_dist/(?s:.*)', output)
+        self.expect(traceback is None, f"a traceback: {traceback and traceback[0][:100] + traceback[0][-1500:]}")
 
     def finish(self, same_bits: bool = True) -> None:
         """Give the command again, to the end, and compare."""

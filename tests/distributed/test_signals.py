@@ -44,8 +44,8 @@ def start(long_scenes: Path) -> Iterator[Callable[..., Start]]:
 
 
 @pytest.mark.slow
-def test_a_run_disturbed_four_times_ends_like_an_undisturbed_one(start: Callable[..., Start], tmp_path: Path) -> None:
-    """Its launcher is killed, it is warned by Slurm, a rank hangs, and it is stopped in the last evaluation."""
+def test_a_run_disturbed_five_times_ends_like_an_undisturbed_one(start: Callable[..., Start], tmp_path: Path) -> None:
+    """Its launcher is killed, a rank is, Slurm warns it, a rank hangs, and it is stopped in the last evaluation."""
     run = tmp_path / "run"
     events = run / "events.jsonl"
     undisturbed = start(tmp_path / "undisturbed")
@@ -60,6 +60,16 @@ def test_a_run_disturbed_four_times_ends_like_an_undisturbed_one(start: Callable
     assert set(ranks.values()) < set(everyone)
     life.launcher.kill()
     wait_until(lambda: not any(map(is_running, everyone)), seconds=5, what="everyone gone")
+
+    # kill -9 of a rank: the other says that it has lost it, in a line.
+    life = start(run)
+    ranks = life.wait_for_ranks(2)
+    life.wait_for_step(9)
+    os.kill(ranks[1], signal.SIGKILL)
+    output = life.output()
+    assert "trainer.py" not in output, "a traceback"
+    assert "rank 0: another process of the job is gone" in output
+    assert life.outcome()["code"] == 1
 
     # USR1 as Slurm sends it, to the launcher and to every rank, which the launcher then warns again.
     life = start(run)
