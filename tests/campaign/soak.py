@@ -143,14 +143,14 @@ def judged(looks: Sequence[dict[str, float]]) -> dict[str, Any]:
     bounds = {"memory_mib": memory_bound * each, "cpu_percent": 100 * cpu_bound * each}
     above = [name for name, bound in bounds.items() if bound > LARGEST_GROWTH[name]]
     problems = [f"{name}: up to {bounds[name]:.2f} in 10,000 steps" for name in above]
-    # The most in a block: while a checkpoint is written there is one more of each.
-    most = {
-        name: [int(max(one[name] for one in looks)) for looks in (counted[:per_block], counted[-per_block:])]
+    # The least in a block: a look may come while a checkpoint is written, which holds one more of each.
+    least = {
+        name: [int(min(one[name] for one in looks)) for looks in (counted[:per_block], counted[-per_block:])]
         for name in ("descriptors", "threads")
     }
-    problems += [f"{name}: {early} at the beginning, {late} at the end" for name, (early, late) in most.items()
+    problems += [f"{name}: {early} at the beginning, {late} at the end" for name, (early, late) in least.items()
                  if early != late]  # fmt: skip
-    return {"growth_in_10000_steps": growth, "upper_bounds": bounds, "most_in_first_and_last_block": most,
+    return {"growth_in_10000_steps": growth, "upper_bounds": bounds, "least_in_first_and_last_block": least,
             "problems": problems, "blocks": blocks}  # fmt: skip
 
 

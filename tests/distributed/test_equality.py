@@ -168,22 +168,33 @@ def large_alone(large_data: Path) -> dict[str, Any]:
     return trained(large_data, large_data.with_name("alone"), *LARGE, launch=None, steps=20, timeout=HOUR)
 
 
+@pytest.fixture(scope="module")
+def large_last_bits(large_data: Path, large_alone: dict[str, Any]) -> dict[str, float]:
+    """How far initial weights that differ in their last bits lead one process away from itself."""
+    folder, said = large_data.with_name("other"), {"otherwise": "last_bits", "steps": 20, "timeout": HOUR}
+    other = trained(large_data, folder, *LARGE, launch=None, **said)
+    shutil.rmtree(folder)
+    return differences(other, large_alone, initial_state(large_data, *LARGE))
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("launch", ["cpu_zero2", "cpu_zero3"])
 def test_the_large_preset_trains_as_one_and_resumes_bit_for_bit(
     launch: str,
     large_data: Path,
     large_alone: dict[str, Any],
+    large_last_bits: dict[str, float],
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """20 steps; the peak is the resident size of the largest process."""
+    """20 steps: as near as 1e-4 of the movement, or twice as far as last bits lead where they lead further."""
     run = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     peaks = {name: one["metrics"][-1]["memory_gib"] for name, one in (("alone", large_alone), (launch, run))}
-    record_property("peak_gib", peaks)
-    initial = initial_state(large_data, *LARGE)
-    record_property("difference_over_movement", differences(run, large_alone, initial))
-    assert_same_training(run, large_alone, initial)
+    record_property("peak_gib", peaks)  # the resident size of the largest process
+    found = differences(run, large_alone, initial_state(large_data, *LARGE))
+    record_property("difference_over_movement", {launch: found, "last_bits": large_last_bits})
+    for part, difference in found.items():
+        assert difference <= max(1e-4, 2 * large_last_bits[part]), part
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
     again = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     for part, tensors in run["state"].items():
