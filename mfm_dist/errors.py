@@ -6,6 +6,7 @@ Bad data has three names. ``DataError``: the run stops. ``BadSample``: one sampl
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -167,7 +168,11 @@ def ended_from_outside(error: Exception) -> str | None:
         return "another process of the job is gone: killed, failed or cut off"
     if said.startswith("DataLoader worker"):
         return "a loader worker is gone, perhaps killed for want of memory, of which a smaller data.workers takes less"
-    if isinstance(error, MemoryError) or "can't allocate memory" in said or said == "can't start new thread":
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "this process, or this machine, may not open more files (ulimit -n)"
+    out_of_memory = isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in said
+    if out_of_memory or said == "can't start new thread":
         return "this machine has no more memory or threads, or this process may not take more"
     return None
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -44,6 +47,17 @@ class KilledWhileReading(Dataset[int]):
         return 0
 
 
+@contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Let no more files be opened."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_what_came_from_outside_is_told_from_mistakes_of_ours() -> None:
     """A rank that loses another one: tests/distributed/test_signals.py."""
     with pytest.raises(RuntimeError) as caught:
@@ -53,6 +67,9 @@ def test_what_came_from_outside_is_told_from_mistakes_of_ours() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert "no more memory" in str(ended_from_outside(caught.value))
     assert "no more memory" in str(ended_from_outside(MemoryError()))
+    with without_descriptors(), pytest.raises(OSError, match="Too many open files") as full:
+        os.pipe()
+    assert "may not open more files" in str(ended_from_outside(full.value))
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) + torch.zeros(3)
     assert ended_from_outside(caught.value) is None
