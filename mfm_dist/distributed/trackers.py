@@ -101,7 +101,8 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
+                if tracker in self._trackers:  # of the others it has been told
+                    print(f"{tracker.name} could not finish: {type(error).__name__}: {error}", flush=True)
         self._started, self._trackers = [], []
         threading.excepthook = self._excepthook
 

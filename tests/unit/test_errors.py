@@ -51,7 +51,7 @@ class KilledWhileReading(Dataset[int]):
 def without_descriptors() -> Iterator[None]:
     """Let no more files be opened."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))  # what is open stays open
     try:
         yield
     finally:
