@@ -187,14 +187,14 @@ def test_the_large_preset_trains_as_one_and_resumes_bit_for_bit(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """20 steps: as near as 1e-4 of the movement, or twice as far as last bits lead where they lead further."""
+    """20 steps: student and teacher within 1e-4 of the movement, the Rebuilder within twice what last bits do."""
     run = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     peaks = {name: one["metrics"][-1]["memory_gib"] for name, one in (("alone", large_alone), (launch, run))}
     record_property("peak_gib", peaks)  # the resident size of the largest process
     found = differences(run, large_alone, initial_state(large_data, *LARGE))
     record_property("difference_over_movement", {launch: found, "last_bits": large_last_bits})
-    for part, difference in found.items():
-        assert difference <= max(1e-4, 2 * large_last_bits[part]), part
+    limits = {"student": 1e-4, "teacher": 1e-4, "rebuilder": 2 * large_last_bits["rebuilder"]}
+    assert all(found[part] <= limit for part, limit in limits.items()), f"{found}, allowed {limits}"
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
     again = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     for part, tensors in run["state"].items():
