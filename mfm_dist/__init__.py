@@ -1,7 +1,7 @@
 """Distributed training of Masked Feature Modeling (MFM) for domain-adaptive semantic segmentation.
 
-For a training loop of one's own (docs/your_loop.md) there are ``Rebuilder``, ``draw_mask``, ``masked_features_loss``
-and ``confidence_weight``; for what was trained, ``load``.
+For a training loop of one's own (docs/your_loop.md) there are ``Rebuilder``, ``draw_mask`` and
+``masked_features_loss``; for what was trained, ``load``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
 
     from mfm_dist.inference.segmentor import TrainedSegmentor
-    from mfm_dist.methods.mfm import confidence_weight, draw_mask, masked_features_loss
+    from mfm_dist.methods.mfm import draw_mask, masked_features_loss
     from mfm_dist.models.rebuilder import Rebuilder
 
 __version__ = "0.1.0"
-__all__ = ["Rebuilder", "confidence_weight", "draw_mask", "load", "masked_features_loss"]
+__all__ = ["Rebuilder", "draw_mask", "load", "masked_features_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -286,7 +286,7 @@ class MFMSection:
     """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
     target_weight: Literal["pseudo_weight", "confidence"] = "pseudo_weight"
     """Weight of a target pixel: the pseudo-weight, one for the whole micro-batch (MFM), or the teacher's confidence
-    there, 0 up to one half and 1 at 1."""
+    there, 0 up to one half and 1 at 1, which did harm in the lab (docs/stability.md)."""
     gradient_budget: FloatFrom0 = 0.0
     """Largest gradient that the term may send to the encoder's last map, as a share of the method's own gradient there
     (both averaged over steps): above it the weight is lowered. 0: no limit, as in MFM; stable: 0.5."""

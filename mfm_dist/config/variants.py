@@ -8,7 +8,7 @@ from typing import Any
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "paper": {},
     "stable": {
-        "mfm": {"loss_on": "hidden", "target_weight": "confidence", "mask": "exact", "gradient_budget": 0.5},
+        "mfm": {"loss_on": "hidden", "mask": "exact", "gradient_budget": 0.5},
         "rebuilder": {"qk_norm": True, "depth_scaling": True, "readout": 2, "fill": True},
         "optim": {"rebuilder_betas": [0.9, 0.95], "rebuilder_warmup": 0.025, "rebuilder_base_width": 512},
     },

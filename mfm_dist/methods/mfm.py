@@ -66,7 +66,7 @@ def masked_features_loss(
         decode: the decoder.
         mask: bool [B, rows, cols] over the Rebuilder's grid, True = hidden (``draw_mask``), on any device.
         label: integer [B, H, W], of the teacher for a target image; ``IGNORE_INDEX`` counts for nothing.
-        weight: float [B, H, W], the teacher's pseudo-weight (MFM), or ``confidence_weight``.
+        weight: float [B, H, W], the teacher's pseudo-weight (MFM).
         loss_on: pixels that count: every one (MFM), or the hidden ones. Their loss is divided by their share of the
             micro-batch, so that lambda weighs a hidden pixel the same at any mask ratio.
     """

@@ -35,10 +35,9 @@ SGD = ["optim.name=sgd", "optim.lr=0.025", "optim.decoder_lr_factor=1", "optim.r
 ADAMW = ["optim.name=adamw", "optim.eps=1e-4", "optim.lr=1e-3", "optim.rebuilder_lr=0.5", "train.clip_norm=0.001",
          "self_training.pseudo_threshold=0", WIDE]  # fmt: skip
 """Clipped hard, so that gradients stay below epsilon: above it AdamW raises small ones to the size of large ones."""
-STABLE = [*ADAMW, "rebuilder.variant=stable", "mfm.target_weight=pseudo_weight", "mfm.loss_weight=4",
-          "rebuilder.depth=3", "optim.rebuilder_lr=0.05", "train.steps=6"]  # fmt: skip
-"""The variant that grows, with its optimiser and a gradient budget that binds; no pixel of a random teacher is surer
-than one half, so its weight is the paper's."""
+STABLE = [*ADAMW, "rebuilder.variant=stable", "mfm.loss_weight=4", "rebuilder.depth=3",
+          "optim.rebuilder_lr=0.05", "train.steps=6"]  # fmt: skip
+"""The variant that grows, with its optimiser and a gradient budget that binds."""
 INSTRUMENTS = ("mfm/loss_hidden", "mfm/loss_visible", "mfm/grad_ratio", "mfm/lambda_eff", "rebuilder/max_logit",
                "rebuilder/update_rms", "rebuilder/update_over_weight")  # fmt: skip
 LARGER = [*SGD, "train.global_batch=8"]
