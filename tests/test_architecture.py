@@ -53,7 +53,7 @@ DOORS = {
     "av": ("mfm_dist/inference/video.py",),
     "huggingface_hub": ("mfm_dist/export.py", "mfm_dist/models/backbone.py"),
     "jinja2": ("mfm_dist/report/",),
-    "matplotlib": ("mfm_dist/report/", "mfm_dist/profiling/plan_command.py", "tools/lab.py"),
+    "matplotlib": ("mfm_dist/report/", "mfm_dist/profiling/plan_command.py", "tools/lab_results.py"),
     "mfm_dist.shards": ("mfm_dist/shards/", "mfm_dist/build.py", "tools/"),
     "mfm_dist.scenes": ("mfm_dist/scenes/", "mfm_dist/shards/", "tools/"),
 }

@@ -9,7 +9,7 @@
 PLAN is a name in configs/lab/plans or a file. A run is an arm of the plan on a bed, for one seed; its figure is the
 mean target mIoU at 80, 90 and 100 % of its steps. Every finished run, failed ones too, is appended at once to
 RECORDS/lab_BED.jsonl, with what its probe and its instruments say of the Rebuilder. Runs of one bed and seed with the
-same overrides are the same run, whichever plan asked for it. What ran on a GPU and what did not are kept apart: with
+same settings are the same run, whichever plan asked for it. What ran on a GPU and what did not are kept apart: with
 --gpu every command knows the one, without it the other. Nothing runs from a clone with uncommitted changes, for a
 record names its commit. Interrupted runs go on from their folder if they could save, and begin again if not. Exit
 codes: 0 done, 1 runs failed, 2 wrong arguments or plan, 130 interrupted.
@@ -28,9 +28,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -46,8 +46,8 @@ from mfm_dist.run.folder import OUTCOME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import whole
-from mfm_dist.report.paired import holm, paired_difference
 from mfm_dist.storage import JsonLines
+from tools.lab_results import collect, draw, show_results
 from tools.lab_runs import BEDS, OUTCOMES, PLANS, SCORED_AT, Plan, Records, Run, read_plan
 
 SOURCES = ("mfm_dist", "tools", "configs", "setup.py", "constraints.txt")
@@ -112,8 +112,10 @@ class Lab:
             code = await self._execute(["-m", "mfm_dist.train", "--config", bed, *said], folder / "train")
             record = {
                 "question": self.plan.name, "bed": run.bed, "arm": run.arm, "overrides": list(run.overrides),
-                "seed": run.seed, "commit": self.commit, "machine": self.machine, **device_of(folder),
+                "settings": run.settings, "seed": run.seed, "commit": self.commit, "machine": self.machine,
+                **device_of(folder),
                 **scores_of(run, folder), "instruments": instruments_of(run, folder), "probe": None,
+                "events": dict(Counter(line["event"] for line in JsonLines(folder / "events.jsonl"))),
                 "seconds": round(time.monotonic() - begun, 1), "resumed": resumed, "code": code,
                 "reason": reason_of(folder, code),
             }  # fmt: skip
@@ -175,12 +177,13 @@ def device_of(folder: Path) -> dict[str, Any]:
 
 
 def scores_of(run: Run, folder: Path) -> dict[str, Any]:
-    """Return the target mIoU by step, and the figure; None where one of its evaluations is missing."""
+    """Return the target mIoU by step, the figure, None where one of its evaluations is missing, and the last IoUs."""
     found = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
     by_step = {scores["step"]: scores["miou"] for scores in found if scores["miou"] is not None}
     scored = [by_step[step] for step in run.scored_steps if by_step.get(step) is not None]
     figure = statistics.fmean(scored) if len(scored) == len(SCORED_AT) else None
-    return {"evaluations": {str(step): miou for step, miou in by_step.items()}, "figure": figure}
+    evaluations = {str(step): miou for step, miou in by_step.items()}
+    return {"evaluations": evaluations, "figure": figure, "iou": found[-1]["iou"] if found else None}
 
 
 def instruments_of(run: Run, folder: Path) -> dict[str, dict[str, float]]:
@@ -231,103 +234,6 @@ def show_plan(plan: Plan, records: Records) -> str:
     return "\n".join(
         [*shown, "", f"{len(known)} of {len(plan.runs)} on record; the rest: {rest / 3600:.1f} core-hours"]
     )
-
-
-def collect(plan: Plan, records: Records) -> dict[str, Any]:
-    """Return figures by arm and the contrasts, paired by seed. Corrected p-values wait for the last run of a plan."""
-    known = records.of(plan.runs)
-    figures: dict[tuple[str, str], dict[int, float]] = {pair: {} for pair in product(plan.beds, plan.arms)}
-    for run, line in known.items():
-        if line["figure"] is not None and line["code"] == EXIT_DONE:
-            figures[run.bed, run.arm][run.seed] = line["figure"]
-    diverged = [f"{run.bed} {run.arm} seed {run.seed}" for run, line in known.items() if line["code"] != EXIT_DONE]
-    contrasts: list[dict[str, Any]] = []
-    for bed, (first, second) in product(plan.beds, plan.contrasts):
-        one, other = figures[bed, first], figures[bed, second]
-        by_seed = {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
-        said = asdict(paired_difference(list(by_seed.values()))) if by_seed else {}
-        contrasts.append({"bed": bed, "first": first, "second": second, "by_seed": by_seed, **said, "p_holm": None})
-    if plan.confirmed and len(known) == len(plan.runs):
-        # What has no p-value, because runs diverged, counts as not shown.
-        for row, p in zip(contrasts, holm([_or(row.get("p"), 1.0) for row in contrasts]), strict=True):
-            row["p_holm"] = p
-    arms = []
-    for (bed, arm), values in figures.items():
-        alike = [line for run, line in known.items() if (run.bed, run.arm) == (bed, arm)]
-        arms.append({"bed": bed, "arm": arm, "by_seed": values, "works": works(alike)})
-    return {
-        "plan": plan.name,
-        "confirmed": plan.confirmed,
-        "on_record": len(known),
-        "runs": len(plan.runs),
-        "arms": arms,
-        "contrasts": contrasts,
-        "diverged": diverged,
-        "commits": sorted({line["commit"] for line in known.values()}),
-        "machines": sorted({json.dumps(line["machine"], sort_keys=True) for line in known.values()}),
-    }
-
-
-def works(lines: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Tell from records of an arm whether its Rebuilder does its task; means of the runs that say so.
-
-    Returns:
-        ``over_diffusion``: agreement with the pseudo-label on hidden pixels, minus that of averaged neighbours;
-        ``loss_hidden`` of the last fifth of the steps; ``lambda_eff``, the mean of all steps.
-    """
-    probes = [(line.get("probe") or {}).get("rebuilder_minus_diffusion") for line in lines]
-    logged = [line.get("instruments") or {} for line in lines]
-    every = {
-        "over_diffusion": probes,
-        "loss_hidden": [said.get("mfm/loss_hidden", {}).get("late") for said in logged],
-        "lambda_eff": [said.get("mfm/lambda_eff", {}).get("mean") for said in logged],
-    }
-    there = {name: [value for value in values if value is not None] for name, values in every.items()}
-    return {name: statistics.fmean(values) if values else None for name, values in there.items()}
-
-
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
-
-
-def show_results(results: dict[str, Any]) -> str:
-    """Return what was collected, for people."""
-    lines = [f"{'bed':<10} {'arm':<24} {'mean':>6} {'over diffusion':>14} {'hidden loss':>11} {'lambda':>6}  by seed"]
-    for row in results["arms"]:
-        seeds = ", ".join(f"{seed}: {value:.2f}" for seed, value in sorted(row["by_seed"].items()))
-        mean = f"{statistics.fmean(row['by_seed'].values()):.2f}" if seeds else ""
-        said = zip(row["works"].values(), ("+14.3f", "11.3f", "6.2f"), (14, 11, 6), strict=True)
-        cells = [" " * wide if value is None else format(value, form) for value, form, wide in said]
-        lines.append(f"{row['bed']:<10} {row['arm']:<24} {mean:>6} {' '.join(cells)}  {seeds}")
-    lines += ["", f"{'bed':<10} {'contrast':<40} {'n':>2} {'mean':>7} {'95 %':>7} {'least':>7} {'p':>7} {'Holm':>7}"]
-    for row in results["contrasts"]:
-        values = [(row.get("mean"), "+.2f"), (row.get("half_width"), ".2f"),
-                  (min(row["by_seed"].values(), default=None), "+.2f"), (row.get("p"), ".4f")]  # fmt: skip
-        cells = ["" if value is None else format(value, form) for value, form in [*values, (row["p_holm"], ".4f")]]
-        name = f"{row['first']} - {row['second']}"
-        lines.append(
-            f"{row['bed']:<10} {name:<40} {len(row['by_seed']):>2} " + " ".join(f"{cell:>7}" for cell in cells)
-        )
-    lines += ["", f"{results['on_record']} of {results['runs']} runs on record"]
-    lines += [f"diverged, and in no mean: {name}" for name in results["diverged"]]
-    several = [f"{len(results[kind])} {kind}" for kind in ("commits", "machines") if len(results[kind]) > 1]
-    return "\n".join([*lines, *([f"NOTE: runs of {' and '.join(several)} are compared"] if several else [])])
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the contrasts with their intervals, and each seed's difference."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in results["contrasts"] if row["by_seed"]][::-1]
-    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(rows):
-        axes.errorbar(row["mean"], place, xerr=row["half_width"], fmt="o", color="C0", capsize=3)
-        axes.plot(list(row["by_seed"].values()), [place] * len(row["by_seed"]), "|", color="0.5")
-    axes.axvline(0, color="0.7", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row['bed']}: {row['first']} - {row['second']}" for row in rows])
-    axes.set_xlabel("difference in target mIoU, points; mean and 95 % interval")
-    figure.savefig(path)
 
 
 def run(plan: Plan, arguments: argparse.Namespace, commit: str) -> int:

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mfm_dist.config.loader import load_config, read_yaml
+from mfm_dist.config.loader import flatten, load_config, read_yaml, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, EXIT_UNSTABLE, ConfigError
 from mfm_dist.storage import JsonLines
@@ -43,10 +43,20 @@ class Run:
     def scored_steps(self) -> list[int]:
         return [round(share * self.config.train.steps) for share in SCORED_AT]
 
+    @cached_property
+    def settings(self) -> str:
+        """Return a digest of all settings that are not the defaults, but for seed and folder.
+
+        It tells runs apart whose bed, or whose variant of the Rebuilder, has changed since under the same name.
+        """
+        here, default = (flatten(to_tree(config)) for config in (self.config, RunConfig()))
+        changed = {key: value for key, value in here.items() if value != default.get(key)}
+        said = {key: value for key, value in changed.items() if key not in ("seed", "run.folder")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
     def folder(self, under: Path) -> Path:
-        """Return where it is or will be; other overrides under the same name have another folder."""
-        digest = hashlib.sha256(json.dumps(self.overrides).encode()).hexdigest()[:8]
-        return under / self.bed / f"{self.arm}_{digest}" / f"seed_{self.seed}"
+        """Return where it is or will be; other settings under the same name have another folder."""
+        return under / self.bed / f"{self.arm}_{self.settings[:8]}" / f"seed_{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,8 @@ class Plan:
     """Pairs of arms: the first minus the second."""
     common: list[str] = field(default_factory=list)
     """Overrides of every arm."""
+    margin: float | None = None
+    """Where every contrast has to hold, not one of them: the lower bound of each has to lie above this."""
 
     @property
     def name(self) -> str:
@@ -84,10 +96,11 @@ def read_plan(name: str) -> Plan:
     path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
     tree = read_yaml(path)
     kinds = {"question": str, "prediction": str, "decision": str, "confirmed": bool, "beds": list, "seeds": list}
-    kinds |= {"arms": dict, "contrasts": list, "common": list}
-    tree = {"common": [], **tree}
+    kinds |= {"arms": dict, "contrasts": list, "common": list, "margin": float}
+    tree = {"common": [], "margin": None, **tree}
     problems = [f"unknown key {key!r}: allowed are {', '.join(kinds)}" for key in tree if key not in kinds]
-    problems += [f"{key}: expected {kind.__name__}" for key, kind in kinds.items() if type(tree.get(key)) is not kind]
+    said = {key: kind for key, kind in kinds.items() if key != "margin" or tree["margin"] is not None}
+    problems += [f"{key}: expected {kind.__name__}" for key, kind in said.items() if type(tree.get(key)) is not kind]
     if not problems:
         plan = Plan(path=path, **tree)
         problems = [*_contrast_problems(plan), *_run_problems(plan)]
@@ -142,8 +155,8 @@ class Records:
 
     def of(self, runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
         """Find for each of these runs its last record that needs no second try."""
-        known = {(line["bed"], tuple(line["overrides"]), line["seed"]): line for line in self.lines(runs)}
-        found = {run: known.get((run.bed, run.overrides, run.seed)) for run in runs}
+        known = {(line["bed"], line["settings"], line["seed"]): line for line in self.lines(runs)}
+        found = {run: known.get((run.bed, run.settings, run.seed)) for run in runs}
         return {run: line for run, line in found.items() if line is not None}
 
     def lines(self, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import ConfigError
 from tests.helpers.runs import REPOSITORY, tiny_overrides
-from tools.lab import build_parser, clean_commit, collect, draw, main, run, show_plan, show_results
+from tools.lab import build_parser, clean_commit, main, run, show_plan
+from tools.lab_results import collect, draw, show_results
 from tools.lab_runs import PLANS, Plan, Records, Run, read_plan
 
 COMMIT = "0" * 40
@@ -36,7 +38,8 @@ def write_plan(folder: Path, **changes: Any) -> Path:
 
 def record(one: Run, figure: float | None, **changes: Any) -> dict[str, Any]:
     """What a run leaves on record."""
-    base = {"bed": one.bed, "arm": one.arm, "overrides": list(one.overrides), "seed": one.seed, "figure": figure}
+    base = {"bed": one.bed, "arm": one.arm, "settings": one.settings, "overrides": list(one.overrides)}
+    base |= {"seed": one.seed, "figure": figure}
     said = {"code": 0, "device": "cpu", "seconds": 3600.0, "resumed": False, "commit": COMMIT, "machine": {"cpu": "x"}}
     said["evaluations"] = {"0": 1.0, "750": figure}  # half of the bed's steps
     return base | said | changes
@@ -47,7 +50,7 @@ def test_a_shipped_plan_can_be_run(name: str) -> None:
     plan = read_plan(name)
     assert plan.runs
     assert plan.contrasts
-    said = [(one.bed, one.overrides, one.seed) for one in plan.runs]
+    said = [(one.bed, one.settings, one.seed) for one in plan.runs]
     assert len(set(said)) == len(said), "two arms are the same runs"
 
 
@@ -56,7 +59,7 @@ def test_all_that_is_wrong_with_a_plan_is_told(tmp_path: Path) -> None:
         read_plan(str(write_plan(tmp_path, seeds="1", hope="a lot")))
     assert [problem.split(": ", 1)[1] for problem in caught.value.problems] == [
         "unknown key 'hope': allowed are question, prediction, decision, confirmed, beds, seeds, arms, contrasts, "
-        "common",
+        "common, margin",
         "seeds: expected list",
     ]
     arms = {"dacs": ["train.steps=1505"], "mfm": ["mfm.enable=true"]}
@@ -72,7 +75,19 @@ def test_runs_come_seed_by_seed_and_tasks_share_them(tmp_path: Path) -> None:
     assert runs[1].overrides == ("log.every=9", "mfm.enabled=true")
     assert [(one.seed, one.arm) for one in runs] == [(1, "dacs"), (1, "mfm"), (2, "dacs"), (2, "mfm")]
     assert runs[0].scored_steps == [1200, 1350, 1500]
-    assert runs[0].folder(tmp_path) != Run(bed="stride8", arm="dacs", overrides=("a=1",), seed=1).folder(tmp_path)
+    other = Run(bed="stride8", arm="dacs", overrides=("log.every=8",), seed=1)
+    assert runs[0].folder(tmp_path) != other.folder(tmp_path)
+
+
+def test_runs_are_the_same_by_their_settings_whatever_said_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings_of(*overrides: str, seed: int = 1) -> str:
+        return Run(bed="stride8", arm="any", overrides=overrides, seed=seed).settings
+
+    assert settings_of("mfm.enabled=true") == settings_of("mfm.enabled=true", "mfm.mask=bernoulli", seed=2)
+    assert settings_of("mfm.enabled=true") != settings_of("mfm.enabled=true", "mfm.mask=exact")
+    before = settings_of("rebuilder.variant=stable")
+    monkeypatch.setitem(VARIANTS, "stable", {"mfm": {"loss_on": "hidden"}})
+    assert settings_of("rebuilder.variant=stable") != before, "a variant that changed is not what ran under its name"
 
 
 def fill(plan: Plan, folder: Path, figures: dict[tuple[str, int], float | None]) -> Records:
@@ -81,8 +96,12 @@ def fill(plan: Plan, folder: Path, figures: dict[tuple[str, int], float | None])
     for one in plan.runs:
         if (one.arm, one.seed) in figures:
             figure = figures[one.arm, one.seed]
-            said = {"mfm/lambda_eff": {"mean": 0.5}} if one.config.mfm.enabled else {}
-            records.append(record(one, figure, code=0 if figure is not None else 5, instruments=said))
+            said = {"instruments": {}, "probe": None}
+            if one.config.mfm.enabled:
+                said["instruments"] = {"mfm/lambda_eff": {"mean": 0.5}, "mfm/loss_hidden": {"mean": 9.0, "late": 0.25}}
+                hidden = {"rebuilder": 0.75, "diffusion": 0.5, "zero_fill": 0.625, "other_image": 0.25 * one.seed}
+                said["probe"] = {"agreement": {name: {"hidden": value} for name, value in hidden.items()}}
+            records.append(record(one, figure, code=0 if figure is not None else 5, **said))
     return records
 
 
@@ -91,17 +110,41 @@ def test_differences_are_paired_by_seed_and_corrected_when_all_is_there(tmp_path
     figures: dict[tuple[str, int], float | None] = {("dacs", 1): 40.0, ("mfm", 1): 41.0, ("dacs", 2): 60.0}
     records = fill(plan, tmp_path / "a", figures)
     (row, _) = collect(plan, records)["contrasts"]
-    assert (row["by_seed"], row["half_width"], row["p_holm"]) == ({1: 1.0}, None, None)
+    assert (row["by_seed"], row["low"], row["p_holm"]) == ({1: 1.0}, None, None)
     assert "3 of 4 on record; the rest: 2.0 core-hours" in show_plan(plan, records)
     results = collect(plan, fill(plan, tmp_path / "b", figures | {("mfm", 2): 63.0}))
     row = results["contrasts"][0]
     assert (row["mean"], row["by_seed"]) == (2.0, {1: 1.0, 2: 3.0})
-    assert row["half_width"] == pytest.approx(12.706, rel=1e-4)
+    assert row["high"] - row["mean"] == pytest.approx(12.706, rel=1e-4)
     assert row["p_holm"] == pytest.approx(2 * row["p"])
+    assert (row["held"], row["works"]) == (None, {}), "there is no Rebuilder under DACS alone"
     assert "mfm - dacs" in show_results(results)
-    assert {row["arm"]: row["works"]["lambda_eff"] for row in results["arms"]} == {"dacs": None, "mfm": 0.5}
+    without, with_mfm = (row["works"] for row in results["arms"])
+    assert without == {}
+    assert {name: said["mean"] for name, said in with_mfm.items()} == {
+        "hidden": 0.75, "over_diffusion": 0.25, "over_controls": 0.125, "over_other": 0.375, "loss_hidden": 0.25,
+        "lambda_eff": 0.5,
+    }  # fmt: skip
     draw(results, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(("least", "held"), [(0.4, True), (0.6, False)])
+def test_where_every_contrast_has_to_hold_its_lower_bound_is_held_against_the_margin(
+    tmp_path: Path, least: float, held: bool
+) -> None:
+    arms = {"dacs": [], "mfm": ["mfm.enabled=true"], "other": ["mfm.enabled=true", "mfm.mask=exact"]}
+    contrasts = [["mfm", "dacs"], ["other", "mfm"]]
+    plan = read_plan(str(write_plan(tmp_path, arms=arms, contrasts=contrasts, margin=-0.5, seeds=[1, 2, 3])))
+    figures: dict[tuple[str, int], float | None] = {(arm, seed): 50.0 + seed for arm in arms for seed in plan.seeds}
+    figures |= {("mfm", seed): 50.0 + seed - least for seed in plan.seeds}
+    results = collect(plan, fill(plan, tmp_path / "whole", figures))
+    rows = results["contrasts"]
+    assert [(row["held"], row["p_holm"]) for row in rows] == [(held, None), (True, None)]
+    assert rows[1]["works"]["hidden"]["mean"] == 0.0
+    assert ("no" if not held else "yes") in show_results(results)
+    lost = collect(plan, fill(plan, tmp_path / "lost", figures | {("other", 3): None}))
+    assert [row["held"] for row in lost["contrasts"]] == [held, False], "an arm of which a run diverged has not held"
 
 
 def test_a_run_that_diverged_is_named_and_a_claim_without_pairs_is_not_shown(tmp_path: Path) -> None:
@@ -141,6 +184,8 @@ def test_runs_are_trained_once_and_a_failure_is_on_record_with_its_reason(
     scores = trained["evaluations"]
     assert sorted(map(int, scores)) == list(range(11))
     assert trained["figure"] == pytest.approx((scores["8"] + scores["9"] + scores["10"]) / 3)
+    assert trained["iou"] == json.loads(next((tmp_path / "runs").glob("*/mfm_*/*/eval/*10.json")).read_text())["iou"]
+    assert (trained["events"]["checkpoint"], failed["iou"]) == (1, None)
     instruments = trained["instruments"]
     assert set(instruments["mfm/loss_hidden"]) == {"mean", "late"}
     logged = [json.loads(line) for line in next((tmp_path / "runs").glob("*/mfm_*/*/metrics.jsonl")).open()]
