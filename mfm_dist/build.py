@@ -138,6 +138,7 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
             mlp_ratio=settings.mlp_ratio,
             grid=settings.grid,
             qk_norm=settings.qk_norm,
+            peri_norm=settings.peri_norm,
             depth_scaling=settings.depth_scaling,
             readout=settings.readout,
             fill=settings.fill,

@@ -90,14 +90,19 @@ def works(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     Returns:
         A value for each record that says so, of ``hidden``: agreement with the pseudo-label on hidden pixels;
         ``over_diffusion``: minus that of averaged neighbours; ``over_controls``: minus that of these or of zeros,
-        whichever is better; ``over_other``: minus that of the Rebuilder when it sees another image; ``loss_hidden`` of
-        the last fifth of the steps; ``lambda_eff``, the mean of all steps.
+        whichever is better; ``over_other``: minus that of the Rebuilder when it sees another image; ``share`` of the
+        encoder's gradient that comes through the Rebuilder; ``loss_hidden`` of the last fifth of the steps;
+        ``lambda_eff``, the mean of all steps.
     """
     found: dict[str, list[float]] = {
-        name: [] for name in ("hidden", "over_diffusion", "over_controls", "over_other", "loss_hidden", "lambda_eff")
+        name: []
+        for name in ("hidden", "over_diffusion", "over_controls", "over_other", "share", "loss_hidden", "lambda_eff")
     }
     for line in lines:
-        if agreement := (line.get("probe") or {}).get("agreement"):
+        probe = line.get("probe") or {}
+        if (share := probe.get("gradient_share")) is not None:
+            found["share"].append(share)
+        if agreement := probe.get("agreement"):
             hidden = {name: values["hidden"] for name, values in agreement.items()}
             own, filled = hidden["rebuilder"], hidden["diffusion"]
             found["hidden"].append(own)
@@ -118,20 +123,17 @@ def _cells(values: Sequence[tuple[Any, str]], wide: int = 8) -> str:
 
 def show_results(results: dict[str, Any]) -> str:
     """Return what was collected, for people."""
-    heads = ("mean", "hidden", "-control", "-other", "loss", "lambda")
-    lines = ["agreement on hidden pixels, minus the better of neighbours and zeros, minus another image's; hidden loss"]
+    heads = ("mean", "hidden", "-control", "-other", "share", "loss", "lambda")
+    lines = [
+        "agreement on hidden pixels, minus the better of neighbours and zeros, minus another image's; the share of the"
+    ]
+    lines += ["encoder's gradient that comes through the Rebuilder; hidden loss"]
     lines += [f"{'bed':<10} {'arm':<24} {_cells([(head, '') for head in heads])}  by seed"]
     for row in results["arms"]:
         seeds = ", ".join(f"{seed}: {value:.2f}" for seed, value in sorted(row["by_seed"].items()))
         said, mean = row["works"], statistics.fmean(row["by_seed"].values()) if seeds else None
-        forms = {
-            "hidden": ".3f",
-            "over_controls": ".3f",
-            "over_other": ".3f",
-            "loss_hidden": ".3f",
-            "lambda_eff": ".2f",
-        }
-        kept = [(said[name]["mean"] if name in said else None, form) for name, form in forms.items()]
+        names = ("hidden", "over_controls", "over_other", "share", "loss_hidden", "lambda_eff")
+        kept = [(said[name]["mean"] if name in said else None, ".3f") for name in names]
         cells = _cells([(mean, ".2f"), *kept])
         skipped = f"  ({row['skipped']} steps skipped)" if row["skipped"] else ""
         lines.append(f"{row['bed']:<10} {row['arm']:<24} {cells}  {seeds}{skipped}")

@@ -42,6 +42,7 @@ IMMUTABLE_KEYS = {
     "rebuilder.mlp_ratio": _NETWORK,
     "rebuilder.grid": _NETWORK,
     "rebuilder.qk_norm": _NETWORK,
+    "rebuilder.peri_norm": _NETWORK,
     "rebuilder.depth_scaling": _NETWORK,
     "rebuilder.readout": _NETWORK,
     "rebuilder.fill": _NETWORK,

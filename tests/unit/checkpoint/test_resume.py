@@ -42,6 +42,7 @@ OTHER = {
     "rebuilder.mlp_ratio": 2.0,
     "rebuilder.grid": (8, 8),
     "rebuilder.qk_norm": True,
+    "rebuilder.peri_norm": True,
     "rebuilder.depth_scaling": True,
     "rebuilder.readout": 2,
     "rebuilder.fill": True,

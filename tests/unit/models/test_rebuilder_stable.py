@@ -20,7 +20,7 @@ from mfm_dist.models.rebuilder import (
     largest_logit,
 )
 
-STABLE = {"qk_norm": True, "depth_scaling": True, "readout": 2, "fill": True}
+STABLE = {"qk_norm": True, "peri_norm": True, "depth_scaling": True, "readout": 2, "fill": True}
 
 
 def rebuilder_with(**changes: object) -> Rebuilder:
@@ -112,6 +112,28 @@ def test_depth_scaling_divides_the_branches_of_more_blocks_than_the_papers() -> 
     x = torch.randn(1, 5, 16)
     after = x + block.attention(block.norm1(x)) / 4
     torch.testing.assert_close(block(x), after + block.mlp(block.norm2(after)) / 4)
+
+
+@torch.no_grad()
+def test_a_norm_of_what_branches_add_bounds_the_stream_whatever_their_weights() -> None:
+    def largest(**norms: bool) -> float:
+        """Norm of tokens after the trunk over that of its input, biases of the branches a thousand times too large."""
+        rebuilder, maps, sizes = rebuilder_with(depth=4, readout=2, **norms), maps_of(), []
+        for block in [*rebuilder.blocks, *rebuilder.readout]:
+            block.attention.proj.bias.fill_(1e3)
+            block.mlp[-1].bias.fill_(1e3)
+            block.register_forward_hook(lambda _module, _inputs, out: sizes.append(float(out.square().mean().sqrt())))
+        rebuilder(maps[-1], maps, exact_mask())
+        return max(sizes)
+
+    assert largest() > 1e3
+    # Each of 8 branches adds a vector of root mean square 1 at most, to tokens and positions of about 1.
+    assert largest(peri_norm=True) < 10
+    scaled = Block(16, 2, 4.0, peri_norm=True, scale=0.25)
+    torch.nn.init.normal_(scaled.out_norm1.weight)
+    x = torch.randn(1, 5, 16)
+    after = x + scaled.out_norm1(scaled.attention(scaled.norm1(x))) / 4
+    torch.testing.assert_close(scaled(x), after + scaled.out_norm2(scaled.mlp(scaled.norm2(after))) / 4)
 
 
 # The trunk of visible cells

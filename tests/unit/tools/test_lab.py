@@ -100,7 +100,8 @@ def fill(plan: Plan, folder: Path, figures: dict[tuple[str, int], float | None])
             if one.config.mfm.enabled:
                 said["instruments"] = {"mfm/lambda_eff": {"mean": 0.5}, "mfm/loss_hidden": {"mean": 9.0, "late": 0.25}}
                 hidden = {"rebuilder": 0.75, "diffusion": 0.5, "zero_fill": 0.625, "other_image": 0.25 * one.seed}
-                said["probe"] = {"agreement": {name: {"hidden": value} for name, value in hidden.items()}}
+                agreement = {name: {"hidden": value} for name, value in hidden.items()}
+                said["probe"] = {"agreement": agreement, "gradient_share": 0.5}
             records.append(record(one, figure, code=0 if figure is not None else 5, **said))
     return records
 
@@ -122,8 +123,8 @@ def test_differences_are_paired_by_seed_and_corrected_when_all_is_there(tmp_path
     without, with_mfm = (row["works"] for row in results["arms"])
     assert without == {}
     assert {name: said["mean"] for name, said in with_mfm.items()} == {
-        "hidden": 0.75, "over_diffusion": 0.25, "over_controls": 0.125, "over_other": 0.375, "loss_hidden": 0.25,
-        "lambda_eff": 0.5,
+        "hidden": 0.75, "over_diffusion": 0.25, "over_controls": 0.125, "over_other": 0.375, "share": 0.5,
+        "loss_hidden": 0.25, "lambda_eff": 0.5,
     }  # fmt: skip
     draw(results, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
