@@ -126,7 +126,7 @@ def mfm_pass(
         detail_weight: HRDA's weight of the detail window's loss, for ``mfm.view: fused``.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
-        measured: takes the loss where hidden and where visible, and the largest attention logit; None for neither.
+        measured: takes the loss where hidden and where visible, and what the Rebuilder measures; None for neither.
     """
     view, mask = view_of(inputs, settings, kind), inputs.drawn(kind.label)["mask"]
     if settings.reconstruction != "classes":
@@ -160,22 +160,21 @@ def mfm_pass(
             )
 
     def losses(maps: Maps) -> dict[str, Loss]:
-        with collected_logits(rebuilder if measured is not None else None) as largest:
+        with measuring(rebuilder if measured is not None else None) as found:
             seen = seen_of(*maps)
         if measured is not None:
             by_place = losses_by_place(seen.logits, view, mask)
             measured.update({f"{kind.label}/{name}": loss for name, loss in by_place.items()})
-            if largest:
-                measured["rebuilder/max_logit"] = torch.stack(largest).amax()
+            measured.update({f"rebuilder/{name}": value for name, value in found.items()})
         reached = 0 if settings.trained_parts == "encoder" else len(student.heads) if settings.view == "fused" else 1
         return {kind.label: Loss(seen.loss + zero_loss_through(student.heads[reached:], seen.features), weight)}
 
     return Pass(images, losses)
 
 
-def collected_logits(rebuilder: Rebuilder | None) -> AbstractContextManager[list[Tensor]]:
-    """Collect the largest attention logits of a Rebuilder in here; nothing of none."""
-    return nullcontext([]) if rebuilder is None else rebuilder.collecting_logits()
+def measuring(rebuilder: Rebuilder | None) -> AbstractContextManager[dict[str, Tensor]]:
+    """Measure the forwards of a Rebuilder in here; nothing of none."""
+    return nullcontext({}) if rebuilder is None else rebuilder.measuring()
 
 
 class Seen(NamedTuple):

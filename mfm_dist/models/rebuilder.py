@@ -122,6 +122,15 @@ class Attend(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
 
+def token_variation(x: Tensor) -> Tensor:
+    """Tell how much tokens [B, N, width] differ: their variance over their mean square, 1 if their mean is 0.
+
+    It falls to 0 where a Rebuilder says the same of every cell of every image, which its loss does not show.
+    """
+    tokens = x.float().flatten(0, 1)
+    return 1.0 - tokens.mean(dim=0).square().sum() / tokens.square().sum(dim=1).mean()
+
+
 def largest_logit(q: Tensor, k: Tensor) -> Tensor:
     """Return the largest attention logit of queries [heads, N, d] and keys [heads, M, d], never holding all of them."""
     scale = q.shape[-1] ** -0.5
@@ -317,19 +326,27 @@ class Rebuilder(nn.Module):
         return [parameter for parameter in wide if parameter.ndim > 1]
 
     @contextmanager
-    def collecting_logits(self) -> Iterator[list[Tensor]]:
-        """Collect the largest attention logit of every block over the first images of all forwards in here.
+    def measuring(self) -> Iterator[dict[str, Tensor]]:
+        """Measure the forwards in here; the dictionary is filled at the end.
 
-        The list is filled at the end. Not from within the blocks: of a list that grows each length would be compiled.
+        Not from within the blocks: of a list that grows each length would be compiled.
+
+        Yields:
+            ``max_logit``: largest attention logit of any block over the first images of all forwards;
+            ``token_variation``: mean over the forwards of what ``token_variation`` says of the trunk's last norm.
         """
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
+        variations: list[Tensor] = []
         layers = [module for module in self.modules() if isinstance(module, Attend)]
         for layer in layers:
             layer.largest = torch.full((), -math.inf, device=self.mask_token.device)
+        hook = self.norm.register_forward_hook(lambda *said: variations.append(token_variation(said[-1].detach())))
         try:
             yield found
-            found += [layer.largest for layer in layers if layer.largest is not None]
+            largest = [layer.largest for layer in layers if layer.largest is not None]
+            found |= {"max_logit": torch.stack(largest).amax(), "token_variation": torch.stack(variations).mean()}
         finally:
+            hook.remove()
             for layer in layers:
                 layer.largest = None
 

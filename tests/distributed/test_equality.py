@@ -39,7 +39,7 @@ STABLE = [*ADAMW, "rebuilder.variant=stable", "mfm.loss_weight=4", "rebuilder.de
           "optim.rebuilder_lr=0.05", "train.steps=6"]  # fmt: skip
 """The variant that grows, with its optimiser and a gradient budget that binds."""
 INSTRUMENTS = ("mfm/loss_hidden", "mfm/loss_visible", "mfm/grad_ratio", "mfm/lambda_eff", "rebuilder/max_logit",
-               "rebuilder/update_rms", "rebuilder/update_over_weight")  # fmt: skip
+               "rebuilder/token_variation", "rebuilder/update_rms", "rebuilder/update_over_weight")  # fmt: skip
 LARGER = [*SGD, "train.global_batch=8"]
 """Four micro-batches a step, so that gradients add up within a process too."""
 PAPERS = ["model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.1}", "model.decoder_options={width: 256}",

@@ -58,7 +58,9 @@ def test_nothing_is_measured_unless_asked_and_measuring_changes_no_bit() -> None
         outputs.append((output, {n: p.grad for n, p in module.named_parameters() if p.requires_grad}))
     (plain, gradients), (other, theirs) = outputs
     assert plain.measured == {}
-    assert sorted(other.measured) == ["mfm/loss_hidden", "mfm/loss_visible", "rebuilder/max_logit"]
+    assert sorted(other.measured) == [
+        "mfm/loss_hidden", "mfm/loss_visible", "rebuilder/max_logit", "rebuilder/token_variation",
+    ]  # fmt: skip
     assert torch.equal(plain.total, other.total)
     assert all(torch.equal(gradient, theirs[name]) for name, gradient in gradients.items())
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.mfm import draw_mask
 from mfm_dist.models.rebuilder import (
+    Attend,
     Attention,
     Block,
     CrossAttention,
@@ -18,6 +19,7 @@ from mfm_dist.models.rebuilder import (
     correct_filled,
     fill_from_neighbours,
     largest_logit,
+    token_variation,
 )
 
 STABLE = {"qk_norm": True, "peri_norm": True, "depth_scaling": True, "readout": 2, "fill": True}
@@ -71,19 +73,28 @@ def test_the_largest_logit_is_that_of_all_of_them() -> None:
     assert float(largest_logit(q, k)) == pytest.approx(float((q @ k.mT / 2).max()))
 
 
-def test_logits_are_collected_in_the_context_alone() -> None:
+def test_forwards_are_measured_in_the_context_alone() -> None:
     rebuilder, maps = rebuilder_with(depth=3, readout=2), maps_of()
-    with rebuilder.collecting_logits() as found:
-        rebuilder(maps[-1], maps, exact_mask())
-    once = list(found)
-    assert len(once) == 5
-    with rebuilder.collecting_logits() as found:
-        rebuilder(maps[-1], maps, exact_mask())
-        rebuilder(1e3 * maps[-1], maps, exact_mask())
-    assert all(together >= one for together, one in zip(found, once, strict=True))
-    assert found != once
-    rebuilder(maps[-1], maps, exact_mask())
-    assert len(found) == 5
+
+    def measured(*sizes: float) -> dict[str, float]:
+        with rebuilder.measuring() as found:
+            for size in sizes:
+                rebuilder(size * maps[-1], maps, exact_mask())
+        assert not rebuilder.norm._forward_hooks
+        return {name: float(value) for name, value in found.items()}
+
+    once, large, both = measured(1.0), measured(1e3), measured(1.0, 1e3)
+    assert sorted(once) == ["max_logit", "token_variation"]
+    assert both["max_logit"] == max(once["max_logit"], large["max_logit"])
+    assert both["token_variation"] == pytest.approx((once["token_variation"] + large["token_variation"]) / 2)
+    assert all(module.largest is None for module in rebuilder.modules() if isinstance(module, Attend))
+
+
+def test_tokens_that_are_all_alike_have_no_variation() -> None:
+    tokens = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]], [[0.0, 2.0], [0.0, -2.0]]])
+    assert float(token_variation(tokens)) == 1.0
+    assert float(token_variation(tokens + torch.tensor([3.0, 0.0]))) == pytest.approx(2.5 / 11.5)
+    assert float(token_variation(torch.ones(2, 3, 4))) == pytest.approx(0.0, abs=1e-6)
 
 
 @torch.no_grad()
