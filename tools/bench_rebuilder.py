@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import EXIT_DONE
 from mfm_dist.methods.mfm import draw_mask
 from mfm_dist.models.rebuilder import Rebuilder
@@ -29,11 +30,6 @@ from mfm_dist.profiling.step import cpu_name, peak_gib
 CROP = 512
 CHANNELS, STRIDES = (64, 128, 320, 512), (4, 8, 16, 32)
 """Maps of MiT-B5."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "stable": {"qk_norm": True, "depth_scaling": True, "readout": 2, "fill": True},
-}
-"""As rebuilder.variant makes them."""
 
 
 def peak_mib(variant: str, *, grid: int, depth: int, width: int, ratio: float, device: torch.device) -> float:
@@ -41,7 +37,7 @@ def peak_mib(variant: str, *, grid: int, depth: int, width: int, ratio: float, d
     torch.manual_seed(0)
     rebuilder = Rebuilder(
         channels=CHANNELS, strides=STRIDES, embed_channels=CHANNELS[-1], width=width, depth=depth, grid=grid,
-        **VARIANTS[variant],
+        **VARIANTS[variant].get("rebuilder", {}),
     ).to(device)  # fmt: skip
     maps = [
         torch.randn(2, channels, CROP // stride, CROP // stride, device=device, requires_grad=True)

@@ -332,7 +332,7 @@ class RebuilderSection:
     """Normalise queries and keys, so that no attention logit grows without bound. MFM: false; stable: true."""
     peri_norm: bool = False
     """Normalise what attention and MLP of a block add to its input, too, so that no rate makes the sum outgrow what the
-    cells say. MFM: false."""
+    cells say. MFM: false; stable: true."""
     depth_scaling: bool = False
     """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
     the paper's 2 blocks. MFM: false; stable: true."""

@@ -9,7 +9,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "paper": {},
     "stable": {
         "mfm": {"loss_on": "hidden", "mask": "exact", "gradient_budget": 0.5},
-        "rebuilder": {"qk_norm": True, "depth_scaling": True, "readout": 2, "fill": True},
+        "rebuilder": {"qk_norm": True, "peri_norm": True, "depth_scaling": True, "readout": 2, "fill": True},
         "optim": {"rebuilder_betas": [0.9, 0.95], "rebuilder_warmup": 0.025, "rebuilder_base_width": 512},
     },
 }

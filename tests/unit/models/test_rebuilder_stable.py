@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import ConfigError
 from mfm_dist.methods.mfm import draw_mask
 from mfm_dist.models.rebuilder import (
@@ -22,7 +23,7 @@ from mfm_dist.models.rebuilder import (
     token_variation,
 )
 
-STABLE = {"qk_norm": True, "peri_norm": True, "depth_scaling": True, "readout": 2, "fill": True}
+STABLE = VARIANTS["stable"]["rebuilder"]
 
 
 def rebuilder_with(**changes: object) -> Rebuilder:
