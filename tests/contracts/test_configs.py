@@ -77,9 +77,16 @@ def test_run_folders_differ() -> None:
 def test_a_bed_of_the_lab_can_be_compared(path: Path) -> None:
     config = load_config(path)
     assert config.train.steps == 10 * config.eval.every, "the figure is of 80, 90 and 100 % of the steps"
-    assert (config.data.classes, config.train.clip_norm) == ("cityscapes7", 0.0)
-    assert (config.scenes.size, config.scenes.val) == ((128, 256), 100) if path.stem == "hrda" else ((96, 192), 200)
     assert config.checkpoint.every == config.train.steps
+    if path.stem != "quickstart":
+        assert (config.data.classes, config.train.clip_norm) == ("cityscapes7", 0.0)
+        assert (config.scenes.size, config.scenes.val) == ((128, 256), 100) if path.stem == "hrda" else ((96, 192), 200)
+
+
+def test_the_quickstarts_bed_trains_as_its_configuration_does() -> None:
+    bed, own = (load_config(REPOSITORY / "configs" / name) for name in ("lab/quickstart.yaml", "scenes/dacs.yaml"))
+    changed = {line.split(":")[0] for line in changed_keys(to_tree(own), bed)}
+    assert changed == {"data.root", "eval.every", "eval.overlays", "checkpoint.every", "log.every", "log.trackers"}
 
 
 def test_the_aligned_bed_is_stride_8_without_the_layout_gap(tmp_path: Path) -> None:
