@@ -32,7 +32,8 @@ def collect(plan: Plan, records: Records) -> dict[str, Any]:
     ]
     if plan.confirmed and len(known) == len(plan.runs):
         lost = {(run.bed, run.arm) for run in diverged}
-        whole = [not lost & {(row["bed"], row["first"]), (row["bed"], row["second"])} for row in contrasts]
+        pairs = [{(row["bed"], row["first"]), (row["bed"], row["second"])} for row in contrasts]
+        whole = [row["p"] is not None and not lost & pair for row, pair in zip(contrasts, pairs, strict=True)]
         p_values = [row["p"] if there else 1.0 for row, there in zip(contrasts, whole, strict=True)]
         for row, there, p in zip(contrasts, whole, holm(p_values), strict=True):
             row |= {"p_holm": p} if plan.margin is None else {"held": there and row["low"] > plan.margin}
@@ -125,10 +126,10 @@ def show_results(results: dict[str, Any]) -> str:
     """Return what was collected, for people."""
     heads = ("mean", "hidden", "-control", "-other", "share", "loss", "lambda")
     lines = [
-        "agreement on hidden pixels, minus the better of neighbours and zeros, minus another image's; the share of the"
+        "agreement on hidden pixels, minus the better of neighbours and zeros, minus another image's; the share of the",
+        "encoder's gradient that comes through the Rebuilder; hidden loss",
+        f"{'bed':<10} {'arm':<24} {_cells([(head, '') for head in heads])}  by seed",
     ]
-    lines += ["encoder's gradient that comes through the Rebuilder; hidden loss"]
-    lines += [f"{'bed':<10} {'arm':<24} {_cells([(head, '') for head in heads])}  by seed"]
     for row in results["arms"]:
         seeds = ", ".join(f"{seed}: {value:.2f}" for seed, value in sorted(row["by_seed"].items()))
         said, mean = row["works"], statistics.fmean(row["by_seed"].values()) if seeds else None
@@ -143,9 +144,8 @@ def show_results(results: dict[str, Any]) -> str:
     lines += [f"{'bed':<10} {'contrast':<44} {_cells([(head, '') for head in columns])}"]
     for row in results["contrasts"]:
         least, held = min(row["by_seed"].values(), default=None), row["held"]
-        verdict = (
-            (row["p_holm"], ".4f") if results["margin"] is None else ({True: "yes", False: "no", None: None}[held], "")
-        )
+        answer = {True: "yes", False: "no", None: None}[held]
+        verdict = (row["p_holm"], ".4f") if results["margin"] is None else (answer, "")
         agreed = row["works"].get("hidden", {})
         cells = _cells([
             (len(row["by_seed"]), ""), (row["mean"], "+.2f"), (row["low"], "+.2f"), (row["high"], "+.2f"),

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mfm_dist.config.variants import VARIANTS as CONFIGURED
-from tools.bench_rebuilder import VARIANTS, main
+from tools.bench_rebuilder import main
 
 
 def test_the_table_and_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +17,3 @@ def test_the_table_and_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[
     few, many = json.loads((tmp_path / "record.json").read_text())["peak_mib"]
     assert few["paper"] == pytest.approx(many["paper"], rel=0.02)
     assert many["stable"] < 0.96 * few["stable"]
-
-
-def test_the_variants_are_those_of_the_configuration() -> None:
-    assert {name: dict(settings.get("rebuilder", {})) for name, settings in CONFIGURED.items()} == VARIANTS
