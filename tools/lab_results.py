@@ -13,6 +13,9 @@ from mfm_dist.errors import EXIT_DONE
 from mfm_dist.report.paired import holm, paired_difference
 from tools.lab_runs import Plan, Records
 
+SIGNS = (1, -1, -1, 1)
+"""Of the arms of a contrast, in their order."""
+
 
 def collect(plan: Plan, records: Records) -> dict[str, Any]:
     """Return figures by arm and the contrasts, paired by seed.
@@ -27,13 +30,12 @@ def collect(plan: Plan, records: Records) -> dict[str, Any]:
             ended[run.bed, run.arm][run.seed] = line
     diverged = [run for run, line in known.items() if line["code"] != EXIT_DONE]
     contrasts = [
-        {"bed": bed, "first": first, "second": second, **contrast(ended[bed, first], ended[bed, second])}
-        for bed, (first, second) in product(plan.beds, plan.contrasts)
+        {"bed": bed, "arms": arms, **contrast([ended[bed, arm] for arm in arms])}
+        for bed, arms in product(plan.beds, plan.contrasts)
     ]
     if plan.confirmed and len(known) == len(plan.runs):
         lost = {(run.bed, run.arm) for run in diverged}
-        pairs = [{(row["bed"], row["first"]), (row["bed"], row["second"])} for row in contrasts]
-        whole = [row["p"] is not None and not lost & pair for row, pair in zip(contrasts, pairs, strict=True)]
+        whole = [row["p"] is not None and not lost & {(row["bed"], arm) for arm in row["arms"]} for row in contrasts]
         p_values = [row["p"] if there else 1.0 for row, there in zip(contrasts, whole, strict=True)]
         for row, there, p in zip(contrasts, whole, holm(p_values), strict=True):
             row |= {"p_holm": p} if plan.margin is None else {"held": there and row["low"] > plan.margin}
@@ -59,20 +61,34 @@ def collect(plan: Plan, records: Records) -> dict[str, Any]:
     }
 
 
-def contrast(first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Return the differences of two arms, records by seed: of the figure, and of what ``works`` says of each."""
-    shared = sorted(first.keys() & second.keys())
-    by_seed = {seed: first[seed]["figure"] - second[seed]["figure"] for seed in shared}
-    ours, theirs = (works([arm[seed] for seed in shared]) for arm in (first, second))
-    both = [name for name in ours if len(ours[name]) == len(theirs[name]) == len(shared) > 0]
-    differences = {name: [a - b for a, b in zip(ours[name], theirs[name], strict=True)] for name in both}
+def contrast(arms: Sequence[dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the differences of arms, records by seed: of the figure, and of what ``works`` says of each.
+
+    Of two arms the first minus the second; of four (first - second) - (third - fourth).
+    """
+    shared = sorted(set.intersection(*(set(arm) for arm in arms)))
+
+    def differences(values: Sequence[Sequence[float]]) -> list[float]:
+        return [
+            sum(sign * value for sign, value in zip(SIGNS, each, strict=False)) for each in zip(*values, strict=True)
+        ]
+
+    by_seed = dict(zip(shared, differences([[arm[seed]["figure"] for seed in shared] for arm in arms]), strict=True))
+    said = [works([arm[seed] for seed in shared]) for arm in arms]
+    everywhere = [name for name in said[0] if all(len(one[name]) == len(shared) > 0 for one in said)]
     return {
         "by_seed": by_seed,
         **interval(list(by_seed.values())),
-        "works": {name: interval(values) for name, values in differences.items()},
+        "works": {name: interval(differences([one[name] for one in said])) for name in everywhere},
         "p_holm": None,
         "held": None,
     }
+
+
+def title(arms: Sequence[str]) -> str:
+    """Write a contrast of two arms, or of four, for people."""
+    pairs = [" - ".join(arms[at : at + 2]) for at in range(0, len(arms), 2)]
+    return pairs[0] if len(pairs) == 1 else " - ".join(f"({pair})" for pair in pairs)
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -141,7 +157,8 @@ def show_results(results: dict[str, Any]) -> str:
     last = "Holm" if results["margin"] is None else f"> {results['margin']}"
     columns = ("n", "mean", "low", "high", "least", "p", last, "hidden", "low")
     lines += ["", "differences paired by seed, with their 95 % intervals; at the end those of hidden agreement"]
-    lines += [f"{'bed':<10} {'contrast':<44} {_cells([(head, '') for head in columns])}"]
+    wide = max((len(title(row["arms"])) for row in results["contrasts"]), default=0)
+    lines += [f"{'bed':<10} {'contrast':<{wide}} {_cells([(head, '') for head in columns])}"]
     for row in results["contrasts"]:
         least, held = min(row["by_seed"].values(), default=None), row["held"]
         answer = {True: "yes", False: "no", None: None}[held]
@@ -151,7 +168,7 @@ def show_results(results: dict[str, Any]) -> str:
             (len(row["by_seed"]), ""), (row["mean"], "+.2f"), (row["low"], "+.2f"), (row["high"], "+.2f"),
             (least, "+.2f"), (row["p"], ".4f"), verdict, (agreed.get("mean"), "+.3f"), (agreed.get("low"), "+.3f"),
         ])  # fmt: skip
-        lines.append(f"{row['bed']:<10} {row['first'] + ' - ' + row['second']:<44} {cells}")
+        lines.append(f"{row['bed']:<10} {title(row['arms']):<{wide}} {cells}")
     lines += ["", f"{results['on_record']} of {results['runs']} runs on record"]
     lines += [f"diverged, and in no mean: {name}" for name in results["diverged"]]
     several = [f"{len(results[kind])} {kind}" for kind in ("commits", "machines") if len(results[kind]) > 1]
@@ -170,6 +187,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.errorbar(row["mean"], place, xerr=half, fmt="o", color="C0", capsize=3)
         axes.plot(list(row["by_seed"].values()), [place] * len(row["by_seed"]), "|", color="0.5")
     axes.axvline(0, color="0.7", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row['bed']}: {row['first']} - {row['second']}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row['bed']}: {title(row['arms'])}" for row in rows])
     axes.set_xlabel("difference in target mIoU, points; mean and 95 % interval")
     figure.savefig(path)

@@ -74,7 +74,7 @@ class Plan:
     arms: dict[str, list[str]]
     """Overrides by name, after those of ``common``."""
     contrasts: list[list[str]]
-    """Pairs of arms: the first minus the second."""
+    """Pairs of arms, the first minus the second; of four arms (first - second) - (third - fourth)."""
     common: list[str] = field(default_factory=list)
     """Overrides of every arm."""
     margin: float | None = None
@@ -110,9 +110,9 @@ def read_plan(name: str) -> Plan:
 
 
 def _contrast_problems(plan: Plan) -> list[str]:
-    pairs = [pair for pair in plan.contrasts if not (isinstance(pair, list) and len(pair) == 2)]
-    unknown = {str(arm) for pair in plan.contrasts if pair not in pairs for arm in pair if arm not in plan.arms}
-    return [f"contrasts: {pair!r} is no pair of arms" for pair in pairs] + [
+    wrong = [one for one in plan.contrasts if not (isinstance(one, list) and len(one) in (2, 4))]
+    unknown = {str(arm) for one in plan.contrasts if one not in wrong for arm in one if arm not in plan.arms}
+    return [f"contrasts: {one!r} is no pair of arms, nor two of them" for one in wrong] + [
         f"contrasts: there is no arm {arm}; there are {', '.join(plan.arms)}" for arm in sorted(unknown)
     ]
 

@@ -149,6 +149,17 @@ def test_where_every_contrast_has_to_hold_its_lower_bound_is_held_against_the_ma
     assert [row["held"] for row in lost["contrasts"]] == [held, False], "an arm of which a run diverged has not held"
 
 
+def test_four_arms_are_a_difference_of_differences(tmp_path: Path) -> None:
+    arms = {name: ["mfm.enabled=true", f"rebuilder.depth={depth}"] for depth, name in enumerate("abcd", start=1)}
+    plan = read_plan(str(write_plan(tmp_path, arms=arms, contrasts=[["a", "b", "c", "d"]])))
+    figures = {("a", 1): 50.0, ("b", 1): 53.0, ("c", 1): 51.0, ("d", 1): 52.0, ("a", 2): 50.0, ("b", 2): 50.0}
+    results = collect(plan, fill(plan, tmp_path, {**figures, ("c", 2): 50.0, ("d", 2): 51.0}))
+    (row,) = results["contrasts"]
+    assert row["by_seed"] == {1: -2.0, 2: 1.0}
+    assert row["works"]["hidden"]["mean"] == 0.0
+    assert "(a - b) - (c - d)" in show_results(results)
+
+
 def test_a_run_that_diverged_is_named_and_a_claim_without_pairs_is_not_shown(tmp_path: Path) -> None:
     plan = read_plan(str(write_plan(tmp_path)))
     figures = {("dacs", 1): 40.0, ("mfm", 1): 41.0, ("dacs", 2): 60.0, ("mfm", 2): None}
