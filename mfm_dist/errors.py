@@ -161,10 +161,11 @@ def tell_user_errors(main: Callable[..., int]) -> Callable[..., int]:
 def ended_from_outside(error: Exception) -> str | None:
     """Say what outside of this process ended it, where an error tells of that: a traceback would not help.
 
-    PyTorch raises ``RuntimeError`` for all of it; which it is, its text tells.
+    PyTorch raises ``RuntimeError`` for all of it; which it is, its text tells. NCCL's is as reported by others
+    (https://github.com/NVIDIA/nccl/issues/934), and was not seen here.
     """
     said = str(error) if isinstance(error, RuntimeError) else ""
-    if "gloo/transport/" in said:
+    if "gloo/transport/" in said or "ncclRemoteError" in said:
         return "another process of the job is gone: killed, failed or cut off"
     if said.startswith("DataLoader worker"):
         return "a loader worker is gone, perhaps killed for want of memory, of which a smaller data.workers takes less"

@@ -74,3 +74,9 @@ def test_what_came_from_outside_is_told_from_mistakes_of_ours() -> None:
         torch.zeros(2) + torch.zeros(3)
     assert ended_from_outside(caught.value) is None
     assert ended_from_outside(OSError("gloo/transport/")) is None
+
+
+@pytest.mark.parametrize(("kind", "told"), [("ncclRemoteError", True), ("ncclInvalidUsage", False)])
+def test_a_peer_that_nccl_lost_is_told_from_a_wrong_call_of_it(kind: str, told: bool) -> None:
+    error = torch.distributed.DistBackendError(f"NCCL error in: ProcessGroupNCCL.cpp:1, NCCL version 2\n{kind}: A call")
+    assert (ended_from_outside(error) is not None) == told
