@@ -305,9 +305,13 @@ class JsonLines:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line. Numbers that are not finite become null, which JSON can hold."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        """Add one line, below what a kill left half. Numbers that are not finite become null, which JSON can hold."""
+        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        with self.path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read the records; a line that is none is passed over: the last of a killed run, or somebody else's.

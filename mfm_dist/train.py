@@ -28,7 +28,7 @@ from mfm_dist.config.arguments import config_arguments, whole
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.launch import Launch, combination_problems
 from mfm_dist.distributed.launcher import choose_zero, read_launch, start_processes
 from mfm_dist.errors import (
     EXIT_DONE,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
-            check(config, read_launch(arguments.launch) if arguments.launch else launch)
+            check(config, read_launch(arguments.launch) if arguments.launch else None)
             return EXIT_DONE
         if arguments.launch:
             return start_processes(arguments.launch, "mfm_dist.train", arguments.of_each_process)
@@ -214,8 +214,8 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
 def check(config: RunConfig, launch: Launch | None = None) -> None:
     """Find what can be found wrong without training: configuration, trackers, weights, networks, shards.
 
-    On a machine with GPUs also warn if the run will hardly fit one, started as ``launch`` says, or as
-    this process was.
+    Where ``launch`` is given, also what does not go with its processes and its ZeRO stage. On a machine with GPUs also
+    warn if the run will hardly fit one, started as ``launch`` says, or as this process was.
 
     Raises:
         UserError: for all of it, of the kind of the first.
@@ -228,9 +228,12 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
 
     errors: list[UserError] = []
     module = None
-    config = replace(config, train=replace(config.train, compile=False))  # nothing is computed here
-    if problems := tracker_problems(config):
+    problems = tracker_problems(config)
+    if launch is not None:
+        problems += [*combination_problems(config, launch), *config.world_problems(launch.world_size)]
+    if problems:
         errors.append(ConfigError(problems))
+    config = replace(config, train=replace(config.train, compile=False))  # nothing is computed here
     try:
         classes, notes = check_data(config)
         for note in notes:
@@ -250,7 +253,7 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
         raise joined(errors)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
-    print(f"ok: {config.method.name}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
+    print(f"ok: {config.method_label}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
     print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
     launch = launch or Launch.from_environment()
     if torch.cuda.is_available() and not launch.use_cpu:

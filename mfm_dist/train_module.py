@@ -248,9 +248,9 @@ class TrainModule(nn.Module):
         ]
         return replace(batch, draws={**draws, "dropout": torch.stack(dropout)})
 
-    def step_inputs(self, batch: UDABatch, mfm_weight: float = 1.0) -> StepInputs:
-        """Return what the terms look at, the teacher's targets included."""
-        return self.with_targets(self.prepare_inputs(batch, mfm_weight))
+    def step_inputs(self, batch: UDABatch) -> StepInputs:
+        """Return what the terms look at, the teacher's targets included, with a lambda of 1."""
+        return self.with_targets(self.prepare_inputs(batch, 1.0))
 
     def prepare_inputs(self, batch: UDABatch, mfm_weight: float) -> StepInputs:
         """Return what the terms look at, as far as it takes no network: images, draws, lambda.

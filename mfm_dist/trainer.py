@@ -337,6 +337,7 @@ class Trainer:
         self.console.line(f"step {progress.step}: back to step {back.step}, passing over data ({self.skipped.reason})")
         run.forget_after(back.step)
         self.progress = back
+        self.console.begin(back.step)
         self.step_log.begin(back.step)
         # Written over the one it came from: a run that is killed now must not meet the same data again.
         self.saved_step = self.audited_step = -1
@@ -439,8 +440,9 @@ class Trainer:
     def _evaluation_is_missing(self) -> bool:
         """Tell whether the step to start from is one to score and was not: at the first start, or after a stop."""
         step, config = self.progress.step, self.config
-        due = step % config.eval.every == 0 or step == config.train.steps
-        return due and not self.engine.from_main(self.run.evaluation(step).exists)
+        if step == config.train.steps:  # a start whose last score is whole has ended by now (train.report_finished)
+            return True
+        return step % config.eval.every == 0 and not self.engine.from_main(self.run.evaluation(step).exists)
 
     def save(self) -> None:
         """Begin to write a checkpoint of the current step, unless there is one."""

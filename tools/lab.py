@@ -195,6 +195,8 @@ def instruments_of(run: Run, folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in sorted(set().union(*kept) - {"step"}):
         values = {line["step"]: line[name] for line in kept if line.get(name) is not None}
+        if not values:  # none of them was finite
+            continue
         late = [value for step, value in values.items() if step > last]
         found[name] = {"mean": statistics.fmean(values.values())}
         if late:

@@ -39,13 +39,13 @@ def collect(module: TrainModule, engine: Engine, memory: HostMemory | None) -> S
         specs[name] = TensorSpec(torch.float32, shape)
         held.extend(Piece(name, place.start, values.detach()) for place, values in pieces)
 
-    for part, prefix in parts(module).items():
-        for name, parameter in part.named_parameters():
-            add(f"{prefix.partition('.')[0]}/{name}", parameter_shape(parameter), engine.parameter_pieces(parameter))
-        for name, parameter in part.named_parameters():
+    for part, source in parts(module).items():
+        for name, parameter in source.named_parameters():
+            add(f"{part}/{name}", parameter_shape(parameter), engine.parameter_pieces(parameter))
+        for name, parameter in source.named_parameters():
             if parameter.requires_grad:
                 for key, pieces in engine.optimizer_pieces(parameter).items():
-                    add(f"optimizer/{prefix}.{name}/{key}", parameter_shape(parameter), pieces)
+                    add(f"optimizer/{part}.{name}/{key}", parameter_shape(parameter), pieces)
     buffers = {f"student/{name}": buffer.detach() for name, buffer in module.student.named_buffers()}
     specs |= {name: TensorSpec(buffer.dtype, buffer.shape) for name, buffer in buffers.items()}
     if buffers:
@@ -61,14 +61,14 @@ def collect(module: TrainModule, engine: Engine, memory: HostMemory | None) -> S
     return Snapshot(tensors=specs, pieces=written[:count], buffers=written[count:])
 
 
-def parts(module: TrainModule) -> dict[nn.Module, str]:
-    """Return the modules a checkpoint holds, with the prefix of their parameters' names in ``TrainModule``."""
-    named: dict[nn.Module, str] = {module.student: "student"}
+def parts(module: TrainModule) -> dict[str, nn.Module]:
+    """Return the modules that a checkpoint holds, by the name that they have there."""
+    held: dict[str, nn.Module] = {"student": module.student}
     if module.teacher is not None:
-        named[module.teacher.segmentor] = "teacher.segmentor"
+        held["teacher"] = module.teacher.segmentor
     if module.rebuilder is not None:
-        named[module.rebuilder] = "rebuilder"
-    return named
+        held["rebuilder"] = module.rebuilder
+    return held
 
 
 def load_state(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> int:
@@ -112,12 +112,11 @@ def _statistics(checkpoint: Checkpoint, student: nn.Module, rank: int) -> dict[s
 def _targets(checkpoint: Checkpoint, module: TrainModule, engine: Engine) -> dict[str, Callable[[Tensor], object]]:
     """Say where each tensor goes, once all are known to fit, and make room for the optimiser's."""
     setters: dict[str, Callable[[Tensor], object]] = {}
-    for part, prefix in parts(module).items():
-        file = prefix.partition(".")[0]
-        whole = part is module.student  # the teacher's buffers are not kept
-        _refuse_misfit(checkpoint.path, part, checkpoint.part(file), buffers_needed=whole)
-        for name, parameter in part.named_parameters():
-            setters[f"{file}/{name}"] = partial(engine.set_parameter, parameter)
+    for part, held in parts(module).items():
+        whole = part == "student"  # the teacher's buffers are not kept
+        _refuse_misfit(checkpoint.path, held, checkpoint.part(part), buffers_needed=whole)
+        for name, parameter in held.named_parameters():
+            setters[f"{part}/{name}"] = partial(engine.set_parameter, parameter)
     setters |= {f"student/{name}": buffer.copy_ for name, buffer in module.student.named_buffers()}
     states = _optimizer_states(checkpoint, module, engine)
     keys = OPTIMIZER_STATES[engine.config.optim.name]
@@ -222,9 +221,9 @@ def load_modules(checkpoint: Checkpoint, module: TrainModule) -> None:
     Raises:
         ConfigError: if the checkpoint is of another network.
     """
-    for part, prefix in parts(module).items():
-        tensors, whole = checkpoint.tensors(prefix.partition(".")[0]), part is module.student
-        _load_part(checkpoint.path, part, tensors, buffers_needed=whole)  # the teacher's are not kept
+    for part, held in parts(module).items():
+        whole = part == "student"  # the teacher's buffers are not kept
+        _load_part(checkpoint.path, held, checkpoint.tensors(part), buffers_needed=whole)
 
 
 def load_student(checkpoint: Checkpoint, student: nn.Module) -> None:

@@ -32,7 +32,6 @@ from mfm_dist.checkpoint.pieces import (
 )
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.classes import ClassSet
-from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.errors import ConfigError, CorruptFileError, StorageError
 from mfm_dist.storage import (
     fsync,
@@ -120,7 +119,7 @@ class Checkpoint:
         """Read the tensors of one part whole, in one process. Raises DamagedCheckpointError."""
         return {key.removeprefix(f"{name}/"): whole for key, whole in self.stream(f"{name}/")}
 
-    def stream(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    def stream(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """Read every tensor whole whose name begins so, one after another, in one process.
 
         Raises:
@@ -454,9 +453,7 @@ def _from_state(path: Path, state: dict[str, Any]) -> Checkpoint:
 
 
 def _class_set(state: dict[str, Any]) -> ClassSet:
-    """Read the classes of a checkpoint; those written before they were a matter of the data have ``DEFAULT``."""
-    if "classes" not in state:
-        return load_class_set(DEFAULT)
+    """Read the classes of a checkpoint."""
     try:
         return ClassSet.from_tree(state["classes"], "classes")
     except ConfigError as error:

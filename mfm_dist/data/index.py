@@ -65,6 +65,9 @@ class IndexRows(Sequence[np.ndarray]):
         self._held: OrderedDict[int, np.ndarray] = OrderedDict()
         self._held_bytes = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": OrderedDict(), "_held_bytes": 0}
+
     def __len__(self) -> int:
         return len(self._records)
 

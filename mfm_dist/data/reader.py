@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from mfm_dist.data.decoding import (
     jpeg_decoder,
     torchvision_jpeg,
 )
-from mfm_dist.data.index import DatasetIndex
+from mfm_dist.data.index import DatasetIndex, wrong_name
 from mfm_dist.data.shard_records import ShardRecord
 from mfm_dist.errors import BadSample, ConfigError, CorruptFileError
 from mfm_dist.storage import regular_descriptor
@@ -184,6 +185,8 @@ class ShardReader:
             # One call for the whole row; each field by itself would cost as much.
             name, image_format, image_at, label_at, _ = self.index.rows[shard][row].item()
             key = name.decode(errors="replace")
+            if problem := wrong_name(key, key):  # an index of any origin; files are named by what it says
+                raise CorruptFileError(problem)
             image = read_member(read_into, image_at, "image")
             label = read_member(read_into, label_at, "label") if with_label else None
             sample = decode_sample(key, image_format.decode(), image, label, num_classes, self._decode_jpeg)
@@ -224,4 +227,6 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        """Give a copy files and held indexes of its own: it may be for another thread."""
+        index = replace(self.index, rows=copy(self.index.rows))
+        return {**self.__dict__, "_files": OrderedDict(), "index": index}

@@ -51,10 +51,8 @@ class StepResult:
 
     applied: Tensor
     """Bool; False when the loss or a gradient was not finite or above its ceiling: the weights are then as before."""
-    flags: Tensor
-    """[n], how many ranks set each of the flags that ``step`` was given."""
     verdict: HostCopy
-    """``applied`` and ``flags``: [1 + n]."""
+    """[1 + n]: ``applied``, and how many ranks set each of the flags that ``step`` was given."""
     loss: Tensor
     """Mean over all micro-batches of the step, the same on every rank."""
     grad_norms: dict[str, Tensor]
@@ -180,7 +178,6 @@ class Engine:
         self.applied += good
         return StepResult(
             applied=good,
-            flags=flags,
             verdict=HostCopy(torch.cat([good[None].float(), flags])),
             loss=loss,
             grad_norms={**dict(zip(parts, norms, strict=True)), "total": norms.norm()},

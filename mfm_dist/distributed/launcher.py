@@ -74,6 +74,8 @@ def read_launch(file: Path) -> Launch:
     tree = read_yaml(find_launch_file(file))
     processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
     environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
+    on_cpu = tree.get("use_cpu", False) or set(str(tree.get("gpu_ids", "all")).split(",")) == {"-1"}
+    environment["ACCELERATE_USE_CPU"] = str(on_cpu).lower()
     if tree.get("distributed_type") == "DEEPSPEED":
         deepspeed = tree.get("deepspeed_config", {})
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"

@@ -60,15 +60,19 @@ def open_train_module(path: Path) -> tuple[TrainModule, Checkpoint]:
         ConfigError: no run folder, or no checkpoint yet.
     """
     config, checkpoint = _newest(path)
-    plain = replace(
+    module = build_train_module(without_training(config), checkpoint.classes)
+    load_modules(checkpoint, module)
+    return module, checkpoint
+
+
+def without_training(config: RunConfig) -> RunConfig:
+    """Return the configuration for networks that a checkpoint is loaded into, and that are looked at alone."""
+    return replace(
         config,
         model=replace(config.model, pretrained=False, weights=None),  # the checkpoint brings all weights
         memory=MemorySection(),
         train=replace(config.train, compile=False),
     )
-    module = build_train_module(plain, checkpoint.classes)
-    load_modules(checkpoint, module)
-    return module, checkpoint
 
 
 def _newest(path: Path) -> tuple[RunConfig, Checkpoint]:

@@ -94,7 +94,7 @@ def logits_of(
     logits = predict_logits(student, image, ranks.device, normalise, forwards, box)[0]
     if teacher is None:
         return logits, None
-    return logits, predict_logits(teacher, image, ranks.device, _twice, forwards, box)[0]
+    return logits, predict_logits(teacher, image, ranks.device, twice, forwards, box)[0]
 
 
 def figures_of(student: Tensor, teacher: Tensor | None, threshold: float) -> dict[str, float]:
@@ -119,7 +119,7 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def _twice(image: Tensor) -> Tensor:
+def twice(image: Tensor) -> Tensor:
     """Normalise an image [1, 3, H, W] and put a copy beside it, [2, 3, H, W].
 
     Batch statistics stay those of the image. Of a single one, a decoder that pools it into one value has none.

@@ -21,7 +21,9 @@ from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import RunConfig, names_of
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
+from mfm_dist.inference.open_run import without_training
 from mfm_dist.inference.predict_labels import predict_labels
+from mfm_dist.inference.unlabelled import twice
 from mfm_dist.methods.mfm import enlarge_mask, mask_of, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
@@ -191,9 +193,7 @@ def load_networks(run: Run, config: RunConfig) -> Networks:
     networks = Networks(config, run.classes, run.path / "eval" / "step_00000000", first_student(config, run.classes))
     said: list[str] = []
     try:
-        # The checkpoint brings all weights.
-        bare = replace(config, model=replace(config.model, pretrained=False, weights=None))
-        module = build_train_module(bare, run.classes).requires_grad_(False)
+        module = build_train_module(without_training(config), run.classes).requires_grad_(False)
         checkpoint = find_latest(run.path / "checkpoints", report=said.append)
         if checkpoint is None:
             reason = f"There is no complete checkpoint, so nothing trained can be shown. {' '.join(said)}".strip()
@@ -209,7 +209,8 @@ def first_student(config: RunConfig, classes: ClassSet) -> Segmentor | None:
     if config.model.pretrained:
         return None
     try:
-        return build_train_module(config, classes).student.requires_grad_(False).eval()
+        plain = replace(config, train=replace(config.train, compile=False))
+        return build_train_module(plain, classes).student.requires_grad_(False).eval()
     except ConfigError:  # no or another file of that name by now; what else may be wrong shows with the checkpoint
         return None
 
@@ -264,7 +265,7 @@ def pseudo_label(networks: Networks, subject: Subject) -> list[Panel]:
     teacher = networks.trained.teacher
     if teacher is None:
         raise AbsentError(f"There is no pseudo-label: {networks.config.method.name} without MFM has no teacher.")
-    logits = teacher(normalise(subject.sample.image[None]))
+    logits = teacher(twice(subject.sample.image[None]))
     probability, label = logits.float().softmax(dim=1)[0].max(dim=0)
     unsure = (probability < networks.config.self_training.pseudo_threshold).numpy()
     drawn = label_map(label.numpy().astype(np.uint8), networks.classes.palette, unsure=unsure)

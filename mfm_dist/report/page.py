@@ -215,7 +215,7 @@ def _headline(run: Run, letter: str) -> dict[str, Any]:
     return {
         "run": run,
         "letter": letter,
-        "method": "unknown" if config is None else config.method.name + (" + MFM" if config.mfm.enabled else ""),
+        "method": "unknown" if config is None else config.method_label + (" + MFM" if config.mfm.enabled else ""),
         "seeds": "unknown" if config is None else str(config.seed),
         "steps": done if config is None or run.step == config.train.steps else f"{done} of {config.train.steps:,}",
         "status": _status(run.outcome),

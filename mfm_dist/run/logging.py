@@ -196,7 +196,8 @@ class RunningMean:
 class ForwardClock:
     """Times the forwards of a module: by events in the GPU's stream, which wait for nothing, or the host's clock.
 
-    Of a step on several ranks they tell which one is slow: everything else waits for the others in between.
+    Of a step on several ranks they tell which one is slow: everything else waits for the others in between. Forwards in
+    a CUDA graph are not timed: nobody may wait for an event that was captured with them.
     """
 
     KEPT = 1000
@@ -229,6 +230,8 @@ class ForwardClock:
         self._began = self._now()
 
     def _stop(self, *_: Any) -> None:
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            return
         self._spans.append((self._began, self._now()))
         self._count += 1
 
@@ -280,7 +283,9 @@ class Console:
     def begin(self, step: int, *, bar: bool = True) -> None:
         """Count from ``step`` and now on."""
         self.started = (time.perf_counter(), step)
-        if bar and self.enabled and sys.stderr.isatty():
+        if self.bar is not None:
+            self.bar.n = step
+        elif bar and self.enabled and sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:

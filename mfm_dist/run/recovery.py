@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,15 +87,13 @@ def must_roll_back(progress: Progress, settings: RecoverySection) -> bool:
 
 def gone_back(progress: Progress, saved: Progress) -> Progress:
     """Return progress after going back to ``saved``: its step and its memory, but the data goes on from where it is."""
-    return Progress(
-        step=saved.step,
-        applied=saved.applied,
+    return replace(
+        saved,
         block=progress.block,
+        skipped=0,
         rollbacks=progress.rollbacks + 1,
         furthest_failed_step=max(progress.step, progress.furthest_failed_step),
         rollback_step=saved.step,
-        losses=saved.losses,
-        grad_norms=saved.grad_norms,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -204,7 +205,7 @@ class Watchdog:
             clock.touch()
             now = clock.stat().st_mtime
         except OSError:  # then the others cannot say that they move either
-            return self.seconds
+            return math.inf
         for rank in set(range(self.world_size)) - {self.rank}:
             with suppress(OSError):  # a rank that never wrote one does not move
                 moved.append((self._heartbeats / _file(rank, "json")).stat().st_mtime)

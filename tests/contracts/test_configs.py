@@ -297,6 +297,11 @@ def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
     assert Launch.from_environment(environment).zero_stage == (int(stage[1]) if stage else None)
 
 
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
+def test_a_launch_file_says_whether_it_is_for_the_cpu(path: Path) -> None:
+    assert read_launch(path).use_cpu == path.stem.startswith("cpu_")
+
+
 @pytest.mark.parametrize("path", [path for path in LAUNCHES if "hpz" in path.stem], ids=lambda p: p.stem)
 def test_a_second_copy_is_cut_within_each_node(path: Path) -> None:
     launch = read_launch(path)

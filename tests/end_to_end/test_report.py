@@ -119,6 +119,14 @@ def test_the_first_prediction_made_from_the_seed_is_the_one_that_was_saved(run: 
     assert saved.address != label_map(other, networks.classes.palette)
 
 
+def test_the_networks_of_a_compiled_run_are_shown_uncompiled(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda *_, **__: pytest.fail("compiled"))
+    config = load_config(run / "config.yaml", ["train.compile=true"])
+    networks = load_networks(read_runs([run])[0], config)
+    assert networks.module is not None, networks.notes
+    assert networks.first is not None
+
+
 def spoil_all_but_config(run: Path) -> None:
     for path in run.iterdir():
         if path.name != "config.yaml":

@@ -97,6 +97,18 @@ def test_a_finished_run_started_again_only_says_so(finished: Path, scenes: Path)
     assert (finished / "checkpoints" / "step_00000004" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_whose_last_score_is_damaged_is_scored_again(
+    finished: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    score = run / "eval/step_00000004.json"
+    before = score.read_text()
+    score.write_text(before[:20])
+    completed = run_train(tiny_overrides(scenes, run))
+    assert completed.returncode == 0, completed.stderr
+    assert json.loads(score.read_text())["iou"] == json.loads(before)["iou"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_with_75(number: signal.Signals, scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -168,6 +180,11 @@ def test_check_finds_mistakes_without_training(
     more.write_text("train: {stepz: 3}\n")
     assert train.main([*good, "--config", str(more)]) == 2
     assert f"unknown key 'train.stepz' ({more})" in capsys.readouterr().err
+    launched = [*good, "--launch", "configs/accelerate/cpu_ddp.yaml"]
+    assert train.main([*launched, "train.global_batch=2", "memory.offload_optimizer=true"]) == 2
+    message = capsys.readouterr().err
+    assert "train.global_batch" in message
+    assert "memory.offload_optimizer needs ZeRO" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import re
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,17 +138,41 @@ def test_a_disk_that_fails_once_costs_no_sample(shard_folder: ShardFolder, monke
 
 def _fresh(reader: ShardReader) -> ShardReader:
     """The same reader as another process would get it."""
-    copy: ShardReader = pickle.loads(pickle.dumps(reader))
-    return copy
+    fresh: ShardReader = pickle.loads(pickle.dumps(reader))
+    return fresh
+
+
+def test_an_index_cannot_name_a_place_outside_of_a_folder(shard_folder: ShardFolder) -> None:
+    """Overlays and predictions are files named by the key."""
+    folder = shard_folder(count=2)
+    tar, manifest_file = folder / "000000.tar", folder / "dataset.json"
+    rows = np.load(index_path(tar))
+    longer = rows.astype([(name, "S40" if name == "key" else kind) for name, kind in rows.dtype.descr])
+    longer["key"][1] = b"../../../outside"
+    np.save(index_path(tar), longer)
+    manifest = Manifest.read(manifest_file)
+    record = replace(manifest.shards[0], index_sha256=sha256_of(index_path(tar)))
+    manifest_file.write_text(replace(manifest, shards=ShardRecords([record])).to_json())
+    reader = ShardReader(folder)
+    assert not isinstance(reader.read(0), BadSample)
+    assert "leads out of the folder" in str(unusable(reader, 1))
+
+
+def test_a_copy_for_another_thread_holds_indexes_of_its_own(shard_folder: ShardFolder) -> None:
+    reader = ShardReader(shard_folder())
+    reader.read(0)
+    other = copy(reader)
+    assert torch.equal(other.read(0).image, reader.read(0).image)
+    assert list(other.index.rows._held) == [0], "what it read itself, not what is in the other's hands"
 
 
 def test_a_pickled_reader_opens_its_own_files(shard_folder: ShardFolder) -> None:
     reader = ShardReader(shard_folder())
     reader.read(0)
-    copy = _fresh(reader)
-    assert torch.equal(copy.read(5).image, reader.read(5).image)
+    other = _fresh(reader)
+    assert torch.equal(other.read(5).image, reader.read(5).image)
     reader.close()
-    assert torch.equal(copy.read(5).image, reader.read(5).image)
+    assert torch.equal(other.read(5).image, reader.read(5).image)
 
 
 def test_a_forked_process_may_go_on_with_open_files(shard_folder: ShardFolder) -> None:

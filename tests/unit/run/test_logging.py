@@ -50,6 +50,36 @@ def test_the_time_of_forwards_is_that_of_the_newest_times_their_number() -> None
     assert timed.seconds() < 0.05, "the first one counts no more"
 
 
+def test_forwards_that_are_captured_in_a_cuda_graph_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses to wait for an event of a graph; here without a GPU, with an event that says so."""
+    capturing = False
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.captured = capturing
+
+        def synchronize(self) -> None:
+            assert not self.captured, "operation not permitted on an event last recorded in a capturing stream"
+
+        def elapsed_time(self, ended: Event) -> float:
+            assert not self.captured
+            assert not ended.captured
+            return 500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    module = torch.nn.Identity()
+    timed = ForwardClock(module, torch.device("cuda"))
+    module(1)
+    capturing = True
+    module(2)
+    capturing = False
+    assert timed.seconds() == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -87,6 +117,18 @@ def test_the_console_names_use_and_a_slow_rank_where_there_is_something_to_say(
     assert "8.0 images/s, 12% MFU, rank 3 slowest (spread 50%)" in capsys.readouterr().out
 
 
+def test_after_going_back_the_console_counts_from_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 100.0, 200.0, 220.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    console = Console(enabled=True, steps=100)
+    console.begin(60)
+    console.begin(20)  # gone back after 100 seconds
+    console.show({"step": 40, "loss/total": 1.0, "images_per_second": 8.0})
+    assert "1:00 left" in capsys.readouterr().out, "60 steps at the second each that the last 20 took"
+
+
 def test_json_lines_forgets_later_steps_and_survives_a_torn_line(tmp_path: Path) -> None:
     file = JsonLines(tmp_path / "metrics.jsonl")
     assert list(file) == []
@@ -95,6 +137,8 @@ def test_json_lines_forgets_later_steps_and_survives_a_torn_line(tmp_path: Path)
     with file.path.open("a") as stream:
         stream.write('{"step": 40, "lo')  # killed while writing
     assert [record["step"] for record in file] == [10, 20, 30]
+    file.append({"step": 50})
+    assert [record["step"] for record in file] == [10, 20, 30, 50], "what follows a torn line is not lost with it"
     file.forget_after(20)
     assert list(file) == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": None}]
     assert all(json.loads(line) for line in file.path.read_text().splitlines())

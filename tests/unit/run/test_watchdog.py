@@ -108,6 +108,21 @@ def test_a_phase_that_cannot_say_that_it_moves_has_more_time(tmp_path: Path) -> 
     assert ranks(tmp_path / "data", ["data=2.2"], ["data=2.2"])[0] == [76, 76]
 
 
+def test_a_folder_that_is_gone_does_not_keep_a_slow_phase_from_ending(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended: list[float] = []
+    clock = iter([0.1 * tick for tick in range(1, 100)])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock, None) or dog.close() or 10.0)
+    monkeypatch.setattr(Watchdog, "_end", lambda _: ended.append(0) or dog.close())
+    dog = Watchdog(tmp_path, rank=0, world_size=2, seconds=0, start="now", on_hang=print)
+    dog.seconds, dog._tick, dog._moves = 1.0, 0.05, 0
+    dog._place = ("save", 0)
+    dog._heartbeats = tmp_path / "gone"
+    dog._watch()
+    assert ended == [0]
+
+
 def test_a_job_that_was_suspended_as_a_whole_does_not_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Between two looks the clock jumps by an hour: that counts as two looks at most."""
     ended: list[float] = []

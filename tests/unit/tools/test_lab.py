@@ -13,7 +13,7 @@ import yaml
 from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import ConfigError
 from tests.helpers.runs import REPOSITORY, tiny_overrides
-from tools.lab import build_parser, clean_commit, main, run, show_plan
+from tools.lab import build_parser, clean_commit, instruments_of, main, run, show_plan
 from tools.lab_results import collect, draw, show_results
 from tools.lab_runs import PLANS, Plan, Records, Run, read_plan
 
@@ -167,6 +167,13 @@ def test_a_run_that_diverged_is_named_and_a_claim_without_pairs_is_not_shown(tmp
     assert results["diverged"] == ["stride8 mfm seed 2"]
     assert results["contrasts"][0]["p_holm"] == 1.0
     assert "diverged, and in no mean: stride8 mfm seed 2" in show_results(results)
+
+
+def test_an_instrument_that_was_never_finite_is_left_out(tmp_path: Path) -> None:
+    one = read_plan(str(write_plan(tmp_path))).runs[1]
+    lines = [{"step": 1, "mfm/loss_hidden": None}, {"step": 1500, "mfm/loss_hidden": None, "mfm/lambda_eff": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert instruments_of(one, tmp_path) == {"mfm/lambda_eff": {"mean": 0.5, "late": 0.5}}
 
 
 def test_gpu_and_cpu_and_what_failed_are_kept_apart(tmp_path: Path) -> None:
