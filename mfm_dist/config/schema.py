@@ -329,19 +329,20 @@ class RebuilderSection:
     grid: tuple[Cells, Cells] = (16, 16)
     """Cells (rows, columns) a crop is cut into; one number means a square. MFM: 16, 32 x 32 pixels of a 512 crop."""
     qk_norm: bool = False
-    """Normalise queries and keys, so that no attention logit grows without bound. MFM: false; stable: true."""
+    """Normalise queries and keys, so that no attention logit grows without bound, for runs whose
+    `rebuilder/max_logit` does. MFM and stable: false."""
     peri_norm: bool = False
     """Normalise what attention and MLP of a block add to its input, too, so that no rate makes the sum outgrow what the
     cells say. MFM: false; stable: true."""
     depth_scaling: bool = False
     """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
-    the paper's 2 blocks. MFM: false; stable: true."""
+    the paper's 2 blocks. MFM and stable: false."""
     readout: Annotated[int, between(0, 1000)] = 0
     """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
     read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
     fill: bool = False
     """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts small and stays
-    within what the channel shows. MFM: false; stable: true."""
+    within what the channel shows. MFM and stable: false."""
 
 
 @dataclass(kw_only=True)
@@ -358,11 +359,11 @@ class OptimSection:
     rebuilder_lr: LearningRate = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
     rebuilder_betas: tuple[Beta, Beta] | None = None
-    """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. stable: [0.9, 0.95], whose second moment
-    follows a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
+    """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. The second moment of [0.9, 0.95] follows
+    a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
     rebuilder_warmup: Share = 0.0
     """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
-    `warmup_steps`. MFM: 0; stable: 0.025."""
+    `warmup_steps`. MFM: 0."""
     rebuilder_base_width: Annotated[int, between(0, 65_536)] = 0
     """Width that `rebuilder_lr` was chosen at. Matrices of a Rebuilder that is wider learn at the rate times this over
     its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""

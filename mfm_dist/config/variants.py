@@ -9,8 +9,8 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "paper": {},
     "stable": {
         "mfm": {"loss_on": "hidden", "mask": "exact", "gradient_budget": 0.5},
-        "rebuilder": {"qk_norm": True, "peri_norm": True, "depth_scaling": True, "readout": 2, "fill": True},
-        "optim": {"rebuilder_betas": [0.9, 0.95], "rebuilder_warmup": 0.025, "rebuilder_base_width": 512},
+        "rebuilder": {"peri_norm": True, "readout": 2},
+        "optim": {"rebuilder_base_width": 512},
     },
 }
 """Settings by section that differ from the schema's defaults, which are the paper's. Where each comes from, and what a

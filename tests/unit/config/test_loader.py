@@ -124,12 +124,12 @@ def test_what_a_later_source_sets_right_is_no_problem(tmp_path: Path) -> None:
 
 def test_a_variant_is_defaults_that_files_and_overrides_change(tmp_path: Path) -> None:
     plain = load_config(None)
-    assert (plain.rebuilder.readout, plain.mfm.loss_on, plain.optim.rebuilder_betas) == (0, "all", None)
-    [file] = write(tmp_path, "rebuilder: {variant: stable, qk_norm: off}")
+    assert (plain.rebuilder.readout, plain.mfm.loss_on, plain.optim.rebuilder_base_width) == (0, "all", 0)
+    [file] = write(tmp_path, "rebuilder: {variant: stable, peri_norm: off}")
     stable = load_config(file, ["mfm.gradient_budget=0"])
-    assert (stable.rebuilder.readout, stable.mfm.loss_on, stable.optim.rebuilder_betas) == (2, "hidden", (0.9, 0.95))
-    assert (stable.rebuilder.qk_norm, stable.mfm.gradient_budget) == (False, 0.0)
-    assert load_config(file, ["rebuilder.variant=paper"]) == load_config(None, ["rebuilder.qk_norm=false"])
+    assert (stable.rebuilder.readout, stable.mfm.loss_on, stable.optim.rebuilder_base_width) == (2, "hidden", 512)
+    assert (stable.rebuilder.peri_norm, stable.mfm.gradient_budget) == (False, 0.0)
+    assert load_config(file, ["rebuilder.variant=paper"]) == load_config(None, ["rebuilder.peri_norm=false"])
     assert load_config(write(tmp_path, dump_config(stable))) == stable
 
 

@@ -101,7 +101,7 @@ def test_without_measuring_or_a_budget_no_map_is_watched() -> None:
 
 
 def test_the_update_is_how_far_the_weights_went() -> None:
-    overrides = ["rebuilder.variant=stable", "optim.weight_decay=0", "optim.rebuilder_warmup=0", "train.micro_batch=2"]
+    overrides = ["rebuilder.variant=stable", "optim.weight_decay=0", "train.micro_batch=2"]
     module = module_with(*overrides)
     engine = engine_of(module)
     assert module.rebuilder is not None
