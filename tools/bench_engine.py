@@ -35,7 +35,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.signals import end_process
 from mfm_dist.schedules import ema_decay_at, mfm_weight
@@ -186,6 +186,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"device": cpu_name(), "load_average": os.getloadavg(), "starts": starts, "rounds": rounds}
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,19 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     arguments.config = arguments.config or [QUICKSTART]
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if config.train.precision == "bf16_weights":
-            raise ConfigError("bench_engine: the raw loops keep their teacher in fp32, so train.precision=bf16_weights "
-                              "has no twin here: use fp32 or bf16")  # fmt: skip
-        if arguments.worker is not None:
-            if (seconds := time_ways(config, steps=arguments.steps, warmup=arguments.warmup)) is not None:
-                write_atomically(arguments.worker, json.dumps(seconds))
-            return EXIT_DONE
-        found = measure(arguments)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config, arguments.overrides)
+    if config.train.precision == "bf16_weights":
+        raise ConfigError("bench_engine: the raw loops keep their teacher in fp32, so train.precision=bf16_weights "
+                          "has no twin here: use fp32 or bf16")  # fmt: skip
+    if arguments.worker is not None:
+        if (seconds := time_ways(config, steps=arguments.steps, warmup=arguments.warmup)) is not None:
+            write_atomically(arguments.worker, json.dumps(seconds))
+        return EXIT_DONE
+    found = measure(arguments)
     print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.steps} rounds; medians, quartiles")
     print(table(found["starts"]))
     print(

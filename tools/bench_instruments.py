@@ -22,7 +22,7 @@ from typing import Any
 from mfm_dist.build import open_readers, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments, whole
@@ -77,6 +77,7 @@ def measure(config: RunConfig, *, rounds: int, warmup: int) -> dict[str, Any]:
     }
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,13 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(arguments.config or [QUICKSTART], arguments.overrides)
-        settings = changed_keys(to_tree(RunConfig()), config)
-        found = measure(config, rounds=arguments.rounds, warmup=arguments.warmup)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config or [QUICKSTART], arguments.overrides)
+    settings = changed_keys(to_tree(RunConfig()), config)
+    found = measure(config, rounds=arguments.rounds, warmup=arguments.warmup)
     times = ", ".join(f"{kind} {1000 * seconds:.1f} ms" for kind, seconds in found["cpu_seconds"].items())
     print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.rounds} rounds, CPU time: {times}")
     print(f"a logged step over a plain one: {found['logged_over_plain']:.3f}; ", end="")

@@ -28,7 +28,7 @@ from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.optim import build_optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
@@ -108,6 +108,7 @@ def table(settings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,13 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds} is not at least 1")
-    try:
-        base = DEFAULT if arguments.config is None else []
-        config = load_config(arguments.config, [*base, *arguments.overrides])
-        found = measure(config, rounds=arguments.rounds)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    base = DEFAULT if arguments.config is None else []
+    config = load_config(arguments.config, [*base, *arguments.overrides])
+    found = measure(config, rounds=arguments.rounds)
     print(f"{found['device']}, {found['threads']} torch threads, load {found['load_average'][0]:.1f}; ", end="")
     print(f"weights, teacher and optimiser beside it {found['settings']['plain']['standing_mib']:.1f} MiB")
     print(table(found["settings"]))

@@ -23,7 +23,7 @@ from mfm_dist.build import build_train_module, classes_without_data
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.errors import EXIT_DONE, tell_user_errors
 from mfm_dist.optim import build_optimizer, state_sizes
 from mfm_dist.run.signals import end_process
 from mfm_dist.schedules import ema_decay_at
@@ -98,6 +98,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,25 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     base = DEFAULT if arguments.config is None else []
     results: dict[str, Any] = {}
-    try:
-        words = [*base, *arguments.overrides]
-        config = load_config(arguments.config, words)
-        if arguments.worker is not None:
-            if (found := time_steps(config, arguments.steps)) is not None:
-                write_atomically(arguments.worker, json.dumps(found))
-            return EXIT_DONE
-        for name in arguments.starts:
-            launch, processes, _ = STARTS[name]
-            batch = f"train.global_batch={config.train.micro_batch * processes}"
-            passed_on = [*config_arguments(arguments.config or ()), *arguments.overrides, batch]
-            passed_on += ["--steps", str(arguments.steps)]
-            measured = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
-            plan = planned(load_config(arguments.config, [*words, batch]), name, measured["link_gb_s"])
-            results[name] = {"planned": plan, "measured": measured}
-            print(f"{name}: {plan['total'] / measured['seconds']:.3f}", flush=True)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    words = [*base, *arguments.overrides]
+    config = load_config(arguments.config, words)
+    if arguments.worker is not None:
+        if (found := time_steps(config, arguments.steps)) is not None:
+            write_atomically(arguments.worker, json.dumps(found))
+        return EXIT_DONE
+    for name in arguments.starts:
+        launch, processes, _ = STARTS[name]
+        batch = f"train.global_batch={config.train.micro_batch * processes}"
+        passed_on = [*config_arguments(arguments.config or ()), *arguments.overrides, batch]
+        passed_on += ["--steps", str(arguments.steps)]
+        measured = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
+        plan = planned(load_config(arguments.config, [*words, batch]), name, measured["link_gb_s"])
+        results[name] = {"planned": plan, "measured": measured}
+        print(f"{name}: {plan['total'] / measured['seconds']:.3f}", flush=True)
     print(f"{cpu_name()}, load {os.getloadavg()[0]:.1f}; promised: within {PROMISE:.0%}")
     print(table(results))
     if arguments.json:

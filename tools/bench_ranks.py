@@ -22,7 +22,7 @@ from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.deepspeed_engine import parameter_shape
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.errors import EXIT_DONE, tell_user_errors
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.signals import end_process
 from mfm_dist.schedules import ema_decay_at
@@ -135,6 +135,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,34 +147,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     base = DEFAULT if arguments.config is None else []
-    try:
-        config = load_config(arguments.config, [*base, *arguments.overrides])
-        if arguments.worker is not None:
-            if (found := count_state(config)) is not None:
-                write_atomically(arguments.worker, json.dumps(found))
-            return EXIT_DONE
-        results: list[dict[str, Any]] = []
-        for launch, precision, processes in cases(arguments.launch, arguments.precision, arguments.processes):
-            passed_on = [*config_arguments(arguments.config or ()), *arguments.overrides]
-            passed_on += [f"train.precision={precision}"]
-            passed_on += [f"train.global_batch={config.train.micro_batch * processes}"]
-            found = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
-            results.append(with_ratios((launch, precision, processes), found))
-            one = results[-1]
-            print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
-            print(f"{one['of_share']:.3f} of total / N", flush=True)
-            if arguments.json:  # after each case: a later one may not fit the machine
-                write_record(
-                    arguments.json,
-                    ["tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
-                    ("torch", "deepspeed", "accelerate", "timm"),
-                    changed=changed_keys(to_tree(RunConfig()), config),
-                    bytes_a_parameter=BYTES,
-                    results=results,
-                )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config, [*base, *arguments.overrides])
+    if arguments.worker is not None:
+        if (found := count_state(config)) is not None:
+            write_atomically(arguments.worker, json.dumps(found))
+        return EXIT_DONE
+    results: list[dict[str, Any]] = []
+    for launch, precision, processes in cases(arguments.launch, arguments.precision, arguments.processes):
+        passed_on = [*config_arguments(arguments.config or ()), *arguments.overrides]
+        passed_on += [f"train.precision={precision}"]
+        passed_on += [f"train.global_batch={config.train.micro_batch * processes}"]
+        found = run_ranks(Path(__file__), passed_on, launch=launch, processes=processes)
+        results.append(with_ratios((launch, precision, processes), found))
+        one = results[-1]
+        print(f"{launch} {precision} {processes}: {one['rank_bytes'] / 2**20:.0f} MiB, ", end="")
+        print(f"{one['of_share']:.3f} of total / N", flush=True)
+        if arguments.json:  # after each case: a later one may not fit the machine
+            write_record(
+                arguments.json,
+                ["tools/bench_ranks.py", *(sys.argv[1:] if argv is None else argv)],
+                ("torch", "deepspeed", "accelerate", "timm"),
+                changed=changed_keys(to_tree(RunConfig()), config),
+                bytes_a_parameter=BYTES,
+                results=results,
+            )
     first = results[0]
     print(f"trainable {first['trainable']:,}, teacher {first['teacher']:,}; MiB of one rank after the backward")
     print(table(results))

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments
 from mfm_dist.config.loader import load_config
-from mfm_dist.errors import ConfigError, UserError
+from mfm_dist.errors import ConfigError, tell_user_errors
 from tools.seeds import MOST_SEEDS, mean_of, save_record, shown, train
 
 VARIED = Path("configs/scenes/dacs.yaml")
@@ -77,6 +77,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,12 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_intermixed_args(argv)
     files = arguments.config or [VARIED]
-    try:
-        if load_config(files, arguments.overrides).data.validation is None:
-            raise ConfigError("data.validation=null: nothing to compare variants by; name a labelled set of the target")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if load_config(files, arguments.overrides).data.validation is None:
+        raise ConfigError("data.validation=null: nothing to compare variants by; name a labelled set of the target")
     # Seed by seed, so that what an interruption leaves is paired.
     runs = list(product(range(arguments.seeds), arguments.variants))
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mfm_dist.errors import ConfigError
+from mfm_dist.errors import tell_user_errors
 from mfm_dist.models.backbone import build_classifier
 from mfm_dist.models.preprocessing import normalise
 from mfm_dist.scenes import OBJECT_KINDS, render_object
@@ -43,16 +43,13 @@ WEIGHT_DECAY = 0.05
 """AdamW's decoupled decay."""
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = parse_arguments(argv)
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
-    try:
-        model = build_classifier(arguments.backbone, len(OBJECT_KINDS))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    model = build_classifier(arguments.backbone, len(OBJECT_KINDS))
     started = time.perf_counter()
     images, labels = render(arguments, "train", arguments.images)
     print(f"rendered {len(images)} images in {time.perf_counter() - started:.0f} s", flush=True)

@@ -19,7 +19,7 @@ import torch
 from mfm_dist.config.arguments import add_run_arguments, image_size
 from mfm_dist.config.loader import load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.errors import EXIT_DONE, tell_user_errors
 from mfm_dist.profiling.counting import (
     ForwardCost,
     TermCost,
@@ -140,6 +140,7 @@ def step_lines(step: Mapping[str, Any], crop: Sequence[int]) -> Iterator[str]:
     yield RULE
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
@@ -150,13 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=2, help="levels of modules to show (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all counts here")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        size = arguments.size or config.data.crop
-        found = measure(config, size)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config, arguments.overrides)
+    size = arguments.size or config.data.crop
+    found = measure(config, size)
     model = config.model
     print(f"{model.backbone} {model.backbone_options or ''} + {model.decoder} {model.decoder_options or ''}")
     if model.pretrained or model.weights:

@@ -37,7 +37,7 @@ from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.clipping import Ceilings, clip_factors, is_good, sum_of_squares
 from mfm_dist.distributed.running_statistics import KeptStatistics
 from mfm_dist.distributed.teacher import update_teacher
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.optim import build_optimizer
 from mfm_dist.profiling.counting import blank_batch, build_without_storage
 from mfm_dist.profiling.host_syncs import DEEPSPEED, OPTIMIZER, OURS, HostSyncs, count_host_syncs
@@ -358,6 +358,7 @@ def as_record(counted: StepCount, syncs: HostSyncs, config: RunConfig, card: str
     }
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
@@ -370,17 +371,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
     overrides += [f"train.precision={arguments.precision}"] if arguments.precision else []
-    try:
-        config = load_config(arguments.config, overrides)
-        counted, small = count_kernels(config), small_step(arguments.config, overrides)
-        syncs = count_host_syncs(small, [blank_batch(small, block) for block in range(2 * small.blocks_per_step)])
-        record = as_record(counted, syncs, config, arguments.card)
-        if arguments.json:
-            words = ["tools/count_kernels.py", *(sys.argv[1:] if argv is None else argv)]
-            write_record(arguments.json, words, ("torch", "timm"), **record)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config, overrides)
+    counted, small = count_kernels(config), small_step(arguments.config, overrides)
+    syncs = count_host_syncs(small, [blank_batch(small, block) for block in range(2 * small.blocks_per_step)])
+    record = as_record(counted, syncs, config, arguments.card)
+    if arguments.json:
+        words = ["tools/count_kernels.py", *(sys.argv[1:] if argv is None else argv)]
+        write_record(arguments.json, words, ("torch", "timm"), **record)
     _print(record)
     return EXIT_DONE
 

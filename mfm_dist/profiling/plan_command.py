@@ -25,7 +25,7 @@ from typing import Any
 
 from mfm_dist.config.arguments import whole
 from mfm_dist.config.loader import load_config
-from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, UserError, first_line
+from mfm_dist.errors import EXIT_DONE, ConfigError, CorruptFileError, first_line, tell_user_errors
 from mfm_dist.profiling.plan import ADAPTER, GPUS, PAYS, Cluster, make_plan
 from mfm_dist.storage import read_json
 
@@ -137,6 +137,7 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster:
     return Cluster(nodes=arguments.nodes, gpus=arguments.gpus, gpu=arguments.gpu, gib=gib, within=within, across=across)
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
@@ -153,13 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     files = [Path(word) for word in arguments.words if word.endswith((".yaml", ".yml")) and "=" not in word]
     overrides = [word for word in arguments.words if Path(word) not in files]
-    try:
-        plan = make_plan(load_config(files or None, overrides), cluster_of(arguments))
-        if arguments.plot:
-            draw(plan, arguments.plot)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    plan = make_plan(load_config(files or None, overrides), cluster_of(arguments))
+    if arguments.plot:
+        draw(plan, arguments.plot)
     print(json.dumps(_without_infinity(plan), indent=1) if arguments.json else "\n".join(lines_of(plan)))
     return EXIT_DONE
 

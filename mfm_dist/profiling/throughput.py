@@ -16,7 +16,7 @@ from typing import Any
 from mfm_dist.config.arguments import Command, add_run_arguments, whole
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.errors import EXIT_DONE, UserError
+from mfm_dist.errors import EXIT_DONE, tell_user_errors
 from mfm_dist.profiling.data import data_table, measure_data
 from mfm_dist.profiling.records import write_record
 from mfm_dist.profiling.step import PARTS, measure
@@ -47,6 +47,7 @@ def table(found: Mapping[str, Any]) -> str:
     )
 
 
+@tell_user_errors
 def profile_step(argv: Sequence[str]) -> int:
     """Run the ``step`` command."""
     parser = argparse.ArgumentParser(
@@ -57,12 +58,8 @@ def profile_step(argv: Sequence[str]) -> int:
     parser.add_argument("--warmup", type=whole(0), default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(arguments.config or QUICKSTART, arguments.overrides)
-        found = measure(config, steps=arguments.steps, warmup=arguments.warmup)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config or QUICKSTART, arguments.overrides)
+    found = measure(config, steps=arguments.steps, warmup=arguments.warmup)
     print(f"{found['device']}, {found['threads']} torch threads, load {found['load_average'][0]:.1f}, ", end="")
     print(f"{arguments.steps} rounds after {arguments.warmup}; {found['images_per_step']} images a step")
     print(table(found))
@@ -73,6 +70,7 @@ def profile_step(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+@tell_user_errors
 def profile_data(argv: Sequence[str]) -> int:
     """Run the ``data`` command."""
     parser = argparse.ArgumentParser(
@@ -86,12 +84,8 @@ def profile_data(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=whole(0), nargs="*", default=[1, 2], metavar="N", help="(1 2)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here, every single time too")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        config = load_config(arguments.config or QUICKSTART, arguments.overrides)
-        found = measure_data(config, workers=arguments.workers, rounds=arguments.rounds, blocks=arguments.blocks)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = load_config(arguments.config or QUICKSTART, arguments.overrides)
+    found = measure_data(config, workers=arguments.workers, rounds=arguments.rounds, blocks=arguments.blocks)
     print(f"{found['device']}, load {found['load_average'][0]:.1f}, {arguments.rounds} rounds, {found['image_sizes']}")
     print(data_table(found))
     if arguments.json:

@@ -19,7 +19,7 @@ from mfm_dist.config.arguments import whole
 from mfm_dist.data.index import open_manifest
 from mfm_dist.data.manifest import MANIFEST_FILE, UNFINISHED_FILE, Manifest, remake_hint
 from mfm_dist.data.shard_records import ShardRecord
-from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, UserError
+from mfm_dist.errors import EXIT_DATA, EXIT_DONE, ConfigError, DataError, tell_user_errors
 from mfm_dist.shards.packing import worker_pool
 from mfm_dist.shards.verify import ShardCheck, check_manifest, check_shard
 
@@ -125,17 +125,14 @@ def print_table(reports: list[Report]) -> None:
         print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="mfm-shards check", description="Verify shards and every sample in them.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="shard folders, or folders of them")
     parser.add_argument("--workers", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     args = parser.parse_args(argv)
-    try:
-        reports = check_folders(find_folders(args.folders), args.workers)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    reports = check_folders(find_folders(args.folders), args.workers)
     print_table(reports)
     problems = [line for report in reports for line in report.lines()]
     for line in (*problems, *(line for report in reports for line in report.advice())):

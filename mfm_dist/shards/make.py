@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mfm_dist.config.arguments import image_size, whole
 from mfm_dist.config.class_files import DEFAULT, load_class_file, load_class_set, shipped_class_sets
-from mfm_dist.errors import EXIT_DONE, ConfigError, UserError
+from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.shards.card import IMAGE_SUFFIXES, Card, card_names, folder_card, read_card
 from mfm_dist.shards.convert import Conversion, convert
 from mfm_dist.shards.scene_shards import ALL_CAUSES, write_scenes
@@ -254,14 +254,12 @@ def _add_work(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace shards that were made in another way")
 
 
+@tell_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         args = build_parser().parse_args(argv)
         args.make(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last finished shard", file=sys.stderr)
         return EXIT_INTERRUPTED
