@@ -242,20 +242,8 @@ def count_step(config: RunConfig) -> dict[str, TermCost]:
     module = build_without_storage(config)
     counter = FlopCounterMode(display=False)
     meter = _StepMeter(module, counter)
-    height, width = config.data.crop
-    pixels = (config.train.micro_batch, height, width)
     with torch.device("meta"):
-        images = torch.zeros(pixels[0], 3, height, width, dtype=torch.uint8)
-        label = torch.zeros(pixels, dtype=torch.uint8)
-        batch = UDABatch(
-            source_image=images,
-            source_label=label,
-            target_image=images,
-            target_valid=torch.ones(pixels, dtype=torch.bool),
-            labelled_target_image=images if config.data.target_labelled else None,
-            labelled_target_label=label if config.data.target_labelled else None,
-            block=0,
-        )
+        batch = blank_batch(config, 0)
     with counter:
         inputs = module.step_inputs(batch)
         for meter.term in module.term_names:  # one by one, so that what is computed in a term is known
