@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from mfm_dist.build import build_train_module, classes_without_data
+from mfm_dist.config.arguments import whole
 from mfm_dist.config.loader import load_config
 from mfm_dist.errors import EXIT_DONE
 from mfm_dist.optim import build_optimizer
 from mfm_dist.profiling.counting import blank_batch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from mfm_dist.config.arguments import whole
 from mfm_dist.profiling.records import write_record
 from mfm_dist.profiling.step import cpu_name
 

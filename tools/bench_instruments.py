@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.build import open_readers, render_scenes
+from mfm_dist.config.arguments import add_run_arguments, whole
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from mfm_dist.config.arguments import add_run_arguments, whole
 from mfm_dist.profiling.records import write_record
 from mfm_dist.profiling.step import Blocks, build_setting, cpu_name
 from mfm_dist.profiling.throughput import QUICKSTART

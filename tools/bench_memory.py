@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mfm_dist.build import build_train_module, classes_without_data
+from mfm_dist.config.arguments import add_run_arguments, whole
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import MemorySection, RunConfig
 from mfm_dist.distributed.engine import Engine
@@ -30,9 +31,6 @@ from mfm_dist.distributed.launch import Launch
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, ConfigError, tell_user_errors
 from mfm_dist.optim import build_optimizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from mfm_dist.config.arguments import add_run_arguments, whole
 from mfm_dist.profiling.records import write_record
 from mfm_dist.profiling.step import cpu_name, peak_gib, random_batch, synchronise
 

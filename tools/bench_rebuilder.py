@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
+from mfm_dist.config.arguments import whole
 from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import EXIT_DONE
 from mfm_dist.methods.mfm import draw_mask
 from mfm_dist.models.rebuilder import Rebuilder
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
-from mfm_dist.config.arguments import whole
 from mfm_dist.profiling.records import write_record
 from mfm_dist.profiling.step import cpu_name, peak_gib
 
