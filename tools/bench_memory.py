@@ -116,8 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.rounds < 1:
-        parser.error(f"--rounds {arguments.rounds} is not at least 1")
     base = DEFAULT if arguments.config is None else []
     config = load_config(arguments.config, [*base, *arguments.overrides])
     found = measure(config, rounds=arguments.rounds)

@@ -18,8 +18,6 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.teacher import local_tensor
 from mfm_dist.train_module import TrainModule
 
-ROLES = ("parameters", "gradients", "optimiser", "master", "teacher")
-
 
 def state_tensors(engine: Engine, module: TrainModule) -> dict[str, list[Tensor]]:
     """Find this rank's tensors of the run's state, by role; DeepSpeed's gradients are read where it keeps them."""

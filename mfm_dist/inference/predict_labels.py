@@ -19,15 +19,14 @@ def predict_labels(
     image: Tensor,
     device: torch.device,
     scale: Callable[[Tensor], Tensor] = normalise,
-    at_least: int = 1,
     fit_into: tuple[int, int] | None = None,
 ) -> Tensor:
     """Return the most probable class of every pixel of one uint8 RGB image [3, H, W]: int64 [H, W] on ``device``.
 
     Args:
-        scale, at_least, fit_into: as in ``predict_logits``.
+        scale, fit_into: as in ``predict_logits``.
     """
-    return most_probable(predict_logits(segmentor, image, device, scale, at_least, fit_into)[0])
+    return most_probable(predict_logits(segmentor, image, device, scale, fit_into=fit_into)[0])
 
 
 def most_probable(values: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     for side_index, side in ((-2, image.shape[-2]), (-1, image.shape[-1])):
         size = blur_kernel_size(side)
         # Beyond 8 sigma a weight is below 1e-14: cutting the published size there changes no bit of a float32 sum.
-        radius = min(max(size // 2, 0), math.ceil(8 * sigma))
+        radius = min(size // 2, math.ceil(8 * sigma))
         offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
         weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
         weights = (weights / weights.sum()).to(image.dtype)

@@ -91,8 +91,8 @@ def hide(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Ten
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
     """List the forwards of the term, each with the weight lambda: source before target."""
-    kinds = {"target": [ForwardKind.MFM], "source": [ForwardKind.MFM_SOURCE]}
-    return [*kinds["source"], *kinds["target"]] if settings.domain == "both" else kinds[settings.domain]
+    target, source = ForwardKind.MFM, ForwardKind.MFM_SOURCE
+    return {"target": [target], "source": [source], "both": [source, target]}[settings.domain]
 
 
 class View(NamedTuple):

@@ -393,7 +393,3 @@ def _print(record: Mapping[str, Any]) -> None:
     print(
         f"the host waits for the device at {record['host_syncs']}: {', '.join(record['host_sync_places']) or 'nowhere'}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -191,14 +191,14 @@ def _chart(title: str, caption: str, lines: Sequence[Line], scale: str) -> list[
     return [Chart(title=title, caption="; ".join(words), lines=drawable[:MOST_LINES], scale=scale)]
 
 
-def envelope(steps: Floats, values: Floats, buckets: int = BUCKETS) -> Envelope:
+def envelope(steps: Floats, values: Floats) -> Envelope:
     """Return mean, minimum and maximum of the finite values of each bucket of consecutive points.
 
     A bucket without any finite value is NaN, which leaves a gap in the curve.
     """
-    if len(steps) <= buckets:
+    if len(steps) <= BUCKETS:
         return Envelope(steps, values, values, values)
-    edges = np.linspace(0, len(steps), buckets + 1).astype(int)
+    edges = np.linspace(0, len(steps), BUCKETS + 1).astype(int)
     parts = [(steps[a:b], values[a:b]) for a, b in pairwise(edges)]
     rows = []
     for at, part in parts:

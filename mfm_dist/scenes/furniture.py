@@ -85,8 +85,8 @@ def _conifer(board: Board, z: float, crown: Colour, clear: float, height: float)
         board.shape(ink, (*outline, (0.0, low - 0.03 * height)))
 
 
-def bush(pen: Pen, x: float, z: float, *, y: float = 0.0) -> None:
-    board = pen.stand(x, z, y)
+def bush(pen: Pen, x: float, z: float) -> None:
+    board = pen.stand(x, z)
     crown = pen.looks.pick("leaves")
     radius = pen.dice.between((0.4, 0.95))
     pen.shadow((x - radius, x + radius), (z - 0.3, z + 0.3), radius, 0.8)
