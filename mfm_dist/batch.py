@@ -54,7 +54,7 @@ class UDABatch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> UDABatch:
-        """Return the same block in page-locked memory; torch's DataLoader looks for a method of this name."""
+        """Return the same block in page-locked memory, for ``to`` not to wait (``Trainer.next_batches``, on a GPU)."""
         return self.map(Tensor.pin_memory)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> UDABatch:

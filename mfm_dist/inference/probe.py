@@ -287,12 +287,12 @@ def gradients_of(module: TrainModule, look: Look) -> Gradients:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(encoder, found, strict=True)]
 
     features = student.encode(look.image)
-    visible, hidden = losses_by_place(student.decode(rebuild(student, rebuilder, features, look.mask)), look)
+    visible, hidden = split_loss(student.decode(rebuild(student, rebuilder, features, look.mask)), look)
     of_visible, of_hidden = gradient(visible), gradient(hidden)
     constant = [feature.detach() for feature in features]
     read = student.decoder_inputs
     rebuilt = rebuilder(features[-1], [constant[index] for index in read], look.mask)
-    through = losses_by_place(student.decode(completed(constant, read, rebuilt)), look)
+    through = split_loss(student.decode(completed(constant, read, rebuilt)), look)
     counts_visible = module.config.mfm.loss_on == "all"
     of_rebuilder = gradient(through[0] + through[1] if counts_visible else through[1])
     whole = [v + h if counts_visible else h for v, h in zip(of_visible, of_hidden, strict=True)]
@@ -306,7 +306,7 @@ def gradients_of(module: TrainModule, look: Look) -> Gradients:
     )
 
 
-def losses_by_place(logits: Tensor, look: Look) -> tuple[Tensor, Tensor]:
+def split_loss(logits: Tensor, look: Look) -> tuple[Tensor, Tensor]:
     """Split L_mfm of logits [B, C, h, w] into its visible and its hidden pixels; both are over the number of all."""
     errors = pixel_cross_entropy(logits, look.clean.label) * look.clean.weight
     return (errors * ~look.hidden).sum() / errors.numel(), (errors * look.hidden).sum() / errors.numel()

@@ -143,7 +143,7 @@ def mfm_pass(
     way: Rebuild = hide
     if rebuilder is not None:
         way = partial(rebuilder, num_hidden=hidden_cells(rebuilder.grid, settings))
-    classify: Classify = partial(classify_rebuilt, student, way, settings=settings)
+    classify: ClassifyRebuilt = partial(classify_rebuilt, student, way, settings=settings)
     images, seen_of = [student.context(view.image)], partial(classify, view=view, mask=mask, decode=student.decode)
     if settings.view != "context":
         assert isinstance(student, HRDASegmentor)
@@ -187,7 +187,7 @@ class Seen(NamedTuple):
     """All encoder maps, before anything was hidden."""
 
 
-class Classify(Protocol):
+class ClassifyRebuilt(Protocol):
     """From the encoder maps of a view, its mask and a decoder to what the term makes of it."""
 
     def __call__(self, features: list[Tensor], *, view: View, mask: Tensor, decode: Decode) -> Seen: ...
@@ -221,7 +221,7 @@ def classify_rebuilt(
 
 def classify_fused(
     student: HRDASegmentor,
-    classify: Classify,
+    classify: ClassifyRebuilt,
     context: list[Tensor],
     detail: list[Tensor],
     *,

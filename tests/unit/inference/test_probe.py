@@ -31,10 +31,10 @@ from mfm_dist.inference.probe import (
     gradients,
     gradients_of,
     look_at,
-    losses_by_place,
     output_change,
     probe,
     read_batches,
+    split_loss,
 )
 from mfm_dist.methods.mfm import enlarge_mask, hide, masked_features_loss, rebuild
 from mfm_dist.models.layers import resize
@@ -162,7 +162,7 @@ def test_the_gradients_of_visible_and_hidden_pixels_add_up_to_that_of_training(
         if loss_on == "hidden":  # training divides by the hidden share
             loss = loss * look.hidden.float().mean()
         loss.backward()
-        visible, hidden = losses_by_place(student.decode(rebuild(student, rebuilder, features, look.mask)), look)
+        visible, hidden = split_loss(student.decode(rebuild(student, rebuilder, features, look.mask)), look)
     encoder = [p.grad for p in student.backbone.parameters() if p.grad is not None]
     last = [p.grad for p in student.backbone.net.parameters() if p.ndim > 1][-1]
     counted = found.visible + found.hidden if loss_on == "all" else found.hidden
