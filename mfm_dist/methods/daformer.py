@@ -5,7 +5,6 @@ The method's third part, rare class sampling, is a matter of the data: ``data.ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import chain
 
 import torch
@@ -13,33 +12,21 @@ from torch import Tensor
 
 from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import DAFormerSection, RunConfig, SelfTrainingSection
-from mfm_dist.methods.base import Classify, Loss, Maps, Method, Pass, StepInputs, Term, classify
+from mfm_dist.methods.base import Classify, Loss, Maps, Method, Pass, StepInputs, classify
 from mfm_dist.methods.dacs import DACS
 from mfm_dist.models.segmentor import Segmentor
-from mfm_dist.rng import Keyed
 
 
-class DAFormer(Method):
+class DAFormer(DACS):
     """L = L_sup + L_mix + weight * L_fd; the feature distance shares the forward of L_sup."""
 
-    needs_teacher = True
     needs_initial_encoder = True
 
     def __init__(
         self, settings: DAFormerSection, self_training: SelfTrainingSection, classify: Classify = classify
     ) -> None:
-        self.settings = settings
-        self.dacs = DACS(self_training, classify)
-        self.classify = classify
-
-    def terms(self) -> Mapping[str, Term]:
-        return {**self.dacs.terms(), "source": self.source_term}
-
-    def draws(self, key: Keyed, size: tuple[int, int]) -> dict[str, Tensor]:
-        return self.dacs.draws(key, size)
-
-    def prepare(self, inputs: StepInputs) -> StepInputs:
-        return self.dacs.prepare(inputs)
+        super().__init__(self_training, classify)
+        self.distance = settings
 
     def source_term(self, student: Segmentor, inputs: StepInputs) -> Pass:
         """Compute L_sup, and L_fd on the same features."""
@@ -51,9 +38,9 @@ class DAFormer(Method):
             found = supervised.losses(chain([whole], maps))
             last = whole[-1]
             size = (last.shape[-2], last.shape[-1])
-            mask = thing_mask(inputs.source_label, inputs.classes, size, self.settings.feature_distance_share)
+            mask = thing_mask(inputs.source_label, inputs.classes, size, self.distance.feature_distance_share)
             distance = feature_distance(last, inputs.initial_feature, mask)
-            return {**found, "feature_distance": Loss(distance, self.settings.feature_distance_weight)}
+            return {**found, "feature_distance": Loss(distance, self.distance.feature_distance_weight)}
 
         return supervised._replace(losses=losses)
 
