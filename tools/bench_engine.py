@@ -44,7 +44,7 @@ from mfm_dist.storage import write_atomically
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is searched, not the one above it
 from mfm_dist.config.arguments import add_run_arguments, config_arguments, whole
 from mfm_dist.profiling.records import write_record
-from mfm_dist.profiling.step import cpu_name, random_batch
+from mfm_dist.profiling.step import cpu_name, median_and_quartiles, random_batch
 from mfm_dist.profiling.throughput import QUICKSTART
 from tools.ranks import run_ranks
 from tools.raw_loops import Loop, bare_loop, deepspeed_loop
@@ -149,11 +149,6 @@ def summary(rounds: Sequence[Mapping[str, float]], saves: Sequence[Mapping[str, 
         "ratios": {name: median_and_quartiles(values) for name, values in ratios.items()},
         "save_seconds": {name: statistics.median(one[name] for one in saves) for name in ways},
     }
-
-
-def median_and_quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "quartile_low": low, "quartile_high": high}
 
 
 def table(starts: Mapping[str, Mapping[str, Any]]) -> str:

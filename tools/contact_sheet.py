@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from mfm_dist.config.class_files import DEFAULT, load_class_set
+from mfm_dist.inference.overlays import colourise
 from mfm_dist.scenes import DOMAINS, render_scene
 
 TILE = (304, 152)
@@ -20,13 +21,6 @@ BAND = 26
 LEGEND_ROWS = 2
 CLASSES = load_class_set(DEFAULT)
 PAPER, TEXT = (255, 255, 255), (40, 40, 40)
-
-
-def coloured(label: np.ndarray) -> np.ndarray:
-    """Show train ids, uint8 [H, W], in the colours of Cityscapes, uint8 [H, W, 3]; unlabelled is black."""
-    table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(CLASSES)] = CLASSES.palette
-    return table[label]
 
 
 def contact_sheet(*, seed: int, split: str, indices: dict[str, Sequence[int]]) -> Image.Image:
@@ -49,7 +43,8 @@ def contact_sheet(*, seed: int, split: str, indices: dict[str, Sequence[int]]) -
             scene = render_scene(seed=seed, domain=domain, split=split, index=index, height=2 * height, width=2 * width)
             top = BAND + row * (height + GUTTER)
             sheet.paste(Image.fromarray(scene.image).reduce(2), (left, top))
-            sheet.paste(Image.fromarray(coloured(scene.label)[::2, ::2].copy()), (left + width + GUTTER, top))
+            label = torch.from_numpy(scene.label[::2, ::2].copy())
+            sheet.paste(Image.fromarray(colourise(label, CLASSES.palette)), (left + width + GUTTER, top))
     _legend(draw, size)
     return sheet
 

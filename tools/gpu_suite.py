@@ -50,7 +50,8 @@ from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.errors import EXIT_DONE, EXIT_ERROR
 from mfm_dist.optim import build_optimizer
-from mfm_dist.profiling.counting import blank_batch, count_step
+from mfm_dist.profiling.counting import count_step
+from mfm_dist.profiling.step import random_batch, synchronise
 from mfm_dist.run.cards import card_of, peak_flops
 from mfm_dist.schedules import ema_decay_at
 from mfm_dist.storage import JsonLines
@@ -144,7 +145,7 @@ def equality(machine: Machine) -> Figures:
         config = machine.config(f"method.name={method}", *small, "self_training.jitter_prob=0")
         torch.manual_seed(0)
         module = build_train_module(config, classes_without_data(config))
-        batch = module.draw(random_batch(config))
+        batch = module.draw(random_batch(config, 0))
         ours = losses_and_gradients(deepcopy(module), batch, torch.device("cpu"))
         for name, tf32, precision in (("ieee", False, "fp32"), ("tf32", True, "fp32"), ("bf16", False, "bf16")):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -172,16 +173,6 @@ def losses_and_gradients(
     output.total.backward()
     gradients = [p.grad.flatten().double().cpu() for p in module.parameters() if p.grad is not None]
     return [float(loss) for loss in output.losses.values()], torch.cat(gradients)
-
-
-def random_batch(config: RunConfig, block: int = 0) -> UDABatch:
-    """Return a micro-batch of noise, everything in it by its number."""
-    generator = torch.Generator().manual_seed(block)
-    batch = blank_batch(config, block)
-    for image in (batch.source_image, batch.target_image):
-        image.random_(0, 256, generator=generator)
-    batch.source_label.random_(0, 19, generator=generator)
-    return batch
 
 
 def engines(machine: Machine) -> Figures:
@@ -339,7 +330,7 @@ def time_steps(machine: Machine, *overrides: str, stage: int | None = None, leav
     for number in range(warmup + steps):
         before = time.perf_counter()
         one_step(engine, batches[number % 2], number)
-        _wait(engine.device)
+        synchronise(engine.device)
         seconds.append(time.perf_counter() - before)
     median = statistics.median(seconds[warmup:])
     flop = sum(term.flop for term in count_step(config).values())
@@ -364,24 +355,19 @@ def time_steps(machine: Machine, *overrides: str, stage: int | None = None, leav
     return found
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def trace(machine: Machine) -> Figures:
     """Trace three steps: kernels of one, how busy the GPU is, what takes longest; the trace is in the folder."""
     engine, batches = prepared(machine.config("train.precision=bf16"))
     steps = 1 if machine.tiny else 3
     for number in range(1 if machine.tiny else 10):
         one_step(engine, batches[number % 2], number)
-    _wait(engine.device)
+    synchronise(engine.device)
     on_gpu = engine.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as traced:
         began = time.perf_counter()
         for number in range(steps):
             one_step(engine, batches[number % 2], number)
-        _wait(engine.device)
+        synchronise(engine.device)
         wall = time.perf_counter() - began
     traced.export_chrome_trace(str(machine.out / "trace.json.gz"))
     events = [event for event in traced.key_averages() if event.device_type.name == ("CUDA" if on_gpu else "CPU")]
@@ -413,10 +399,10 @@ def encode(machine: Machine) -> Figures:
     times: dict[int, list[float]] = {1: [], 3: []}
     for number in range(2 if machine.tiny else 20):
         for parts in times:
-            _wait(machine.device)
+            synchronise(machine.device)
             before = time.perf_counter()
             run(parts)
-            _wait(machine.device)
+            synchronise(machine.device)
             if number:
                 times[parts].append(time.perf_counter() - before)
     one, three = (1000 * statistics.median(times[parts]) for parts in (1, 3))

@@ -289,12 +289,13 @@ def with_mfm(config: RunConfig, enabled: bool) -> RunConfig:
     return config
 
 
+def median_and_quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartile_low": low, "quartile_high": high}
+
+
 def summary(rounds: Sequence[Mapping[str, Any]], images: int) -> dict[str, Any]:
     """Return medians over the rounds of one setting."""
-
-    def median_and_quartiles(values: list[float]) -> dict[str, float]:
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return {"median": middle, "quartile_low": low, "quartile_high": high}
 
     def net(way: Mapping[str, float]) -> float:
         return way["step"] - way["data wait"]
