@@ -54,7 +54,7 @@ POLL_SECONDS = 0.02
 
 _STEP = re.compile(r"step_(\d{8,})")
 _REPLACED = re.compile(r"\.step_(\d{8,})\.old")
-"""What ``whole_folder`` moves aside before a new folder of the same name takes its place."""
+"""What ``put_in_place`` moves aside before a new folder of the same name takes its place."""
 _FILE = re.compile(r"state\.json|(rank|buffers)_\d{5,}\.safetensors")
 
 

@@ -1,7 +1,8 @@
 """What the launcher decided: how many processes, on what, at which ZeRO stage. Everything mathematical is the run's.
 
-``accelerate launch`` hands its decisions over in environment variables; this file is the only reader of them. A launch
-that decides more, or what cannot work, is refused: ``start.start_engine`` raises the problems that are found here.
+``accelerate launch`` hands its decisions over in environment variables; what they say is read here alone (``train``
+only looks whether there are any, beside which ``--zero`` means nothing). A launch that decides more, or what cannot
+work, is refused: ``start.start_engine`` raises the problems that are found here.
 """
 
 from __future__ import annotations
