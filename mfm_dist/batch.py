@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class UDABatch:
-    """One block: ``B`` source and ``B`` target samples at consecutive positions (DESIGN: the micro-batch).
+    """One block: ``B`` source and ``B`` target samples at consecutive positions, a micro-batch.
 
     Images stay uint8 RGB until they are on the device, which costs a quarter of the copy.
     """

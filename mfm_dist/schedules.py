@@ -23,7 +23,7 @@ def ema_decay_at(update: int | Tensor, ema_decay: float) -> Tensor:
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, warmup_ratio: float) -> float:
-    """Return what every base rate is multiplied with at a step counted from 0 (UDA_FACTS 3.3).
+    """Return what every base rate is multiplied with at a step counted from 0 (mmcv's ``poly`` of power 1).
 
     Linear decay to 0 at ``steps``; the warm-up multiplies the *decayed* rate, so the peak stays below the base.
     """

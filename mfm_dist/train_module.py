@@ -354,7 +354,7 @@ class Teacher(nn.Module):
     """A frozen copy of the student, later its exponential moving average (``distributed.teacher``).
 
     Dropout and drop-path are off, BatchNorm normalises with the statistics of the batch it sees, and its running
-    statistics are neither read nor written: so does the published code (UDA_FACTS 2.1).
+    statistics are neither read nor written: so does the published code (docs/methods.md).
     """
 
     def __init__(self, student: Segmentor) -> None:

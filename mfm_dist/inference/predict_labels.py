@@ -52,7 +52,7 @@ def predict_logits(
         scale: makes uint8 [1, 3, H, W] what the segmentor expects. A batch of several gives logits of as many.
         at_least: forwards to run, for ranks that have to run as many; what is too many is not used.
         fit_into: sides of a box that the image is resized into first, aspect kept, as published for crops of 512; the
-            logits are then enlarged to the image's own size (UDA_FACTS 8). None: the image as it is.
+            logits are then enlarged to the image's own size. None: the image as it is.
     """
     size = seen_size(image, fit_into)
     scaled = scale(resize_box(image, size, WHOLE).unsqueeze(0).to(device))

@@ -1,8 +1,8 @@
 """The strong augmentation of mixed images: colour jitter and Gaussian blur, with keyed parameters.
 
 Parameters are drawn on the host from a keyed generator, so no result is waited for and every world size draws the
-same. Colour semantics are those of the kornia release the UDA line pins (0.5.8, UDA_FACTS 2.3), which differ
-from torchvision's: brightness adds, contrast multiplies, saturation and hue act in HSV.
+same. Colour semantics are those of the kornia release that the published code of DAFormer, HRDA and MIC pins
+(0.5.8), which differ from torchvision's: brightness adds, contrast multiplies, saturation and hue act in HSV.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Jitter and blur of a whole micro-batch in a few kernels, close to the published ones but not equal to them.
 
 The four colour changes of an image are affine in its colours here, so they fold into one 3 x 3 matrix and one offset.
-Two of them differ from the published forms (UDA_FACTS 2.3, ``augment``): saturation is scaled around the grey of YIQ
+Two of them differ from the published forms (``augment``): saturation is scaled around the grey of YIQ
 instead of the S of HSV, and hue is turned in the plane of I and Q instead of around the hexagon of HSV. Colours are
 clamped once, at the end, instead of after every change. On the embedded scenes the pictures differ by 6 of 255 grey
 levels on average, where the jitter itself changes them by 29.

@@ -63,7 +63,7 @@ def drawn_box(inputs: StepInputs, kind: ForwardKind) -> DrawnWindow:
 
 
 def detail_box(size: tuple[int, int], window: tuple[int, int], step: int, generator: np.random.Generator) -> Window:
-    """Draw a window at a multiple of ``step`` pixels. As published, never at the last place of all (UDA_FACTS 5)."""
+    """Draw a window at a multiple of ``step`` pixels. As in HRDA's code, never at the last place of all."""
     top, left = (
         step * int(generator.integers(max(1, (side - part + 1) // step)))
         for side, part in zip(size, window, strict=True)

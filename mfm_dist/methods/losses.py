@@ -10,7 +10,7 @@ from mfm_dist.models.layers import resize
 
 
 def cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Average pixel-wise cross-entropy over *all* pixels, ignored ones included (DACS line, UDA_FACTS 1).
+    """Average pixel-wise cross-entropy over *all* pixels, ignored ones included (docs/methods.md).
 
     Args:
         logits: [B, C, h, w]; enlarged bilinearly to the label's size. Computed in fp32 whatever comes in.

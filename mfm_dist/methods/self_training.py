@@ -51,7 +51,7 @@ def pseudo_weight(confidence: Tensor, valid: Tensor, threshold: float) -> Tensor
 
 
 def without_margins(valid: Tensor, top: int, bottom: int) -> Tensor:
-    """Make this many rows of ``valid`` [B, H, W] False at the top and at the bottom (DAFormer, UDA_FACTS 2.5)."""
+    """Make this many rows of ``valid`` [B, H, W] False at the top and at the bottom (DAFormer's published code)."""
     rows = torch.arange(valid.shape[1], device=valid.device)
     inside = (rows >= top) & (rows < valid.shape[1] - bottom)
     return valid & inside[:, None]

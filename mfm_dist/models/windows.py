@@ -72,7 +72,7 @@ def laid_out_as(pattern: Tensor, x: Tensor) -> Tensor:
 def sliding_boxes(size: tuple[int, int], window: tuple[int, int], step: tuple[int, int]) -> list[Window]:
     """Cover a map of ``size`` with windows, row by row; the last of each row and column is moved back inside.
 
-    A side that is shorter than the window makes the window shorter (mmsegmentation's rule, UDA_FACTS 5).
+    A side that is shorter than the window makes the window shorter (mmsegmentation's rule).
     """
     height, width = (min(side, full) for side, full in zip(window, size, strict=True))
     rows, columns = (_starts(*sides) for sides in zip(size, (height, width), step, strict=True))
