@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine, parameter_shape
+from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Piece
 from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.distributed.teacher import move_towards
@@ -45,11 +45,12 @@ class BF16Engine(DeepSpeedEngine):
             [(index, place) for index, (student, _) in enumerate(pairs) for place, _ in self._local_shards(student)]
         )
         """For each rank the pieces it keeps: index of the parameter, and where in the flat whole it belongs."""
+        teacher_of = dict(pairs)
         for name, parameter in module.named_parameters():
             if name in exact:
                 self.set_parameter(parameter, exact[name])
-        for teacher, whole in zip(self._student_of, self.full_parameters(self._student_of.values()), strict=True):
-            self.set_parameter(teacher, whole)
+                if (teacher := teacher_of.get(parameter)) is not None:
+                    self.set_parameter(teacher, exact[name])
 
     @torch.no_grad()
     def update_teacher(self, decay: Tensor) -> None:
@@ -65,9 +66,6 @@ class BF16Engine(DeepSpeedEngine):
             self._drop_copies(self._average)
         else:
             self._gather_teacher()
-
-    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        return self._gather_full((parameter_shape(p), self.parameter_pieces(p)) for p in parameters)
 
     def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
         if (student := self._student_of.get(parameter)) is not None:

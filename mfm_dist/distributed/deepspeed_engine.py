@@ -15,9 +15,6 @@ from mfm_dist.batch import UDABatch
 from mfm_dist.distributed.engine import Engine, Piece
 from mfm_dist.errors import ConfigError
 
-BUCKET = 2**24
-"""Elements that one exchange assembles, unless a single tensor has more: 64 MiB."""
-
 
 class DeepSpeedEngine(Engine):
     """ZeRO 1 to 3. DeepSpeed owns autocast, gradient exchange and the refusal of non-finite gradients."""
@@ -57,11 +54,6 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed divides by the accumulation that it was told.
         self._wrapped.backward(loss / self.accumulation if self.config.memory.lean else loss)  # type: ignore[operator]
         self._leaf_check.after_backward()
-
-    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        if not self._is_stage_3:
-            return super().full_parameters(parameters)
-        return self._gather_full((parameter_shape(p), [self._local_piece(p)]) for p in parameters)
 
     def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
         return _filled([self._local_piece(parameter)]) if self._is_stage_3 else super().parameter_pieces(parameter)
@@ -172,33 +164,6 @@ class DeepSpeedEngine(Engine):
     @property
     def _is_stage_3(self) -> bool:
         return hasattr(self.optimizer, "fp32_partitioned_groups_flat")
-
-    def _gather_full(self, cut: Iterable[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
-        """Assemble whole fp32 tensors, each from its shape and this rank's pieces; those of all ranks cover it once.
-
-        A bucket of them goes through one exchange: one each would cost a checkpoint most of its time.
-        """
-        bucket: list[tuple[torch.Size, Sequence[Piece]]] = []
-        size = 0
-        for shape, pieces in cut:
-            if bucket and size + shape.numel() > BUCKET:
-                yield from self._all_reduce_bucket(bucket)
-                bucket, size = [], 0
-            bucket.append((shape, pieces))
-            size += shape.numel()
-        yield from self._all_reduce_bucket(bucket)
-
-    def _all_reduce_bucket(self, bucket: Sequence[tuple[torch.Size, Sequence[Piece]]]) -> Iterator[Tensor]:
-        """Assemble the whole tensors of one bucket, on every rank; they share its memory."""
-        sizes = [shape.numel() for shape, _ in bucket]
-        flat = torch.zeros(sum(sizes), device=self.device)
-        for whole, (_, pieces) in zip(flat.split(sizes), bucket, strict=True):
-            for place, piece in pieces:
-                whole[place] = piece
-        # Added as integers: to zeros that gives any bits as they are, also those of -0.0 and of a NaN.
-        flat = self.sum(flat.view(torch.int32)).view(torch.float32)
-        for whole, (shape, _) in zip(flat.split(sizes), bucket, strict=True):
-            yield whole.view(shape)
 
     def _drop_copies(self, parameters: Iterable[nn.Parameter]) -> None:
         """Have the second copies that hpZ keeps within a node made again from the shards, which were written to.

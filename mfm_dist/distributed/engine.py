@@ -328,14 +328,6 @@ class Engine:
         """Return what the teacher takes from the student: a float32 scalar, 0 after a step that was not applied."""
         return ((1.0 - decay) * self._was_applied).float()
 
-    def full_parameters(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        """Yield whole parameters in full precision, wherever their pieces are, one after another. Collective.
-
-        They may share memory with what is trained: copy what is to be kept.
-        """
-        for parameter in parameters:
-            yield parameter.detach()
-
     def parameter_pieces(self, parameter: nn.Parameter) -> list[Piece]:
         """Return what this rank has to save of a parameter in full precision; those of all ranks cover it once.
 

@@ -24,6 +24,7 @@ from mfm_dist.distributed.deepspeed_engine import DeepSpeedEngine
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
 from mfm_dist.run.signals import end_process
+from tests.helpers.wholes import full_parameters
 
 DECAY = 0.999
 
@@ -66,16 +67,16 @@ def main(overrides: list[str]) -> None:
     engine.prepare(module, torch.optim.AdamW(groups))
     pairs = list(module.teacher_pairs())
     students, teachers = zip(*pairs, strict=True)
-    initial = [whole.double() for whole in engine.full_parameters(teachers)]
+    initial = [whole.double() for whole in full_parameters(engine, teachers)]
     exact = [tensor.clone() for tensor in initial]
     coarse = [tensor.bfloat16() for tensor in initial]
     for step in range(engine.config.train.steps):
         train(engine, step)
         engine.update_teacher(torch.tensor(DECAY))
-        for kept, rounded, now in zip(exact, coarse, engine.full_parameters(students), strict=True):
+        for kept, rounded, now in zip(exact, coarse, full_parameters(engine, students), strict=True):
             kept.lerp_(now.double(), 1.0 - DECAY)
             rounded.lerp_(now.bfloat16(), 1.0 - DECAY)
-    teacher = [whole.double() for whole in engine.full_parameters(teachers)]
+    teacher = [whole.double() for whole in full_parameters(engine, teachers)]
     errors = {"teacher": error(teacher, exact, initial), "bf16": error(coarse, exact, initial)}
     errors["seen"] = error([train(engine, 0)], [output(exact)], [output(initial)])
     DeepSpeedEngine._drop_copies = lambda *_: None  # type: ignore[method-assign, assignment]

@@ -24,6 +24,7 @@ from mfm_dist.optim import build_optimizer
 from mfm_dist.run.signals import end_process
 from tests.helpers.classes import CLASSES
 from tests.helpers.modules import SMALL, block
+from tests.helpers.wholes import full_parameters
 
 FIXED = [*SMALL, "model.backbone=mit_b0", "model.backbone_options={drop_path_rate: 0.3}", "optim.name=sgd",
          "optim.lr=0.025", "self_training.pseudo_threshold=0", "train.global_batch=8"]  # fmt: skip
@@ -44,7 +45,7 @@ def trained(overrides: list[str]) -> tuple[dict[str, Tensor], int]:
         assert engine.step().applied
         engine.update_teacher(torch.tensor(0.9))
     names, parameters = zip(*module.named_parameters(), strict=True)
-    return {n: whole.clone() for n, whole in zip(names, engine.full_parameters(parameters), strict=True)}, hooked
+    return dict(zip(names, full_parameters(engine, parameters), strict=True)), hooked
 
 
 def main(overrides: list[str]) -> None:
