@@ -29,6 +29,7 @@ CAMPAIGN = pytest.mark.campaign
 def test_300_steps_of_a_slow_average(launch: str, precision: str) -> None:
     """With a decay of 0.999 an average kept in bf16 hardly moves: it is off by most of the way."""
     errors = errors_of([f"train.precision={precision}", "train.steps=300"], launch=launch)
+    assert errors["start"] == 0.0, "the teacher begins as the student was, in fp32, also where both are held in bf16"
     assert errors["bf16"] > 0.5, "then this measures nothing"
     assert errors["teacher"] < 1e-3
 

@@ -64,10 +64,12 @@ def main(overrides: list[str]) -> None:
     groups = [
         {"name": "encoder", "part": "encoder", "params": list(module.student.parameters()), "lr": 3e-4, "base_lr": 3e-4}
     ]
+    before = [student.detach().double() for student, _ in module.teacher_pairs()]
     engine.prepare(module, torch.optim.AdamW(groups))
     pairs = list(module.teacher_pairs())
     students, teachers = zip(*pairs, strict=True)
     initial = [whole.double() for whole in full_parameters(engine, teachers)]
+    start = max(float((own - whole).abs().max()) for own, whole in zip(initial, before, strict=True))
     exact = [tensor.clone() for tensor in initial]
     coarse = [tensor.bfloat16() for tensor in initial]
     for step in range(engine.config.train.steps):
@@ -78,6 +80,7 @@ def main(overrides: list[str]) -> None:
             rounded.lerp_(now.bfloat16(), 1.0 - DECAY)
     teacher = [whole.double() for whole in full_parameters(engine, teachers)]
     errors = {"teacher": error(teacher, exact, initial), "bf16": error(coarse, exact, initial)}
+    errors["start"] = start
     errors["seen"] = error([train(engine, 0)], [output(exact)], [output(initial)])
     DeepSpeedEngine._drop_copies = lambda *_: None  # type: ignore[method-assign, assignment]
     moved = [1.5 * tensor for tensor in exact]
