@@ -336,7 +336,7 @@ class RebuilderSection:
     cells say. MFM: false; stable: true."""
     depth_scaling: bool = False
     """Scale the branches of the blocks by 2 / `depth`, so that a step changes a deep trunk's output as much as that of
-    the paper's 2 blocks. MFM and stable: false."""
+    the paper's 2 blocks. MFM: false; stable: true."""
     readout: Annotated[int, between(0, 1000)] = 0
     """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
     read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""

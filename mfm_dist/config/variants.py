@@ -9,7 +9,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "paper": {},
     "stable": {
         "mfm": {"loss_on": "hidden", "mask": "exact", "gradient_budget": 0.5},
-        "rebuilder": {"peri_norm": True, "readout": 2},
+        "rebuilder": {"peri_norm": True, "depth_scaling": True, "readout": 2},
         "optim": {"rebuilder_base_width": 512},
     },
 }

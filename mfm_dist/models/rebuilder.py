@@ -4,8 +4,8 @@ It exists during training only. The last encoder map, brought to a fixed grid of
 transformer fills them in from the visible ones; one projector for each map that the decoder reads carries the result
 back to that map, where it replaces the hidden places and only those.
 
-Without options this is the paper's. Each option is absent when off: ``peri_norm`` and ``readout``, of which the stable
-variant consists, and ``qk_norm``, ``depth_scaling`` and ``fill``, without which it did as well (docs/stability.md).
+Without options this is the paper's. Each option is absent when off: ``peri_norm``, ``depth_scaling`` and ``readout``,
+of which the stable variant consists, and ``qk_norm`` and ``fill``, without which it did as well (docs/stability.md).
 """
 
 from __future__ import annotations
