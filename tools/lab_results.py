@@ -119,8 +119,8 @@ def works(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         probe = line.get("probe") or {}
         if (share := probe.get("gradient_share")) is not None:
             found["share"].append(share)
-        if agreement := probe.get("agreement"):
-            hidden = {name: values["hidden"] for name, values in agreement.items()}
+        hidden = {name: values["hidden"] for name, values in (probe.get("agreement") or {}).items()}
+        if hidden.get("rebuilder") is not None:  # it is where nothing is hidden
             own, filled = hidden["rebuilder"], hidden["diffusion"]
             found["hidden"].append(own)
             found["over_diffusion"].append(own - filled)

@@ -14,7 +14,7 @@ from mfm_dist.config.variants import VARIANTS
 from mfm_dist.errors import ConfigError
 from tests.helpers.runs import REPOSITORY, tiny_overrides
 from tools.lab import build_parser, clean_commit, instruments_of, main, run, show_plan
-from tools.lab_results import collect, draw, show_results
+from tools.lab_results import collect, draw, show_results, works
 from tools.lab_runs import PLANS, Plan, Records, Run, read_plan
 
 COMMIT = "0" * 40
@@ -128,6 +128,12 @@ def test_differences_are_paired_by_seed_and_corrected_when_all_is_there(tmp_path
     }  # fmt: skip
     draw(results, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_where_nothing_is_hidden_nothing_is_said_of_it() -> None:
+    agreement = {name: {"hidden": None} for name in ("rebuilder", "diffusion", "zero_fill", "other_image")}
+    found = works([{"probe": {"agreement": agreement, "gradient_share": 0.0}, "instruments": {}}])
+    assert {name for name, values in found.items() if values} == {"share"}
 
 
 @pytest.mark.parametrize(("least", "held"), [(0.4, True), (0.6, False)])
