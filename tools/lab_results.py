@@ -120,7 +120,7 @@ def works(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         if (share := probe.get("gradient_share")) is not None:
             found["share"].append(share)
         hidden = {name: values["hidden"] for name, values in (probe.get("agreement") or {}).items()}
-        if hidden.get("rebuilder") is not None:  # it is where nothing is hidden
+        if hidden.get("rebuilder") is not None:  # None where nothing is hidden
             own, filled = hidden["rebuilder"], hidden["diffusion"]
             found["hidden"].append(own)
             found["over_diffusion"].append(own - filled)

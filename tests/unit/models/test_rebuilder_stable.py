@@ -23,7 +23,7 @@ from mfm_dist.models.rebuilder import (
     token_variation,
 )
 
-STABLE = {**VARIANTS["stable"]["rebuilder"], "qk_norm": True, "depth_scaling": True, "fill": True}
+STABLE = {**VARIANTS["stable"]["rebuilder"], "qk_norm": True, "fill": True}
 """The variant, and what can be added to it."""
 
 
