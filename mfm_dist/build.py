@@ -141,7 +141,6 @@ def build_rebuilder(config: RunConfig, student: Segmentor) -> Rebuilder:
             peri_norm=settings.peri_norm,
             depth_scaling=settings.depth_scaling,
             readout=settings.readout,
-            fill=settings.fill,
         )
 
 

@@ -92,8 +92,6 @@ def _rebuilder_groups(rebuilder: Rebuilder, settings: OptimSection) -> list[dict
         scale = min(1.0, settings.rebuilder_base_width / rebuilder.width)
         group = _group("rebuilder", "_wide", wide, rate * scale, settings.weight_decay)
         groups.append({**group, "eps": settings.eps * scale})
-    if settings.rebuilder_betas is not None:
-        groups = [{**group, "betas": settings.rebuilder_betas} for group in groups]
     return groups
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfm_dist.config.schema import MFMSection, RunConfig
+from mfm_dist.config.schema import MFMSection
 
 GRADIENT_DECAY = 0.9
 """Of the averages that ``mfm.gradient_budget`` compares: they follow within some ten steps."""
@@ -40,12 +40,6 @@ def mfm_weight(step: int, settings: MFMSection) -> float:
     if step <= settings.ramp_from:
         return 0.0
     return settings.loss_weight * (step - settings.ramp_from) / (settings.ramp_to - settings.ramp_from)
-
-
-def rebuilder_warmup(step: int, config: RunConfig) -> float:
-    """Return what the Rebuilder's rate is multiplied with beside ``learning_rate_factor``: it waits for its loss."""
-    length = config.optim.rebuilder_warmup * config.train.steps
-    return min(1.0, max(0.0, step + 1 - config.mfm.ramp_from) / length) if length else 1.0
 
 
 def within_budget(weight: float, norms: Sequence[float], budget: float) -> float:

@@ -40,7 +40,6 @@ from mfm_dist.schedules import (
     ema_decay_at,
     learning_rate_factor,
     mfm_weight,
-    rebuilder_warmup,
     within_budget,
 )
 from mfm_dist.train_module import TrainModule
@@ -193,7 +192,7 @@ class Trainer:
             warmup_steps=config.optim.warmup_steps,
             warmup_ratio=config.optim.warmup_ratio,
         )
-        self.engine.set_learning_rates(factor, {"rebuilder": rebuilder_warmup(progress.step, config)})
+        self.engine.set_learning_rates(factor)
         weight = mfm_weight(progress.step, config.mfm)
         weight = within_budget(weight, progress.map_norms, config.mfm.gradient_budget)
         measure = config.mfm.enabled and self._logs_at(progress.step + 1)

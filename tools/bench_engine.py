@@ -67,7 +67,7 @@ def engine_loop(config: RunConfig, engine: Engine) -> Loop:
     weight = mfm_weight(0, config.mfm)
 
     def step(batches: Sequence[UDABatch]) -> None:
-        engine.set_learning_rates(1.0, {})
+        engine.set_learning_rates(1.0)
         for batch in batches:
             engine.forward_backward(batch.to(engine.device), weight)
         engine.step()

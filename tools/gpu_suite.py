@@ -229,7 +229,7 @@ def prepared(config: RunConfig, stage: int | None = None, leaves: Sequence[str] 
 
 def one_step(engine: Engine, batch: UDABatch, number: int) -> torch.Tensor:
     """Train one step as ``Trainer.train_step`` does; return the loss, on the device."""
-    engine.set_learning_rates(1.0, {})
+    engine.set_learning_rates(1.0)
     engine.forward_backward(batch, engine.config.mfm.loss_weight)
     result = engine.step()
     if engine.config.method.name not in ("source_only", "oracle"):

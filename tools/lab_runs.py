@@ -92,9 +92,14 @@ class Plan:
 
 
 def read_plan(name: str) -> Plan:
-    """Read and check a plan. Raises ConfigError, with everything that is wrong with it."""
+    """Read and check a plan. Raises ConfigError, with everything that is wrong with it, or where it has ended.
+
+    ``ended: COMMIT`` in a plan says that all of it is on record, and that settings it asks for are gone since then.
+    """
     path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
     tree = read_yaml(path)
+    if ended := tree.get("ended"):
+        raise ConfigError(f"{path} has ended, and some of its settings are gone: run or collect it from commit {ended}")
     kinds = {"question": str, "prediction": str, "decision": str, "confirmed": bool, "beds": list, "seeds": list}
     kinds |= {"arms": dict, "contrasts": list, "common": list, "margin": float}
     tree = {"common": [], "margin": None, **tree}

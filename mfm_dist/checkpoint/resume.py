@@ -45,7 +45,6 @@ IMMUTABLE_KEYS = {
     "rebuilder.peri_norm": _NETWORK,
     "rebuilder.depth_scaling": _NETWORK,
     "rebuilder.readout": _NETWORK,
-    "rebuilder.fill": _NETWORK,
 }
 """Settings that a run keeps for good, and why. With another value the state of a checkpoint would not fit, or fit and
 mean something else. Everything else may change between two starts, and is listed when it does: world size, ZeRO stage

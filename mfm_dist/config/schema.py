@@ -284,9 +284,6 @@ class MFMSection:
     """Each block is hidden independently (MFM), or the same number of blocks in every image."""
     loss_on: Literal["all", "hidden"] = "all"
     """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
-    target_weight: Literal["pseudo_weight", "confidence"] = "pseudo_weight"
-    """Weight of a target pixel: the pseudo-weight, one for the whole micro-batch (MFM), or the teacher's confidence
-    there, 0 up to one half and 1 at 1, which did harm in the lab (docs/stability.md)."""
     gradient_budget: FloatFrom0 = 0.0
     """Largest gradient that the term may send to the encoder's last map, as a share of the method's own gradient there
     (both averaged over steps): above it the weight is lowered. 0: no limit, as in MFM; stable: 0.5."""
@@ -340,9 +337,6 @@ class RebuilderSection:
     readout: Annotated[int, between(0, 1000)] = 0
     """Above 0 the blocks run over visible cells alone, and so many further ones of cross-attention let the hidden cells
     read them: far less memory on fine grids. Needs `mfm.mask: exact`. MFM: 0; stable: 2."""
-    fill: bool = False
-    """Rebuild hidden features as an average of their neighbours plus a learned correction, which starts small and stays
-    within what the channel shows. MFM and stable: false."""
 
 
 @dataclass(kw_only=True)
@@ -358,12 +352,6 @@ class OptimSection:
     slowest. VFM-UDA++ with DINOv2: 0.9; UDA: 1, one rate for all."""
     rebuilder_lr: LearningRate = 2e-4
     """Learning rate of the Rebuilder. MFM: 2e-4."""
-    rebuilder_betas: tuple[Beta, Beta] | None = None
-    """AdamW's averaging constants for the Rebuilder; null: `betas`, as in MFM. The second moment of [0.9, 0.95] follows
-    a gradient that grows, be it for a ramp of the weight or for surer pseudo-labels."""
-    rebuilder_warmup: Share = 0.0
-    """Share of the steps over which the Rebuilder's rate grows from 0, from the first step at which MFM counts; beside
-    `warmup_steps`. MFM: 0."""
     rebuilder_base_width: Annotated[int, between(0, 65_536)] = 0
     """Width that `rebuilder_lr` was chosen at. Matrices of a Rebuilder that is wider learn at the rate times this over
     its width, so that a step changes the output as much. 0: no scaling, as in MFM; stable: 512."""

@@ -133,11 +133,6 @@ def _rebuilder_problems(config: RunConfig) -> Iterator[str]:
             f"rebuilder.readout={rebuilder.readout} reads the same number of visible cells of every image: choose "
             "mfm.mask=exact"
         )
-    if rebuilder.fill and config.mfm.reconstruction != "classes":
-        yield (
-            f"rebuilder.fill corrects features, and mfm.reconstruction={config.mfm.reconstruction} compares with "
-            "normalised ones: choose classes, or rebuilder.fill=false"
-        )
 
 
 def _set_problems(key: str, sets: Sets, data: DataSection) -> Iterator[str]:

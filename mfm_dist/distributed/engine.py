@@ -208,10 +208,10 @@ class Engine:
                 squares += share * torch.stack([x.float().square().sum() for x in each]).to(self.device)
         return squares
 
-    def set_learning_rates(self, factor: float, part_factors: Mapping[str, float]) -> None:
-        """Give every parameter group its own base rate times ``factor`` and, where it is named, times its part's."""
+    def set_learning_rates(self, factor: float) -> None:
+        """Give every parameter group its own base rate times ``factor``."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor * part_factors.get(group["part"], 1.0)
+            group["lr"] = group["base_lr"] * factor
 
     def mean(self, values: Tensor) -> Tensor:
         """Take the element-wise mean over ranks, the same on all."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,7 +30,6 @@ from mfm_dist.methods.mfm import (
     Rebuild,
     View,
     completed,
-    enlarge_mask,
     hide,
     keyed_masks,
     masked_features_loss,
@@ -38,7 +38,7 @@ from mfm_dist.methods.mfm import (
 )
 from mfm_dist.methods.self_training import PseudoTarget
 from mfm_dist.models.layers import batch_norm_untracked, resize
-from mfm_dist.models.rebuilder import fill_from_neighbours
+from mfm_dist.models.rebuilder import hidden_places
 from mfm_dist.optim import build_optimizer
 from mfm_dist.rng import Stream, keyed_generator
 from mfm_dist.train_module import TrainModule
@@ -149,14 +149,14 @@ class Look(NamedTuple):
     @property
     def hidden(self) -> Tensor:
         """The mask at the label's size: bool [B, H, W]."""
-        return enlarge_mask(self.mask, self.clean.label.shape[-2:]).to(self.clean.label.device)
+        return hidden_places(self.mask, self.clean.label)
 
 
 def look_at(module: TrainModule, batch: UDABatch) -> Look:
     """Ask the teacher about a micro-batch, and draw its masks."""
     settings = module.config.mfm
     inputs = module.step_inputs(batch.to(next(module.parameters()).device))
-    clean, truth = (view_of(inputs, settings, kind) for kind in (ForwardKind.MFM, ForwardKind.MFM_SOURCE))
+    clean, truth = (view_of(inputs, kind) for kind in (ForwardKind.MFM, ForwardKind.MFM_SOURCE))
     assert inputs.pseudo is not None
     mask = keyed_masks(inputs, module.config.rebuilder.grid, settings)
     return Look(module.student.context(clean.image), clean, truth, inputs.pseudo, mask)
@@ -180,10 +180,33 @@ def as_in_training_without_dropout(student: nn.Module) -> Iterator[None]:
 
 def diffuse(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:  # noqa: ARG001 - as a Rebuilder
     """Rebuild each map from its own visible places, without parameters: ``fill_from_neighbours``."""
-    return [
-        fill_from_neighbours(feature, enlarge_mask(mask, feature.shape[-2:]).unsqueeze(1).to(feature.device))
-        for feature in features
-    ]
+    return [fill_from_neighbours(feature, hidden_places(mask, feature).unsqueeze(1)) for feature in features]
+
+
+def fill_from_neighbours(feature: Tensor, hidden: Tensor) -> Tensor:
+    """Fill hidden places of [B, C, h, w] with smooth averages of the visible ones around; ``hidden`` is [B, 1, h, w].
+
+    Averages of visible places are taken at halved sizes down to one, and a place takes from each size the share that
+    is visible there, the rest from the next (pull-push, Gortler et al., 1996). An image without any visible place
+    takes the mean of the others, or 0.
+    """
+    seen = (~hidden).to(feature.dtype)
+    return torch.where(hidden, _pull_push(feature * seen, seen), feature)
+
+
+def _pull_push(total: Tensor, seen: Tensor) -> Tensor:
+    """Average at this size where it is seen, at half the size elsewhere.
+
+    Args:
+        total: sum of visible values over the places that a cell stands for, over their number, [B, C, h, w].
+        seen: share of visible places, [B, 1, h, w].
+    """
+    average = total / seen.clamp_min(1e-6)
+    if max(total.shape[-2:]) == 1:
+        every_image = total.sum(dim=0, keepdim=True) / seen.sum(dim=0, keepdim=True).clamp_min(1e-6)
+        return torch.where(seen > 0, average, every_image)
+    coarse = _pull_push(*(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (total, seen)))
+    return seen * average + (1 - seen) * resize(coarse, total.shape[-2:])
 
 
 @torch.no_grad()
@@ -220,7 +243,7 @@ def agreement(module: TrainModule, looks: Sequence[Look]) -> dict[str, Values]:
             logits = student.decode(completed(features, read, way(seen, [features[index] for index in read], mask)))
             label = look.clean.label
             same = resize(logits.float(), label.shape[-2:]).argmax(dim=1) == label
-            hidden = enlarge_mask(mask, label.shape[-2:]).to(label.device)
+            hidden = hidden_places(mask, label)
             for place, where in enumerate((~hidden, hidden)):
                 where = where & look.pseudo.valid
                 counts[name][place] += float((same & where).sum()), float(where.sum())
@@ -377,7 +400,7 @@ def output_change(module: TrainModule, look: Look, checkpoint: Checkpoint | None
     def hidden_parts() -> Tensor:
         with torch.no_grad():
             rebuilt = rebuilder(features[-1], maps, look.mask)
-        places = [enlarge_mask(look.mask, one.shape[-2:]).unsqueeze(1).to(one.device) for one in rebuilt]
+        places = [hidden_places(look.mask, one).unsqueeze(1) for one in rebuilt]
         return torch.cat([one[place.expand_as(one)] for one, place in zip(rebuilt, places, strict=True)])
 
     def decode(rebuilt: list[Tensor]) -> Tensor:

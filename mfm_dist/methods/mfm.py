@@ -22,16 +22,13 @@ from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import drawn_box
 from mfm_dist.methods.losses import cross_entropy, pixel_cross_entropy
 from mfm_dist.models.hrda import HRDASegmentor
-from mfm_dist.models.rebuilder import Rebuilder
+from mfm_dist.models.rebuilder import Rebuilder, hidden_places
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.models.windows import DrawnWindow
 from mfm_dist.rng import Keyed, Stream, torch_generator
 
 PATCH = 4
 """Side in pixels of the patches that ``mfm.reconstruction: pixels`` regresses, the stride of the finest encoder map."""
-UNSURE = 0.5
-"""Confidence of the teacher up to which a pixel counts for nothing in ``confidence_weight``: on the embedded scenes a
-third of the pseudo-labels below it are right, of all those above .968 98 %."""
 
 DETAIL_OF = {ForwardKind.MFM: ForwardKind.MFM_DETAIL, ForwardKind.MFM_SOURCE: ForwardKind.MFM_SOURCE_DETAIL}
 """Key of the draws for the detail window of each pass."""
@@ -72,21 +69,14 @@ def masked_features_loss(
     """
     logits = decode(rebuilder(features[-1], features, mask))
     if loss_on == "hidden":
-        hidden = enlarge_mask(mask, weight.shape[-2:]).to(weight)
+        hidden = hidden_places(mask, weight).to(weight.dtype)
         weight = weight * hidden / hidden.mean().clamp_min(1.0 / hidden.numel())
     return cross_entropy(logits, label, weight)
 
 
-def confidence_weight(confidence: Tensor) -> Tensor:
-    """Weigh pixels by the teacher's confidence [B, H, W]: 0 up to ``UNSURE``, linearly from there to 1 at 1."""
-    return ((confidence - UNSURE) / (1.0 - UNSURE)).clamp_min(0.0)
-
-
 def hide(last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:  # noqa: ARG001 - as a Rebuilder
     """Set the hidden part of maps to 0 and rebuild nothing (MFM, row "mask without rebuilding")."""
-    return [
-        map_.masked_fill(enlarge_mask(mask, map_.shape[-2:]).unsqueeze(1).to(map_.device), 0.0) for map_ in features
-    ]
+    return [map_.masked_fill(hidden_places(mask, map_).unsqueeze(1), 0.0) for map_ in features]
 
 
 def passes_of(settings: MFMSection) -> list[ForwardKind]:
@@ -128,7 +118,7 @@ def mfm_pass(
         kind: one of ``passes_of(settings)``.
         measured: takes the loss where hidden and where visible, and what the Rebuilder measures; None for neither.
     """
-    view, mask = view_of(inputs, settings, kind), inputs.drawn(kind.label)["mask"]
+    view, mask = view_of(inputs, kind), inputs.drawn(kind.label)["mask"]
     if settings.reconstruction != "classes":
         assert rebuilder is not None
         seen_whole = view._replace(image=student.context(view.image))
@@ -252,21 +242,18 @@ def classify_fused(
 def losses_by_place(logits: Tensor, view: View, mask: Tensor) -> dict[str, Tensor]:
     """Average the weighed cross-entropy of logits [B, C, h, w] over hidden and over visible pixels; 0 of none."""
     errors = pixel_cross_entropy(logits.detach(), view.label) * view.weight
-    hidden = enlarge_mask(mask, errors.shape[-2:]).to(errors.device)
+    hidden = hidden_places(mask, errors)
     places = {"loss_hidden": hidden, "loss_visible": ~hidden}
     return {name: (errors * place).sum() / place.sum().clamp_min(1) for name, place in places.items()}
 
 
-def view_of(inputs: StepInputs, settings: MFMSection, kind: ForwardKind) -> View:
+def view_of(inputs: StepInputs, kind: ForwardKind) -> View:
     """Return image, label and weight of a domain, the source's labels given."""
     if kind == ForwardKind.MFM_SOURCE:
         label = inputs.source_label.long()
         return View(inputs.source_image, label, torch.ones_like(label, dtype=torch.float32))
     assert inputs.pseudo is not None
-    weight = inputs.pseudo.weight
-    if settings.target_weight == "confidence":
-        weight = confidence_weight(inputs.pseudo.confidence) * inputs.pseudo.valid
-    return View(inputs.target_image, inputs.pseudo.label, weight)
+    return View(inputs.target_image, inputs.pseudo.label, inputs.pseudo.weight)
 
 
 def draw_mask(
@@ -388,12 +375,7 @@ def regression_loss(
 def hidden_error(rebuilt: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error of two maps [B, C, h, w] over what is hidden; 0 if nothing is."""
     normalised = F.layer_norm(target.float().movedim(1, -1), target.shape[1:2]).movedim(-1, 1)
-    hidden = enlarge_mask(mask, target.shape[-2:]).unsqueeze(1).to(target.device)
+    hidden = hidden_places(mask, target).unsqueeze(1)
     # Selected, not multiplied with: visible places hold the encoder's own values, of any size.
     error = torch.where(hidden, rebuilt.float() - normalised, 0.0).square()
     return error.sum() / (hidden.sum() * target.shape[1]).clamp_min(1)
-
-
-def enlarge_mask(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bring a grid mask [B, rows, cols] to another size, nearest cell: bool [B, H, W]."""
-    return F.interpolate(mask.unsqueeze(1).float(), size, mode="nearest").squeeze(1).bool()

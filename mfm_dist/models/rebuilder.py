@@ -5,7 +5,7 @@ transformer fills them in from the visible ones; one projector for each map that
 back to that map, where it replaces the hidden places and only those.
 
 Without options this is the paper's. Each option is absent when off: ``peri_norm``, ``depth_scaling`` and ``readout``,
-of which the stable variant consists, and ``qk_norm`` and ``fill``, without which it did as well (docs/stability.md).
+of which the stable variant consists, and ``qk_norm``, without which it did as well (docs/stability.md).
 """
 
 from __future__ import annotations
@@ -27,11 +27,6 @@ NOMINAL_INPUT = 512
 PROJECTOR_EPS = 1e-6
 """Of the projectors' norms: the authors' code (arXiv 2509.13801) has timm's ``LayerNorm2d`` with its default there, and
 1e-5 in the transformer's."""
-
-CORRECTION_SCALE = 0.5
-"""Of the correction under ``fill`` before it is trained, in deviations of the channel. Measured on the stride-8 bed of
-the lab: with 0.5 the hidden loss fell faster than with 0.1. From 0, without the norm that bounds what a step of the
-optimiser can change, the correction was outside of what the channel shows within 50 steps, where no gradient comes."""
 
 BRANCH_GAIN = 0.1
 """Of the norms under ``peri_norm`` before they are trained: what LayerScale begins with up to 18 blocks (CaiT,
@@ -164,8 +159,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add attention and perceptron to the input: [B, N, width] -> [B, N, width]."""
-        x = x + self.scale * self.out_norm1(self.attention(self.norm1(x)))
-        return x + self.scale * self.out_norm2(self.mlp(self.norm2(x)))
+        x = torch.add(x, self.out_norm1(self.attention(self.norm1(x))), alpha=self.scale)
+        return torch.add(x, self.out_norm2(self.mlp(self.norm2(x))), alpha=self.scale)
 
 
 class ReadoutBlock(nn.Module):
@@ -204,12 +199,9 @@ class Projector(nn.Sequential):
     """From the grid to one encoder map: ``doublings`` transposed convolutions, a 1x1 convolution, a channel norm.
 
     The first transposed convolution halves the width, the second halves it again, further ones keep it (paper).
-
-    Args:
-        scale: what the last norm's output is multiplied with before training (1 in the paper).
     """
 
-    def __init__(self, width: int, out_channels: int, doublings: int, *, scale: float = 1.0) -> None:
+    def __init__(self, width: int, out_channels: int, doublings: int) -> None:
         layers: list[nn.Module] = []
         channels = width
         for index in range(doublings):
@@ -218,9 +210,8 @@ class Projector(nn.Sequential):
             narrowed = width // 2 if index == 0 else width // 4
             layers.append(nn.ConvTranspose2d(channels, narrowed, kernel_size=4, stride=2, padding=1))
             channels = narrowed
-        norm = ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)
-        nn.init.constant_(norm.weight, scale)
-        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), norm)
+        out_norm = ChannelLayerNorm(out_channels, eps=PROJECTOR_EPS)
+        super().__init__(*layers, nn.Conv2d(channels, out_channels, 1), out_norm)
 
 
 class Rebuilder(nn.Module):
@@ -243,8 +234,6 @@ class Rebuilder(nn.Module):
             of a deep trunk as much as that of a shallow one (CompleteP, 2505.01618).
         readout: where above 0, the trunk runs over visible cells alone, and so many further blocks of cross-attention
             let the hidden ones read them. Every image of a batch must then hide the same number of cells.
-        fill: rebuild a hidden place as what its neighbours say (``fill_from_neighbours``) plus a learned correction, in
-            units of the channel's deviation, that starts small; within what the micro-batch shows of the channel.
 
     Attributes:
         grid: (rows, cols), the shape of an image's mask.
@@ -271,7 +260,6 @@ class Rebuilder(nn.Module):
         peri_norm: bool = False,
         depth_scaling: bool = False,
         readout: int = 0,
-        fill: bool = False,
     ) -> None:
         super().__init__()
         rows, cols = _check(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, grid=grid)
@@ -280,15 +268,14 @@ class Rebuilder(nn.Module):
         self.embed = nn.Linear(embed_channels, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("positions", sine_cosine_positions(rows, cols, width), persistent=False)
-        scale = min(1.0, BASE_DEPTH / depth) if depth_scaling else 1.0
         norms = {"qk_norm": qk_norm, "peri_norm": peri_norm}
+        scale = min(1.0, BASE_DEPTH / depth) if depth_scaling else 1.0
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, **norms, scale=scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projectors = nn.ModuleList(
-            Projector(width, channel, _doublings(stride, self.grid), scale=CORRECTION_SCALE if fill else 1.0)
+            Projector(width, channel, _doublings(stride, self.grid))
             for channel, stride in zip(channels, strides, strict=True)
         )
-        self.fill = fill
         nn.init.normal_(self.mask_token, std=0.02)
         if readout:
             self.always_visible = nn.Parameter(torch.empty(width))
@@ -315,9 +302,8 @@ class Rebuilder(nn.Module):
         assert mask.shape[1:] == self.grid, f"mask of shape {tuple(mask.shape)} for a grid of {self.grid}"
         cells = self._rebuild(last_feature, mask, num_hidden)
         mask = mask.to(last_feature.device)
-        put = correct_filled if self.fill else _fuse
         return [
-            put(projector(cells), feature, mask) for projector, feature in zip(self.projectors, features, strict=True)
+            _fuse(projector(cells), feature, mask) for projector, feature in zip(self.projectors, features, strict=True)
         ]
 
     def wide_matrices(self) -> list[nn.Parameter]:
@@ -391,76 +377,20 @@ class Rebuilder(nn.Module):
         return both.gather(1, order.argsort(dim=1)[..., None].expand_as(both))
 
 
+def hidden_places(mask: Tensor, map_: Tensor) -> Tensor:
+    """Tell which places of [..., H, W] a mask [B, rows, cols] hides, by nearest cell: bool [B, H, W] on its device."""
+    cells = mask.to(map_.device).unsqueeze(1).float()
+    return F.interpolate(cells, map_.shape[-2:], mode="nearest").squeeze(1).bool()
+
+
 def _fuse(rebuilt: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
     """Take rebuilt values [B, C, h', w'] where the mask hides, those of ``feature`` [B, C, h, w] elsewhere."""
-    size = feature.shape[-2:]
-    hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
-    return _placed(resize(rebuilt, size), feature, hidden)
-
-
-def _placed(rebuilt: Tensor, feature: Tensor, hidden: Tensor) -> Tensor:
-    """Take ``rebuilt`` [B, C, h, w] where ``hidden`` [B, 1, h, w], else ``feature``."""
     # The feature's own type and memory layout: with nothing hidden, the decoder must compute the same bits as without
     # a Rebuilder, and a convolution may round differently in another layout.
     channels_last = feature.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.where(hidden, rebuilt.to(feature.dtype), feature).contiguous(memory_format=layout)
-
-
-def correct_filled(correction: Tensor, feature: Tensor, mask: Tensor) -> Tensor:
-    """Put the neighbours' values plus a correction where the mask hides, the feature itself elsewhere.
-
-    x = min(max(F + s * correction, low), high), where F is ``fill_from_neighbours``, and s, low and high are deviation,
-    smallest and largest value of a channel in what the micro-batch shows; so also a map that ends in a ReLU stays what
-    its decoder knows. No gradient flows through F, s, low and high.
-
-    Args:
-        correction: [B, C, h', w'].
-        feature: [B, C, h, w].
-        mask: bool [B, rows, cols], True = hidden.
-    """
-    size = feature.shape[-2:]
-    hidden = F.interpolate(mask[:, None].float(), size=size, mode="nearest") > 0.5  # [B, 1, h, w]
-    with torch.no_grad():
-        shown = feature.detach().float()
-        filled = fill_from_neighbours(shown, hidden)
-        seen = (~hidden).float()
-        count = seen.sum()
-        mean = (shown * seen).sum(dim=(0, 2, 3), keepdim=True) / count.clamp_min(1.0)
-        deviation = (((shown - mean) * seen).square().sum(dim=(0, 2, 3), keepdim=True) / count.clamp_min(1.0)).sqrt()
-        low = shown.masked_fill(hidden, math.inf).amin(dim=(0, 2, 3), keepdim=True)
-        high = shown.masked_fill(hidden, -math.inf).amax(dim=(0, 2, 3), keepdim=True)
-        # Where nothing at all is visible: no bounds, and a correction in its own units.
-        low, high = low.where(count > 0, -math.inf), high.where(count > 0, math.inf)
-        deviation = deviation.where(count > 0, 1.0)
-    rebuilt = (filled + deviation * resize(correction.float(), size)).clamp(low, high)
-    return _placed(rebuilt, feature, hidden)
-
-
-def fill_from_neighbours(feature: Tensor, hidden: Tensor) -> Tensor:
-    """Fill hidden places of [B, C, h, w] with smooth averages of the visible ones around; ``hidden`` is [B, 1, h, w].
-
-    Averages of visible places are taken at halved sizes down to one, and a place takes from each size the share that
-    is visible there, the rest from the next (pull-push, Gortler et al., 1996). An image without any visible place
-    takes the mean of the others, or 0.
-    """
-    seen = (~hidden).to(feature.dtype)
-    return torch.where(hidden, _pull_push(feature * seen, seen), feature)
-
-
-def _pull_push(total: Tensor, seen: Tensor) -> Tensor:
-    """Average at this size where it is seen, at half the size elsewhere.
-
-    Args:
-        total: sum of visible values over the places that a cell stands for, over their number, [B, C, h, w].
-        seen: share of visible places, [B, 1, h, w].
-    """
-    average = total / seen.clamp_min(1e-6)
-    if max(total.shape[-2:]) == 1:
-        every_image = total.sum(dim=0, keepdim=True) / seen.sum(dim=0, keepdim=True).clamp_min(1e-6)
-        return torch.where(seen > 0, average, every_image)
-    coarse = _pull_push(*(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (total, seen)))
-    return seen * average + (1 - seen) * resize(coarse, total.shape[-2:])
+    rebuilt = resize(rebuilt, feature.shape[-2:]).to(feature.dtype)
+    return torch.where(hidden_places(mask, feature).unsqueeze(1), rebuilt, feature).contiguous(memory_format=layout)
 
 
 def _doublings(stride: int, grid: tuple[int, int]) -> int:

@@ -24,9 +24,10 @@ from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.open_run import without_training
 from mfm_dist.inference.predict_labels import predict_labels
 from mfm_dist.inference.unlabelled import twice
-from mfm_dist.methods.mfm import enlarge_mask, mask_of, rebuild
+from mfm_dist.methods.mfm import mask_of, rebuild
 from mfm_dist.models.layers import resize
 from mfm_dist.models.preprocessing import normalise
+from mfm_dist.models.rebuilder import hidden_places
 from mfm_dist.models.segmentor import Segmentor
 from mfm_dist.report.picture import Mask, Pixels, greyed, label_map, mistakes, overlay_prediction, photograph
 from mfm_dist.report.run import Run
@@ -292,7 +293,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
     outside = np.ones(image.shape[1:], dtype=bool)
     hidden, label = np.zeros_like(outside), np.zeros(outside.shape, dtype=np.uint8)
     outside[box] = False
-    hidden[box] = enlarge_mask(mask, crop.shape[1:])[0].numpy()
+    hidden[box] = hidden_places(mask, crop)[0].numpy()
     label[box] = logits.argmax(dim=1)[0].numpy()
     rows, columns = rebuilder.grid
     share = f"{_percent(mask.float().mean().item())} of the {rows} \N{MULTIPLICATION SIGN} {columns} cells"

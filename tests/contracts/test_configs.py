@@ -225,7 +225,6 @@ PUBLISHED = {
     "optim.decoder_lr_factor": 10.0,
     "optim.weight_decay": 0.01,
     "optim.betas": (0.9, 0.999),
-    "optim.rebuilder_betas": None,
     "optim.eps": 1e-8,
     "optim.warmup_steps": 1500,
     "optim.warmup_ratio": 1e-6,

@@ -36,8 +36,7 @@ ADAMW = ["optim.name=adamw", "optim.eps=1e-4", "optim.lr=1e-3", "optim.rebuilder
          "self_training.pseudo_threshold=0", WIDE]  # fmt: skip
 """Clipped hard, so that gradients stay below epsilon: above it AdamW raises small ones to the size of large ones."""
 STABLE = [*ADAMW, "rebuilder.variant=stable", "mfm.loss_weight=4", "rebuilder.depth=3",
-          "optim.rebuilder_lr=0.05", "train.steps=6", "rebuilder.qk_norm=true", "rebuilder.fill=true",
-          "optim.rebuilder_betas=[0.9, 0.95]", "optim.rebuilder_warmup=0.025"]  # fmt: skip
+          "optim.rebuilder_lr=0.05", "train.steps=6", "rebuilder.qk_norm=true"]  # fmt: skip
 """The variant that grows and what can be added to it, with a gradient budget that binds."""
 INSTRUMENTS = ("mfm/loss_hidden", "mfm/loss_visible", "mfm/grad_ratio", "mfm/lambda_eff", "rebuilder/max_logit",
                "rebuilder/token_variation", "rebuilder/update_rms", "rebuilder/update_over_weight")  # fmt: skip

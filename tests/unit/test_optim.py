@@ -18,7 +18,6 @@ from mfm_dist.schedules import (
     averaged_norms,
     learning_rate_factor,
     mfm_weight,
-    rebuilder_warmup,
     within_budget,
 )
 from tests.helpers.classes import CLASSES
@@ -43,20 +42,6 @@ def test_lambda_is_constant_by_default_and_ramps_on_request() -> None:
     ramped = MFMSection(loss_weight=2.0, ramp_from=10, ramp_to=20)
     assert [mfm_weight(step, ramped) for step in (0, 10, 15, 20, 99)] == [0.0, 0.0, 1.0, 2.0, 2.0]
     assert [mfm_weight(step, MFMSection(ramp_from=5, ramp_to=5)) for step in (4, 5)] == [0.0, 1.0]
-
-
-def test_the_rebuilder_warms_up_from_the_step_at_which_its_loss_counts() -> None:
-    config = load_config(None, ["train.steps=100", "optim.rebuilder_warmup=0.04", "mfm.ramp_from=10", "mfm.ramp_to=20"])
-    assert [rebuilder_warmup(step, config) for step in (0, 9, 10, 11, 13, 14, 99)] == [
-        0.0,
-        0.0,
-        0.25,
-        0.5,
-        1.0,
-        1.0,
-        1.0,
-    ]
-    assert rebuilder_warmup(0, load_config(None)) == 1.0
 
 
 def test_the_budget_lowers_lambda_to_a_share_of_the_methods_gradient() -> None:
@@ -175,10 +160,4 @@ def test_optimisers() -> None:
     adamw = build_optimizer(module, OptimSection())
     assert adamw.defaults["betas"] == (0.9, 0.999)
     assert adamw.defaults["eps"] == 1e-8
-    with_mfm = load_config(None, ["model.backbone=test_resnet", "model.decoder=deeplabv2", "mfm.enabled=true"])
-    groups = build_optimizer(
-        build_train_module(with_mfm, CLASSES), OptimSection(rebuilder_betas=(0.9, 0.95))
-    ).param_groups
-    averaged = {group["name"].partition("_")[0]: group["betas"] for group in groups}
-    assert averaged == {"encoder": (0.9, 0.999), "decoder": (0.9, 0.999), "rebuilder": (0.9, 0.95)}
     assert build_optimizer(module, OptimSection(name="sgd")).defaults["momentum"] == 0.9

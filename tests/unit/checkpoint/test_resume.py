@@ -45,7 +45,6 @@ OTHER = {
     "rebuilder.peri_norm": True,
     "rebuilder.depth_scaling": True,
     "rebuilder.readout": 2,
-    "rebuilder.fill": True,
 }
 """Another value of each setting that must stay."""
 FREE = {

@@ -153,7 +153,6 @@ ON_TOP = """
 data: {lanes: 0, rare_class_sampling: {enabled: yes}, source: {gta/train: 3, synthia/train: 1}}
 model: {weights: null, pretrained: on}
 mfm: {reconstruction: pixels, view: context, trained_parts: both, use_rebuilder: on}
-rebuilder: {fill: off}
 train: {cuda_graph: on}
 memory: {checkpoint_backbone: off, checkpoint_rebuilder: off}
 debug: {check_gradients: off}

@@ -12,7 +12,8 @@ from mfm_dist.build import build_train_module
 from mfm_dist.config.schema import MFMSection
 from mfm_dist.distributed.engine import Engine
 from mfm_dist.distributed.start import start_engine
-from mfm_dist.methods.mfm import enlarge_mask, keyed_masks, rebuild
+from mfm_dist.methods.mfm import keyed_masks, rebuild
+from mfm_dist.models.rebuilder import hidden_places
 from mfm_dist.optim import build_optimizer
 from mfm_dist.run.logging import StepLog
 from mfm_dist.train_module import TrainModule
@@ -44,7 +45,7 @@ def test_the_loss_where_hidden_and_where_visible(loss_on: str) -> None:
     logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
     label = inputs.pseudo.label
     errors = F.cross_entropy(F.interpolate(logits, label.shape[1:], mode="bilinear"), label, reduction="none")
-    hidden = enlarge_mask(mask, label.shape[1:])
+    hidden = hidden_places(mask, label)
     assert float(measured["mfm/loss_hidden"]) == pytest.approx(float(errors[hidden].mean()), rel=1e-5)
     assert float(measured["mfm/loss_visible"]) == pytest.approx(float(errors[~hidden].mean()), rel=1e-5)
 

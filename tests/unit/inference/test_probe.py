@@ -28,6 +28,7 @@ from mfm_dist.inference.probe import (
     as_in_training_without_dropout,
     calibration,
     cosine_with_interval,
+    fill_from_neighbours,
     gradients,
     gradients_of,
     look_at,
@@ -36,9 +37,9 @@ from mfm_dist.inference.probe import (
     read_batches,
     split_loss,
 )
-from mfm_dist.methods.mfm import enlarge_mask, hide, masked_features_loss, rebuild
+from mfm_dist.methods.mfm import draw_mask, hide, masked_features_loss, rebuild
 from mfm_dist.models.layers import resize
-from mfm_dist.models.rebuilder import fill_from_neighbours
+from mfm_dist.models.rebuilder import hidden_places
 from mfm_dist.train_module import TrainModule
 from tests.helpers.classes import CLASSES
 from tests.helpers.methods import EXTRA
@@ -57,7 +58,7 @@ class CopiesNeighbours(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, last_feature: Tensor, features: list[Tensor], mask: Tensor) -> list[Tensor]:  # noqa: ARG002
-        hidden = [enlarge_mask(mask, one.shape[-2:]).unsqueeze(1) for one in features]
+        hidden = [hidden_places(mask, one).unsqueeze(1) for one in features]
         return [fill_from_neighbours(one, where) + self.bias for one, where in zip(features, hidden, strict=True)]
 
 
@@ -143,6 +144,38 @@ def test_agreement_counts_pixels_one_by_one(batches: list[UDABatch]) -> None:
                     same[hidden].append(classes[b][y][x] == pseudo[b][y][x])
             assert found[name] == {"visible": float(np.mean(same[False])), "hidden": float(np.mean(same[True]))}
     assert len({values["hidden"] for values in found.values()}) == len(found), "all of them differ"
+
+
+def test_filling_keeps_constants_and_stays_between_what_is_seen() -> None:
+    hidden = draw_mask(3, (7, 13), 0.6, torch.Generator().manual_seed(0))[:, None]
+    constant = torch.full((3, 2, 7, 13), 4.0)
+    torch.testing.assert_close(fill_from_neighbours(constant.masked_fill(hidden, 99.0), hidden), constant)
+    feature = torch.randn(3, 2, 7, 13, generator=torch.Generator().manual_seed(1))
+    filled = fill_from_neighbours(feature, hidden)
+    assert torch.equal(filled, fill_from_neighbours(feature.masked_fill(hidden, 99.0), hidden))
+    for b in range(3):
+        seen = feature[b][:, ~hidden[b, 0]]
+        assert (filled[b].amin((1, 2)) >= seen.amin(1) - 1e-5).all()
+        assert (filled[b].amax((1, 2)) <= seen.amax(1) + 1e-5).all()
+
+
+def test_a_hole_takes_more_from_what_is_near() -> None:
+    feature, hidden = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    feature[..., 4:] = 1.0
+    hidden[..., 2:4, 1:3] = hidden[..., 2:4, 5:7] = True
+    filled = fill_from_neighbours(feature, hidden)[0, 0]
+    assert filled[2:4, 1:3].max() < 0.35
+    assert filled[2:4, 5:7].min() > 0.65
+
+
+def test_an_image_without_anything_visible_takes_the_others_mean_or_nothing() -> None:
+    feature = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    hidden = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    hidden[0] = True
+    filled = fill_from_neighbours(feature, hidden)
+    torch.testing.assert_close(filled[0], feature[1].mean((1, 2))[:, None, None].expand(3, 4, 4))
+    hidden[1] = True
+    assert not fill_from_neighbours(feature, hidden).any()
 
 
 @pytest.mark.parametrize("loss_on", ["all", "hidden"])
@@ -263,7 +296,7 @@ def test_output_change_is_that_of_a_step_of_its_own(batches: list[UDABatch]) -> 
     changed = sum((a - b).double().square().sum().item() for a, b in zip(after, before, strict=True))
     size = 0.0
     for one in before:
-        hidden = enlarge_mask(look.mask, one.shape[-2:]).unsqueeze(1)
+        hidden = hidden_places(look.mask, one).unsqueeze(1)
         size += (one * hidden).double().square().sum().item()
     assert found == pytest.approx(math.sqrt(changed / size), rel=1e-4)
     assert found > 0.01

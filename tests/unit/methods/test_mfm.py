@@ -18,9 +18,7 @@ from mfm_dist.methods.gradients import frozen, zero_gradient, zero_loss_through
 from mfm_dist.methods.hrda import drawn_box
 from mfm_dist.methods.losses import cross_entropy
 from mfm_dist.methods.mfm import (
-    confidence_weight,
     draw_mask,
-    enlarge_mask,
     hidden_error,
     hide,
     keyed_masks,
@@ -29,6 +27,7 @@ from mfm_dist.methods.mfm import (
 )
 from mfm_dist.models.hrda import HRDASegmentor
 from mfm_dist.models.preprocessing import normalise
+from mfm_dist.models.rebuilder import hidden_places
 from mfm_dist.train_module import TrainModule
 from tests.helpers.classes import CLASSES
 from tests.helpers.modules import block, config_with
@@ -97,24 +96,17 @@ def test_an_exact_mask_hides_the_same_share_of_every_image_and_every_block_as_of
     assert blocks.float().mean(0).sub(3 / 8).abs().max() < 0.06
 
 
-def test_a_confidence_of_one_half_weighs_nothing_and_certainty_one() -> None:
-    confidence = torch.tensor([0.1, 0.5, 0.75, 1.0])
-    assert confidence_weight(confidence).tolist() == [0.0, 0.0, 0.5, 1.0]
-
-
-def test_the_term_weighs_target_pixels_by_confidence_where_they_count() -> None:
-    module = module_with("mfm.target_weight=confidence", "mfm.loss_on=hidden", "method.name=source_only")
+def test_the_term_can_count_hidden_pixels_alone() -> None:
+    module = module_with("mfm.loss_on=hidden", "method.name=source_only")
     value = value_of(module)
     inputs = module.step_inputs(block())
     assert inputs.pseudo is not None
     features = module.student.encode(inputs.target_image)
     mask = keyed_masks(inputs, (4, 4), MFMSection())
     logits = module.student.decode(rebuild(module.student, module.rebuilder, features, mask))
-    label, confidence = inputs.pseudo.label, inputs.pseudo.confidence
+    label, weight = inputs.pseudo.label, inputs.pseudo.weight
     errors = F.cross_entropy(F.interpolate(logits, label.shape[1:], mode="bilinear"), label, reduction="none")
-    hidden = enlarge_mask(mask, label.shape[1:])
-    expected = (errors * 2 * (confidence - 0.5).clamp(min=0) * inputs.pseudo.valid)[hidden].mean()
-    assert value == pytest.approx(expected.item(), rel=1e-5)
+    assert value == pytest.approx((errors * weight)[hidden_places(mask, label)].mean().item(), rel=1e-5)
 
 
 def test_the_training_step_and_a_loop_of_ones_own_have_one_loss_and_one_gradient() -> None:
@@ -146,7 +138,7 @@ def test_without_rebuilding_hidden_features_are_zero_and_there_is_no_rebuilder()
     mask = keyed_masks(inputs, (4, 4), MFMSection())
     features = module.student.encode(inputs.target_image)
     for before, after in zip(features, rebuild(module.student, hide, features, mask), strict=True):
-        hidden = enlarge_mask(mask, before.shape[-2:])[:, None]
+        hidden = hidden_places(mask, before)[:, None]
         assert torch.equal(after, before * ~hidden)
     assert inputs.pseudo is not None
     logits = module.student.decode(rebuild(module.student, hide, features, mask))

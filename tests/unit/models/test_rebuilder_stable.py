@@ -1,4 +1,4 @@
-"""What lets the Rebuilder grow: bounded logits, scaled branches, a trunk of visible cells, filled holes."""
+"""What lets the Rebuilder grow: bounded logits and branches, a trunk of visible cells."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from mfm_dist.models.rebuilder import (
     Block,
     CrossAttention,
     Rebuilder,
-    correct_filled,
-    fill_from_neighbours,
     largest_logit,
     token_variation,
 )
 
-STABLE = {**VARIANTS["stable"]["rebuilder"], "qk_norm": True, "fill": True}
+STABLE = {**VARIANTS["stable"]["rebuilder"], "qk_norm": True}
 """The variant, and what can be added to it."""
 
 
@@ -113,7 +111,7 @@ def test_cross_attention_against_a_slow_reference() -> None:
     torch.testing.assert_close(attention(x, context)[0], attention.proj(out))
 
 
-# Depth
+# What branches add
 
 
 @torch.no_grad()
@@ -194,72 +192,6 @@ def test_images_that_hide_different_numbers_of_cells_are_refused() -> None:
     maps = maps_of()
     with pytest.raises(ConfigError, match=r"mfm\.mask=exact"):
         rebuilder_with(readout=1)(maps[-1], maps, mask)
-
-
-# Filling
-
-
-def test_a_new_rebuilder_that_fills_stays_near_what_the_neighbours_say() -> None:
-    maps, mask = maps_of(), exact_mask(ratio=0.25)
-    rebuilt = rebuilder_with(**STABLE)(maps[-1], maps, mask)
-    for out, feature in zip(rebuilt, maps, strict=True):
-        hidden = nn.functional.interpolate(mask[:, None].float(), feature.shape[-2:]) > 0.5
-        difference = (out - fill_from_neighbours(feature, hidden))[hidden.expand_as(out)]
-        assert 0.3 < difference.square().mean().sqrt() < 0.6  # the maps have a deviation of 1
-        assert torch.equal(out[~hidden.expand_as(out)], feature[~hidden.expand_as(out)])
-
-
-def test_a_correction_is_in_units_of_the_channel_and_stays_within_it() -> None:
-    feature = (
-        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        * torch.tensor([1.0, 5.0, 0.1])[:, None, None]
-    )
-    feature[:, 0].clamp_(min=0.0)  # as after a ReLU
-    mask = draw_mask(2, (4, 4), 0.5, torch.Generator().manual_seed(1))
-    hidden = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    filled = fill_from_neighbours(feature, hidden)
-    correction = torch.full((2, 3, 4, 4), 0.1)
-    out = correct_filled(correction, feature, mask)
-    for c in range(3):
-        seen = feature[:, c][~hidden[:, 0]]
-        expected = (filled[:, c] + 0.1 * seen.std(unbiased=False)).clamp(seen.min(), seen.max())[hidden[:, 0]]
-        torch.testing.assert_close(out[:, c][hidden[:, 0]], expected)
-    far = correct_filled(-1e3 * torch.ones(2, 3, 4, 4), feature, mask)
-    assert far[:, 0].min() == 0.0, "a map that ends in a ReLU stays one"
-
-
-def test_filling_keeps_constants_and_stays_between_what_is_seen() -> None:
-    hidden = draw_mask(3, (7, 13), 0.6, torch.Generator().manual_seed(0))[:, None]
-    constant = torch.full((3, 2, 7, 13), 4.0)
-    torch.testing.assert_close(fill_from_neighbours(constant.masked_fill(hidden, 99.0), hidden), constant)
-    feature = torch.randn(3, 2, 7, 13, generator=torch.Generator().manual_seed(1))
-    filled = fill_from_neighbours(feature, hidden)
-    assert torch.equal(filled, fill_from_neighbours(feature.masked_fill(hidden, 99.0), hidden))
-    for b in range(3):
-        seen = feature[b][:, ~hidden[b, 0]]
-        assert (filled[b].amin((1, 2)) >= seen.amin(1) - 1e-5).all()
-        assert (filled[b].amax((1, 2)) <= seen.amax(1) + 1e-5).all()
-
-
-def test_a_hole_takes_more_from_what_is_near() -> None:
-    feature, hidden = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    feature[..., 4:] = 1.0
-    hidden[..., 2:4, 1:3] = hidden[..., 2:4, 5:7] = True
-    filled = fill_from_neighbours(feature, hidden)[0, 0]
-    assert filled[2:4, 1:3].max() < 0.35
-    assert filled[2:4, 5:7].min() > 0.65
-
-
-def test_an_image_without_anything_visible_takes_the_others_mean_or_nothing() -> None:
-    feature = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    hidden = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
-    hidden[0] = True
-    filled = fill_from_neighbours(feature, hidden)
-    torch.testing.assert_close(filled[0], feature[1].mean((1, 2))[:, None, None].expand(3, 4, 4))
-    hidden[1] = True
-    assert not fill_from_neighbours(feature, hidden).any()
-    out = correct_filled(torch.full((2, 3, 4, 4), 0.5), feature, torch.ones(2, 4, 4, dtype=torch.bool))
-    torch.testing.assert_close(out, torch.full_like(out, 0.5))
 
 
 # Rates
