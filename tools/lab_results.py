@@ -180,13 +180,20 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in results["contrasts"] if row["by_seed"]][::-1]
-    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
+    beds = {row["bed"] for row in rows}
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
         half = None if row["low"] is None else row["mean"] - row["low"]
         axes.errorbar(row["mean"], place, xerr=half, fmt="o", color="C0", capsize=3)
         axes.plot(list(row["by_seed"].values()), [place] * len(row["by_seed"]), "|", color="0.5")
     axes.axvline(0, color="0.7", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row['bed']}: {title(row['arms'])}" for row in rows])
-    axes.set_xlabel("difference in target mIoU, points; mean and 95 % interval")
+    if results["margin"] is not None:
+        axes.axvline(results["margin"], color="0.7", linewidth=1, linestyle="--")
+    axes.set_yticks(
+        range(len(rows)),
+        [f"{row['bed']}: {title(row['arms'])}" if len(beds) > 1 else title(row["arms"]) for row in rows],
+    )
+    axes.set_title(f"{results['plan']}: mean, 95 % interval and each seed", fontsize="medium")
+    axes.set_xlabel("difference in target mIoU, points")
     figure.savefig(path)
