@@ -151,8 +151,9 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
 HOUR = 3600
 """Seconds for one start of the large preset, on cores that others may use too."""
 LARGE = [*STABLE, *LARGE_REBUILDER, "data.crop=128x256", "rebuilder.grid=4x8", "train.global_batch=4",
-         "checkpoint.every=10", "log.every=20", "eval.every=20", "train.steps=20"]  # fmt: skip
-"""At the rates of these tests."""
+         "checkpoint.every=10", "log.every=20", "eval.every=20", "train.steps=20",
+         "optim.rebuilder_lr=0.005"]  # fmt: skip
+"""A tenth of the Rebuilder's rate above, which 24 blocks do not bear: they enlarge what rounding leaves every step."""
 
 
 @pytest.fixture(scope="module")
@@ -167,33 +168,21 @@ def large_alone(large_data: Path) -> dict[str, Any]:
     return trained(large_data, large_data.with_name("alone"), *LARGE, launch=None, steps=20, timeout=HOUR)
 
 
-@pytest.fixture(scope="module")
-def large_last_bits(large_data: Path, large_alone: dict[str, Any]) -> dict[str, float]:
-    """How far initial weights that differ in their last bits lead one process away from itself."""
-    folder, said = large_data.with_name("other"), {"otherwise": "last_bits", "steps": 20, "timeout": HOUR}
-    other = trained(large_data, folder, *LARGE, launch=None, **said)
-    shutil.rmtree(folder)
-    return differences(other, large_alone, initial_state(large_data, *LARGE))
-
-
 @pytest.mark.campaign
 @pytest.mark.parametrize("launch", ["cpu_zero2", "cpu_zero3"])
 def test_the_large_preset_trains_as_one_and_resumes_bit_for_bit(
     launch: str,
     large_data: Path,
     large_alone: dict[str, Any],
-    large_last_bits: dict[str, float],
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """20 steps: student and teacher within 1e-4 of the movement, the Rebuilder within twice what last bits do."""
+    """20 steps, with all that the smaller ones promise."""
     run = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     peaks = {name: one["metrics"][-1]["memory_gib"] for name, one in (("alone", large_alone), (launch, run))}
     record_property("peak_gib", peaks)  # the resident size of the largest process
-    found = differences(run, large_alone, initial_state(large_data, *LARGE))
-    record_property("difference_over_movement", {launch: found, "last_bits": large_last_bits})
-    limits = {"student": 1e-4, "teacher": 1e-4, "rebuilder": 2 * large_last_bits["rebuilder"]}
-    assert all(found[part] <= limit for part, limit in limits.items()), f"{found}, allowed {limits}"
+    found = assert_same_training(run, large_alone, initial_state(large_data, *LARGE))
+    record_property("difference_over_movement", {launch: found})
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000020")
     again = trained(large_data, tmp_path, *LARGE, launch=launch, steps=20, timeout=HOUR)
     for part, tensors in run["state"].items():
