@@ -306,7 +306,8 @@ class MFMSection:
     both."""
     view: Literal["context", "detail", "fused"] = "context"
     """Under HRDA: the down-scaled whole crop, a window of it at full resolution, or both rebuilt, then fused and with
-    HRDA's loss. The paper does not say; its authors' code hints at the last. Elsewhere it is the crop."""
+    HRDA's loss. The paper does not say; its authors' code hints at the last, which HRDA's files in configs have.
+    Elsewhere it is the crop."""
 
 
 @dataclass(kw_only=True)

@@ -101,7 +101,7 @@ def _graph_problems(config: RunConfig) -> Iterator[str]:
 def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
     """Find forms of the MFM term that do not go together, or not with the method."""
     if mfm.view != "context" and not two_resolutions:
-        yield f"mfm.view={mfm.view} is about HRDA's crops: keep context, or train method.name=hrda or mic on it"
+        yield f"mfm.view={mfm.view} is about HRDA's crops: set mfm.view=context, or train method.name=hrda or mic on it"
     if not mfm.use_rebuilder and mfm.reconstruction != "classes":
         yield (
             f"mfm.use_rebuilder=false leaves nothing to compare with mfm.reconstruction={mfm.reconstruction}: "
@@ -113,7 +113,8 @@ def _mfm_problems(mfm: MFMSection, *, two_resolutions: bool) -> Iterator[str]:
             f"which mfm.reconstruction={mfm.reconstruction} does not use: choose both"
         )
     if mfm.view != "context" and mfm.reconstruction != "classes":
-        yield f"mfm.view={mfm.view} classifies, and mfm.reconstruction={mfm.reconstruction} does not: keep context"
+        told = f"mfm.view={mfm.view} classifies, and mfm.reconstruction={mfm.reconstruction} does not"
+        yield f"{told}: set mfm.view=context"
     if mfm.ramp_to < mfm.ramp_from:
         yield f"mfm.ramp_to={mfm.ramp_to} lies before mfm.ramp_from={mfm.ramp_from}: swap or equal them"
 
