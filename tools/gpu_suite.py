@@ -511,6 +511,7 @@ CALLS: dict[str, dict[str, Item]] = {
             "train.precision=bf16",
             "method.name=mic",
             "mic.base_method=hrda",
+            "mfm.view=fused",
             "data.crop=1024",
             "memory.lean=true",
             "memory.checkpoint_backbone=true",
