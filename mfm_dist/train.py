@@ -251,10 +251,10 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
         errors.append(error)
     if errors or module is None:
         raise joined(errors)
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     student = sum(p.numel() for p in module.student.parameters())
+    rebuilder = sum(p.numel() for p in module.rebuilder.parameters()) if module.rebuilder is not None else 0
     print(f"ok: {config.method_label}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
-    print(f"    segmentor, {(trainable - student) / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
+    print(f"    segmentor, {rebuilder / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
     launch = launch or Launch.from_environment()
     if torch.cuda.is_available() and not launch.use_cpu:
         from mfm_dist.profiling.plan import does_not_fit

@@ -49,7 +49,7 @@ def build_step(config: RunConfig) -> tuple[Engine, Callable[[], None], float]:
     """Build an engine, a step of it, and the bytes of weights, teacher and optimiser state after a first one."""
     engine = start_engine(config)
     module = build_train_module(config, classes_without_data(config))
-    engine.prepare(module, build_optimizer(module, config.optim))
+    engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
     batches = [random_batch(config, number).to(engine.device) for number in range(engine.accumulation)]
 
     def step() -> None:

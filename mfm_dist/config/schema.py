@@ -281,9 +281,9 @@ class MFMSection:
     """Side, in grid cells, of the squares that are hidden together; must divide `rebuilder.grid`. MFM: 1, a cell of
     32 x 32 pixels and 4 x 4 features. With blocks much smaller than that, averaging the neighbours solves the task."""
     mask: Literal["bernoulli", "exact"] = "bernoulli"
-    """Each block is hidden independently (MFM), or the same number of blocks in every image."""
+    """Each block is hidden independently (MFM), or the same number of blocks in every image (stable)."""
     loss_on: Literal["all", "hidden"] = "all"
-    """Pixels that the term counts: every one (MFM), or only those under hidden cells."""
+    """Pixels that the term counts: every one (MFM), or only those under hidden cells (stable)."""
     gradient_budget: FloatFrom0 = 0.0
     """Largest gradient that the term may send to the encoder's last map, as a share of the method's own gradient there
     (both averaged over steps): above it the weight is lowered. 0: no limit, as in MFM; stable: 0.5."""
@@ -313,7 +313,7 @@ class MFMSection:
 @dataclass(kw_only=True)
 class RebuilderSection:
     variant: Literal["paper", "stable"] = "paper"
-    """Defaults of everything below, of `mfm` and of the Rebuilder's optimiser: the paper's, or those of
+    """Defaults of what is below, of `mfm` and of `optim.rebuilder_base_width`: the paper's, or those of
     `config.variants`, which let it grow. What a file or the command line says comes after them, so that each of the
     stable variant's ingredients can be turned off by itself."""
     depth: Depth = 2

@@ -125,7 +125,7 @@ def _rebuilder_problems(config: RunConfig) -> Iterator[str]:
     if rebuilder.heads >= 1 and rebuilder.width % rebuilder.heads:
         yield f"rebuilder.width={rebuilder.width} is not a multiple of rebuilder.heads={rebuilder.heads}"
     if rebuilder.width % 4:
-        yield f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its projectors need"
+        yield f"rebuilder.width={rebuilder.width} is not a multiple of 4, which its table of positions needs"
     if block >= 1 and any(side % block for side in rebuilder.grid):
         rows, cols = rebuilder.grid
         yield f"mfm.mask_block_cells={block} does not divide rebuilder.grid={rows}x{cols}: choose a divisor of both"

@@ -381,13 +381,18 @@ class Engine:
 
     @property
     def fuses_optimizer(self) -> bool:
-        """Whether the optimiser's step is one kernel: AdamW's, on a GPU that holds what it steps."""
+        """Whether the optimiser's step should be one kernel: AdamW's, on a GPU that holds what it steps."""
         on_gpu = self.device.type == "cuda" and not self.config.memory.offload_optimizer
         return on_gpu and self.config.optim.name == "adamw"
 
     def _step_count(self, applied: int, device: torch.device) -> Tensor:
         """Return AdamW's count of steps, which lies beside the weights where it is fused and on the CPU otherwise."""
-        return torch.tensor(float(applied), device=device if self.fuses_optimizer else None)
+        return torch.tensor(float(applied), device=device if self._is_fused else None)
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether it is, as whoever built the optimiser had it."""
+        return bool(self.optimizer.param_groups[0].get("fused"))
 
     def _finish_backward(self) -> None:
         """Make sure, after the last backward of a step, that all gradients are exchanged."""
@@ -413,7 +418,7 @@ class Engine:
 
     def _update(self, good: Tensor, gradients: Sequence[Tensor]) -> None:  # noqa: ARG002 - DeepSpeed's are its own
         """Step the optimiser with the gradients as they are if they are good, and forget them."""
-        if self.fuses_optimizer:
+        if self._is_fused:
             # The kernel looks itself, and leaves all as it is where something was found.
             self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
             self.optimizer.step()

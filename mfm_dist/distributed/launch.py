@@ -149,24 +149,23 @@ def combination_problems(config: RunConfig, launch: Launch) -> list[str]:
             "train.compile under ZeRO-3: DeepSpeed's hooks on every layer would cut what is compiled into single "
             "layers, which takes minutes and gains nothing: launch with DDP, ZeRO-1 or 2, or set train.compile=false"
         )
-    return [*problems, *_hpz_problems(launch)]
-
-
-def graph_problems(config: RunConfig, launch: Launch, visible: int) -> list[str]:
-    """Say why ``train.cuda_graph`` cannot be had in this launch.
-
-    Args:
-        visible: GPUs that torch sees.
-    """
-    problems = []
     if config.train.cuda_graph and launch.zero_stage is not None:
         problems.append(
             "train.cuda_graph under ZeRO: DeepSpeed works in Python amid forward and backward, which a graph does not "
             "replay: launch without DeepSpeed (configs/accelerate/gpu_single.yaml), or set train.cuda_graph=false"
         )
+    return [*problems, *_hpz_problems(launch)]
+
+
+def graph_problems(config: RunConfig, launch: Launch, visible: int) -> list[str]:
+    """Say so where ``train.cuda_graph`` has no GPU.
+
+    Args:
+        visible: GPUs that torch sees.
+    """
     if config.train.cuda_graph and (launch.use_cpu or not visible):
-        problems.append("train.cuda_graph needs a GPU, and this launch has none: set train.cuda_graph=false")
-    return problems
+        return ["train.cuda_graph needs a GPU, and this launch has none: set train.cuda_graph=false"]
+    return []
 
 
 def _hpz_problems(launch: Launch) -> list[str]:

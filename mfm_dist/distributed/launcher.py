@@ -72,12 +72,19 @@ def find_launch_file(file: Path) -> Path:
 def read_launch(file: Path) -> Launch:
     """Read what the processes of a launch file will find in their environment. Raises ConfigError."""
     tree = read_yaml(find_launch_file(file))
-    processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
+    try:
+        processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
+    except (TypeError, ValueError):
+        raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least") from None
+    if processes < 1 or machines < 1:
+        raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least")
     environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
     on_cpu = tree.get("use_cpu", False) or set(str(tree.get("gpu_ids", "all")).split(",")) == {"-1"}
     environment["ACCELERATE_USE_CPU"] = str(on_cpu).lower()
     if tree.get("distributed_type") == "DEEPSPEED":
-        deepspeed = tree.get("deepspeed_config", {})
+        deepspeed = tree.get("deepspeed_config") or {}
+        if not isinstance(deepspeed, dict):
+            raise ConfigError(f"--launch {file}: deepspeed_config has to hold zero_stage or deepspeed_config_file")
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         for key, name in (("zero_stage", "ZERO_STAGE"), ("deepspeed_config_file", "CONFIG_FILE")):
             if key in deepspeed:

@@ -72,7 +72,8 @@ class Scores:
 
     step: int
     miou: float | None
-    """Mean IoU in percent over the classes that occur in labels or predictions; None without labels."""
+    """Mean IoU in percent over the classes that occur in labels or predictions; None without labels, NaN (null in JSON)
+    where no pixel has one."""
     iou: dict[str, float]
     """IoU in percent by class name; NaN (null in JSON) for a class that does not occur. Empty without labels."""
     boundary_miou: float | None = None
@@ -98,7 +99,9 @@ class Scores:
         """Return indented JSON text."""
         values = asdict(self)
         for part in ("iou", "boundary_iou", "means", "unlabelled"):
-            values[part] = {name: value if value == value else None for name, value in values[part].items()}
+            values[part] = {name: _or_none(value) for name, value in values[part].items()}
+        for part in ("miou", "boundary_miou", "source_miou"):
+            values[part] = _or_none(values[part])
         text = json.dumps(values, indent=2)
         # A row of the matrix in a line.
         return re.sub(r"\[[\d\s,]+\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n"
@@ -249,6 +252,11 @@ def agreed_forwards(student: Segmentor, size: tuple[int, int], ranks: Ranks) -> 
     if student.window is None:  # one for any image, so there is nothing to agree on
         return own
     return int(ranks.maximum(torch.tensor(own, device=ranks.device)))
+
+
+def _or_none(value: float | None) -> float | None:
+    """Return what JSON can hold: NaN, of a class or a set without labelled pixels, is none."""
+    return None if value is None or value != value else value
 
 
 @contextmanager

@@ -47,9 +47,11 @@ def _data(card: ModelCard, config: RunConfig | None) -> str:
     data, model = config.data, config.model
     start = model.weights.name if model.weights else "timm's weights" if model.pretrained else "random weights"
     crop = " x ".join(map(str, card.crop))
+    oracle = config.method.name == "oracle"  # which never opens the source
     rows = [
-        ("source, with labels", data.source),
-        ("target, without labels" if config.method.name != "oracle" else "target, with labels", data.target),
+        *([] if oracle else [("source, with labels", data.source)]),
+        ("target, with labels" if oracle else "target, without labels", data.target),
+        *([("target, with labels", data.target_labelled)] if data.target_labelled else []),
         ("scored on", data.validation or "nothing: the target has no labels"),
         ("start of the encoder", start),
         ("crops, height x width", crop),

@@ -1,7 +1,8 @@
 """Masked Feature Modeling (arXiv 2509.13801): the auxiliary term that attaches to any method.
 
 ``masked_features_loss`` is the term itself, for any loop. ``mfm_pass`` hands it what a training step has; with default
-settings that is the paper's term, and every other branch is a row of one of its ablation tables.
+settings that is the paper's term, and every other branch is a row of one of its ablation tables, an ingredient of the
+stable variant, or a view under HRDA.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def mfm_pass(
         detail_weight: HRDA's weight of the detail window's loss, for ``mfm.view: fused``.
         teacher: the teacher's encoder, without gradients.
         kind: one of ``passes_of(settings)``.
-        measured: takes the loss where hidden and where visible, and what the Rebuilder measures; None for neither.
+        measured: takes the loss where hidden and where visible, and what the Rebuilder measures, of the last pass where
+            there are two (``mfm.domain: both``) and of none that regresses; None for neither.
     """
     view, mask = view_of(inputs, kind), inputs.drawn(kind.label)["mask"]
     if settings.reconstruction != "classes":

@@ -262,21 +262,27 @@ class _StepMeter:
         self.term = "teacher"
         """What runs now; the teacher first."""
         self.costs: dict[str, TermCost] = {}
-        self._before = 0
-        parts = {"encoder": module.student.backbone, "decoder": module.student.decoder}
+        self._before: list[int] = []
+        """At the start of each part that runs now, the outermost first."""
+        parts: list[tuple[str, nn.Module]] = [("encoder", module.student.backbone)]
+        parts += [("decoder", head) for head in module.student.heads]
         if module.initial_encoder is not None:
-            parts["initial encoder"] = module.initial_encoder
-        parts |= {"rebuilder": module.rebuilder} if module.rebuilder is not None else {}
-        parts |= {"teacher": module.teacher} if module.teacher is not None else {}
-        for name, part in parts.items():
+            parts.append(("initial encoder", module.initial_encoder))
+        if module.rebuilder is not None:
+            parts.append(("rebuilder", module.rebuilder))
+        if module.teacher is not None:  # its encoder is asked alone, too, for what is rebuilt by regression
+            parts += [("teacher", module.teacher), ("teacher", module.teacher.segmentor.backbone)]
+        for name, part in parts:
             part.register_forward_pre_hook(self._start)
             part.register_forward_hook(partial(self._add, name))
 
     def _start(self, module: nn.Module, inputs: Any) -> None:  # noqa: ARG002 - a hook's arguments
-        self._before = self.counter.get_total_flops()
+        self._before.append(self.counter.get_total_flops())
 
     def _add(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
-        mac = (self.counter.get_total_flops() - self._before) // 2
+        mac = (self.counter.get_total_flops() - self._before.pop()) // 2
+        if self._before:
+            return  # counted with the part it belongs to
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
         cost = self.costs.setdefault(self.term, TermCost(Counter(), Counter()))
         cost.forward[name] += mac

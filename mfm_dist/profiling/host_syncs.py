@@ -155,7 +155,7 @@ def count_host_syncs(config: RunConfig, batches: list[UDABatch]) -> HostSyncs:
     config.self_training.blur_prob = config.self_training.jitter_prob = 1.0
     engine = start_engine(config)
     module = build_train_module(config, classes_without_data(config))
-    engine.prepare(module, build_optimizer(module, config.optim))
+    engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
     run = RunFolder(config.run.folder, writes=False)
     watchdog = Watchdog(run.path, rank=0, world_size=1, seconds=0, start="", on_hang=print)
     no_data: Any = ()

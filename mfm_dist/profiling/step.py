@@ -109,7 +109,7 @@ def build_setting(config: RunConfig, readers: Readers) -> Setting:
     """Build everything that a run of ``config`` trains with, but for the data."""
     engine = start_engine(config)
     module = build_train_module(config, readers.classes)
-    engine.prepare(module, build_optimizer(module, config.optim))
+    engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
     clock = PartClock(engine.device)
     mark_backward(engine, clock)
     run = RunFolder(config.run.folder, writes=False)

@@ -278,7 +278,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
     """Show an MFM pass over the central crop: what is hidden, and what the decoder makes of the rebuilt features."""
     rebuilder, student, config = networks.trained.rebuilder, networks.trained.student, networks.config
     if rebuilder is None:
-        raise AbsentError("There are no hidden cells and no rebuilt features: MFM is off in this run.")
+        raise AbsentError("There are no rebuilt features: this run has no Rebuilder.")
     if config.mfm.reconstruction != "classes":
         rebuilt = config.mfm.reconstruction.replace("_", " ")
         raise AbsentError(f"Rebuilt features are not classified in this run: it rebuilds {rebuilt}.")

@@ -149,7 +149,7 @@ class RunFolder:
         if not self.writes:
             return
         if code == EXIT_DONE:
-            last = None if miou is None else round(miou, 4)
+            last = None if miou is None or miou != miou else round(miou, 4)  # NaN, of a set without a label, is no JSON
             best_step, best = self.best_evaluation() or (None, None)
             best = None if best is None else round(best, 4)
             scores = {"miou": last, "best_miou": best, "best_step": best_step}

@@ -13,8 +13,9 @@ import torch
 from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
-from mfm_dist.distributed.launcher import choose_zero
+from mfm_dist.distributed.launcher import choose_zero, read_launch
 from mfm_dist.distributed.start import deepspeed_config
+from mfm_dist.errors import ConfigError
 from mfm_dist.train import main
 from tests.helpers.runs import DEFAULTS, run_python, run_train, tiny_overrides
 
@@ -45,6 +46,23 @@ def test_a_plain_start_has_no_problem() -> None:
 def test_what_a_launch_file_must_not_say(variable: str, value: str, told: str) -> None:
     (problem,) = launch_problems({**DEEPSPEED, variable: value})
     assert told in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("num_processes: auto", "num_processes and num_machines have to be numbers"),
+        ("num_processes:", "num_processes and num_machines have to be numbers"),
+        ("num_machines: 0", "num_processes and num_machines have to be numbers"),
+        ("{distributed_type: DEEPSPEED, deepspeed_config: zero2}", "has to hold zero_stage"),
+    ],
+)
+def test_a_launch_file_that_is_none_is_told(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "launch.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        read_launch(tmp_path / "launch.yaml")
+    (tmp_path / "launch.yaml").write_text("{distributed_type: DEEPSPEED, deepspeed_config: }")
+    assert read_launch(tmp_path / "launch.yaml").zero_stage == 2, "Accelerate's default"
 
 
 def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:

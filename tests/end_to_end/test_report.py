@@ -200,7 +200,7 @@ def test_a_run_without_teacher_and_rebuilder_says_so(scenes: Path, tmp_path: Pat
     assert run_train(overrides).returncode == 0
     page = check_it_stands_alone(render(read_runs([run]), images=1))
     assert "There is no pseudo-label: source_only without MFM has no teacher." in page.text
-    assert "no rebuilt features: MFM is off in this run." in page.text
+    assert "There are no rebuilt features: this run has no Rebuilder." in page.text
     assert "Hidden cells" not in page.text
     assert "teacher below the threshold" not in page.text
     assert "What the Rebuilder does" not in page.text

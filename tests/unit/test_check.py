@@ -10,6 +10,7 @@ import pytest
 from mfm_dist.build import open_readers
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.concatenated import ConcatenatedReader
+from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.train import check
 from tests.helpers.runs import REPOSITORY
@@ -86,6 +87,19 @@ def test_everything_is_told_at_once_and_weights_that_cannot_be_fetched_in_one_li
 def test_networks_that_fit_pass(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(load_config(None, [*SMALL, *overrides]))
     assert capsys.readouterr().out.startswith("ok: ")
+
+
+@pytest.mark.parametrize("more", [[], ["model.freeze=true"], ["mfm.use_rebuilder=false"]])
+def test_the_rebuilders_size_is_its_own(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever else is frozen."""
+    check(load_config(None, [*SMALL, *more]))
+    size = float(re.findall(r"([-\d.]+) M in the Rebuilder", capsys.readouterr().out)[0])
+    assert size == (0 if "mfm.use_rebuilder=false" in more else pytest.approx(11.1, abs=3.5))
+
+
+def test_a_launch_that_replays_no_graph_is_told_before_it_starts() -> None:
+    with pytest.raises(ConfigError, match=r"train\.cuda_graph under ZeRO"):
+        check(load_config(None, [*SMALL, "train.cuda_graph=true"]), Launch(2, 0, 2))
 
 
 def test_several_sets_are_checked_and_their_shares_said(

@@ -196,6 +196,17 @@ def test_the_readme_says_what_it_is_and_cannot_be_more_than_text(exported: Path,
     assert "not scored" in readme_text(replace(card, miou=None))
 
 
+def test_the_readme_names_the_data_that_was_read(exported: Path) -> None:
+    """With whose labels, too; an oracle never opens the source."""
+    card = read_card(exported)
+    few = readme_text(card, load_config(None, ["data.target_labelled=few"]))
+    for row in ("source, with labels | game", "target, without labels | camera", "target, with labels | few"):
+        assert f"| {row}" in few, row
+    oracle = readme_text(card, load_config(None, ["method.name=oracle"]))
+    assert "| target, with labels | camera" in oracle
+    assert "source, with labels" not in oracle
+
+
 def test_an_upload_that_fails_leaves_the_export(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

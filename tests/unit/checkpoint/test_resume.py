@@ -127,6 +127,15 @@ def test_a_rebuilder_that_is_not_used_may_be_anything(config: RunConfig) -> None
     assert resume_problems(checkpoint, config, {}, CLASSES) == []
 
 
+def test_a_rebuilder_that_is_left_out_may_be_anything_but_its_grid_masks(config: RunConfig) -> None:
+    config.mfm.enabled, config.mfm.use_rebuilder = True, False
+    checkpoint = trained(config)
+    config.rebuilder.width = 64
+    assert resume_problems(checkpoint, config, {}, CLASSES) == []
+    config.rebuilder.grid = (2, 2)
+    assert [problem.split("=")[0] for problem in resume_problems(checkpoint, config, {}, CLASSES)] == ["rebuilder.grid"]
+
+
 def test_all_problems_are_told_at_once(config: RunConfig) -> None:
     checkpoint = trained(config, target="aaa")
     config.seed, config.optim.name, config.train.steps = 5, "sgd", 199

@@ -48,6 +48,21 @@ def gradients(*overrides: str) -> dict[str, Tensor]:
     return {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_left_out_by_whatever_optimiser_was_built(fused: bool) -> None:
+    """The fused one looks itself whether all is finite, and only it can be told to."""
+    config = load_config(None, SMALL)
+    module = build_train_module(config, CLASSES)
+    engine = start_engine(config)
+    engine.prepare(module, build_optimizer(module, config.optim, fused=fused))
+    weight = next(p for p in module.student.parameters() if p.requires_grad)
+    before = weight.detach().clone()
+    for good in (False, True):
+        weight.grad = torch.ones_like(weight)
+        engine._update(torch.tensor(good, device=engine.device), [])
+        assert torch.equal(weight.detach(), before) != good
+
+
 @pytest.mark.parametrize("math", ["ieee", "tf32"])
 def test_matrices_and_convolutions_are_computed_alike_and_it_is_recorded(math: str) -> None:
     """torch's own defaults are TF32 for convolutions alone."""

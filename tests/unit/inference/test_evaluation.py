@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.running_statistics import running_statistics
 from mfm_dist.inference.evaluation import (
     OneProcess,
+    Scores,
     evaluate,
     evaluation_mode,
 )
@@ -136,6 +138,14 @@ def test_an_evaluation_that_is_broken_off_leaves_the_student_as_it_was(tiny_conf
     assert turns == [0, 1, 2]
     assert student.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_mean_of_nothing_is_null_in_the_file() -> None:
+    """NaN is no JSON."""
+    empty = {"miou": math.nan, "boundary_miou": math.nan, "source_miou": math.nan, "iou": {"road": math.nan}}
+    scores = Scores(step=3, images=0, bad_samples=[], means={"miou_x": math.nan}, protocol="", **empty)
+    found = json.loads(scores.to_json(), parse_constant=pytest.fail)
+    assert [found[name] for name in ("miou", "boundary_miou", "source_miou")] == [None] * 3
 
 
 def test_the_sets_asked_for_are_in_the_results(tiny_config: RunConfig, scenes: Path) -> None:

@@ -101,6 +101,21 @@ def test_a_step_runs_the_parts_that_the_paper_says() -> None:
     assert terms["mfm"].flop == 3 * 2 * (encoder + decoder + rebuilder)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["method.name=hrda", "hrda.attention=deeplabv2", "hrda.attention_options={}", "data.crop=128x192"],
+        ["mfm.reconstruction=teacher_features"],
+    ],
+)
+def test_all_networks_of_a_step_are_counted_with_their_part(more: list[str]) -> None:
+    """HRDA's second head too, and the teacher's encoder where it alone is asked."""
+    terms = count_step(load_config(None, [*RESNET, "mfm.enabled=true", *more]))
+    assert "outside the networks" not in terms
+    assert terms["mfm"].backward["decoder"] == 2 * terms["mfm"].forward["decoder"]
+    assert ("teacher" in terms["mfm"].forward) == ("mfm.reconstruction=teacher_features" in more)
+
+
 def test_the_rule_for_the_backward_against_a_real_one() -> None:
     """Without grouped convolutions, which torch's counter takes for full ones, and without attention."""
     config = load_config(None, RESNET)
