@@ -222,7 +222,11 @@ def fits(held: Mapping[str, int], cluster: Cluster) -> bool:
 
 
 def recommended(memories: Mapping[str, Mapping[str, int]], cluster: Cluster) -> str | None:
-    """Return the stage that exchanges least among those that fit; DDP before ZeRO-2, and that before ZeRO-3."""
+    """Return the first that fits of DDP, ZeRO-2 and ZeRO-3, which exchange more from one to the next.
+
+    ZeRO-1 is not among them: it holds more than ZeRO-2, and exchanges less only where gradients add up over several
+    micro-batches.
+    """
     order = ("0", "2", "3_hpz", "3") if cluster.ranks > 1 else ("0", "2", "3")
     return next((stage for stage in order if stage in memories and fits(memories[stage], cluster)), None)
 

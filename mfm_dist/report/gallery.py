@@ -19,6 +19,7 @@ from mfm_dist.checkpoint.contents import load_modules
 from mfm_dist.checkpoint.files import find_latest
 from mfm_dist.classes import IGNORE_INDEX, ClassSet
 from mfm_dist.config.schema import RunConfig, names_of
+from mfm_dist.data.geometry import fitted, resize_box, resize_label
 from mfm_dist.data.reader import Sample, ShardReader
 from mfm_dist.errors import BadSample, ConfigError, first_line
 from mfm_dist.inference.open_run import without_training
@@ -84,6 +85,16 @@ class Subject:
     def truth(self) -> Pixels | None:
         """Indices of classes [H, W]; None where it has no label."""
         return None if self.sample.label is None else self.sample.label.numpy().astype(np.uint8)
+
+    def as_trained(self, box: tuple[int, int] | None) -> Subject:
+        """Return the same at the size that training sees: fitted into ``data.target_resize``."""
+        image, label = self.sample.image, self.sample.label
+        if box is None:
+            return self
+        size = fitted((image.shape[1], image.shape[2]), box)
+        image = resize_box(image, size, (slice(0, size[0]), slice(0, size[1])))
+        label = None if label is None else resize_label(label, size)
+        return replace(self, sample=replace(self.sample, image=image, label=label))
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,7 @@ def pseudo_label(networks: Networks, subject: Subject) -> list[Panel]:
     teacher = networks.trained.teacher
     if teacher is None:
         raise AbsentError(f"There is no pseudo-label: {networks.config.method.name} without MFM has no teacher.")
-    logits = teacher(twice(subject.sample.image[None]))
+    logits = teacher(twice(subject.as_trained(networks.config.data.target_resize).sample.image[None]))
     probability, label = logits.float().softmax(dim=1)[0].max(dim=0)
     unsure = (probability < networks.config.self_training.pseudo_threshold).numpy()
     drawn = label_map(label.numpy().astype(np.uint8), networks.classes.palette, unsure=unsure)
@@ -282,6 +293,7 @@ def masked_pass(networks: Networks, subject: Subject) -> list[Panel]:
     if config.mfm.reconstruction != "classes":
         rebuilt = config.mfm.reconstruction.replace("_", " ")
         raise AbsentError(f"Rebuilt features are not classified in this run: it rebuilds {rebuilt}.")
+    subject = subject.as_trained(config.data.target_resize)
     image = subject.sample.image
     box = _central_box((image.shape[1], image.shape[2]), config.data.crop)
     crop = image[:, box[0], box[1]]

@@ -15,7 +15,7 @@ import pytest
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.report.__main__ import main
-from mfm_dist.report.gallery import Subject, first_prediction, load_networks
+from mfm_dist.report.gallery import Subject, first_prediction, load_networks, masked_pass, pseudo_label
 from mfm_dist.report.page import render
 from mfm_dist.report.picture import label_map
 from mfm_dist.report.run import read_runs
@@ -117,6 +117,21 @@ def test_the_first_prediction_made_from_the_seed_is_the_one_that_was_saved(run: 
     assert saved.address == again.address
     other = np.zeros_like(subject.truth)
     assert saved.address != label_map(other, networks.classes.palette)
+
+
+def test_networks_are_shown_images_of_the_size_that_training_has(run: Path) -> None:
+    """Where they are stored larger, and data.target_resize fits them into a box."""
+    config = load_config(run / "config.yaml")
+    networks = load_networks(read_runs([run])[0], config)
+    stored = Subject(0, ShardReader(config.data.root / config.data.validation).read(0))
+    height, width = stored.truth.shape
+    smaller = stored.as_trained((height // 2, width // 2))
+    assert smaller.photo.shape == (height // 2, width // 2, 3)
+    assert smaller.truth.shape == (height // 2, width // 2)
+    expected = [view(networks, smaller) for view in (masked_pass, pseudo_label)]
+    assert expected != [view(networks, stored) for view in (masked_pass, pseudo_label)]
+    networks.config.data.target_resize = (height // 2, width // 2)
+    assert expected == [view(networks, stored) for view in (masked_pass, pseudo_label)]
 
 
 def test_the_networks_of_a_compiled_run_are_shown_uncompiled(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
