@@ -160,10 +160,8 @@ def resume_problems(
 def _unused(key: str, config: RunConfig) -> bool:
     """Tell whether a setting has no effect on this run."""
     if key.startswith("rebuilder.") or key in ("mfm.use_rebuilder", "mfm.reconstruction"):
-        shapes_masks = key == "rebuilder.grid"
-        return not config.mfm.enabled or (
-            key.startswith("rebuilder.") and not config.mfm.use_rebuilder and not shapes_masks
-        )
+        left_out = key.startswith("rebuilder.") and not config.mfm.use_rebuilder
+        return not config.mfm.enabled or (left_out and key != "rebuilder.grid")  # which the mask has too
     return (key == "mic.base_method" and config.method.name != "mic") or (
         key.startswith("hrda.") and not config.two_resolutions
     )

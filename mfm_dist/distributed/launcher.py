@@ -75,8 +75,8 @@ def read_launch(file: Path) -> Launch:
     try:
         processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
     except (TypeError, ValueError):
-        raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least") from None
-    if processes < 1 or machines < 1:
+        processes = machines = 0
+    if min(processes, machines) < 1:
         raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least")
     environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
     on_cpu = tree.get("use_cpu", False) or set(str(tree.get("gpu_ids", "all")).split(",")) == {"-1"}

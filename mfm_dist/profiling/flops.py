@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     segmentor = f"1. segmentor, forward, one image of {size[0]}x{size[1]}, evaluation mode"
     print(*forward_lines(segmentor, found["segmentor"], arguments.depth), sep="\n")
     if found["rebuilder"] is None:
-        print("\n2. Rebuilder: none (mfm.enabled and mfm.use_rebuilder say so)")
+        print("\n2. Rebuilder: none in this configuration")
     else:
         title = f"2. Rebuilder, forward, one image of {found['crop'][0]}x{found['crop'][1]}"
         print(*forward_lines(title, found["rebuilder"], arguments.depth), sep="\n")
