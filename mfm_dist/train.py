@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -28,8 +28,8 @@ from mfm_dist.config.arguments import config_arguments, whole
 from mfm_dist.config.class_files import DEFAULT, load_class_set
 from mfm_dist.config.loader import describe, load_config
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launch import Launch, combination_problems
-from mfm_dist.distributed.launcher import choose_zero, read_launch, start_processes
+from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
+from mfm_dist.distributed.launcher import choose_zero, launch_environment, start_processes
 from mfm_dist.errors import (
     EXIT_DONE,
     EXIT_ERROR,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
-            check(config, read_launch(arguments.launch) if arguments.launch else None)
+            check(config, launch_environment(arguments.launch) if arguments.launch else None)
             return EXIT_DONE
         if arguments.launch:
             return start_processes(arguments.launch, "mfm_dist.train", arguments.of_each_process)
@@ -211,11 +211,13 @@ def report_finished(config: RunConfig, run: RunFolder) -> bool:
     return True
 
 
-def check(config: RunConfig, launch: Launch | None = None) -> None:
+def check(config: RunConfig, started: Mapping[str, str] | None = None) -> None:
     """Find what can be found wrong without training: configuration, trackers, weights, networks, shards.
 
-    Where ``launch`` is given, also what does not go with its processes and its ZeRO stage. On a machine with GPUs also
-    warn if the run will hardly fit one, started as ``launch`` says, or as this process was.
+    On a machine with GPUs also warn if the run will hardly fit one.
+
+    Args:
+        started: the environment of a launch file's processes; what is wrong with it is told, too.
 
     Raises:
         UserError: for all of it, of the kind of the first.
@@ -228,8 +230,10 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
 
     errors: list[UserError] = []
     module = None
+    launch = Launch.from_environment(os.environ if started is None else started)
     problems = tracker_problems(config)
-    if launch is not None:
+    if started is not None:
+        problems += launch_problems(started)
         problems += [*combination_problems(config, launch), *config.world_problems(launch.world_size)]
     if problems:
         errors.append(ConfigError(problems))
@@ -255,7 +259,6 @@ def check(config: RunConfig, launch: Launch | None = None) -> None:
     rebuilder = sum(p.numel() for p in module.rebuilder.parameters()) if module.rebuilder is not None else 0
     print(f"ok: {config.method_label}{' + MFM' if config.mfm.enabled else ''}, {student / 1e6:.2f} M parameters in the")
     print(f"    segmentor, {rebuilder / 1e6:.2f} M in the Rebuilder; run.folder={config.run.folder}")
-    launch = launch or Launch.from_environment()
     if torch.cuda.is_available() and not launch.use_cpu:
         from mfm_dist.profiling.plan import does_not_fit
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mfm_dist.config.loader import read_yaml
 from mfm_dist.config.shipped import find_shipped
-from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import EXIT_ERROR, EXIT_STOPPED, ConfigError
 
 SETTINGS = {
@@ -19,6 +18,15 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",  # torch's own threads are train.threads
 }
 """Variables of the environment that are set where they are not."""
+DEEPSPEED_VARIABLES = {
+    "zero_stage": "DEEPSPEED_ZERO_STAGE",
+    "deepspeed_config_file": "DEEPSPEED_CONFIG_FILE",
+    "offload_optimizer_device": "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+    "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
+    "gradient_clipping": "GRADIENT_CLIPPING",
+}
+"""Entries of ``deepspeed_config`` in a launch file, and the variables in which Accelerate hands them over."""
 
 
 def start_processes(file: Path, module: str, arguments: Sequence[str]) -> int:
@@ -69,27 +77,37 @@ def find_launch_file(file: Path) -> Path:
     return found
 
 
-def read_launch(file: Path) -> Launch:
-    """Read what the processes of a launch file will find in their environment. Raises ConfigError."""
+def launch_environment(file: Path) -> dict[str, str]:
+    """Return what the processes of a launch file will find in their environment, as far as ``launch`` reads it.
+
+    Raises:
+        ConfigError: there is no such file, or it is none that could be read.
+    """
     tree = read_yaml(find_launch_file(file))
+    kind = tree.get("distributed_type")
+    deepspeed, dynamo = tree.get("deepspeed_config") or {}, tree.get("dynamo_config") or {}
     try:
         processes, machines = int(tree.get("num_processes", 1)), int(tree.get("num_machines", 1))
     except (TypeError, ValueError):
         processes = machines = 0
     if min(processes, machines) < 1:
         raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least")
+    if not isinstance(deepspeed, dict):
+        raise ConfigError(f"--launch {file}: deepspeed_config has to hold zero_stage or deepspeed_config_file")
+    if not isinstance(dynamo, dict):
+        raise ConfigError(f"--launch {file}: leave dynamo_config out, train.compile of the run decides it")
+    said = {
+        "USE_CPU": tree.get("use_cpu", False) or set(str(tree.get("gpu_ids", "all")).split(",")) == {"-1"},
+        "USE_FSDP": kind == "FSDP",
+        "USE_MEGATRON_LM": kind == "MEGATRON_LM",
+        "MIXED_PRECISION": tree.get("mixed_precision") or "no",  # YAML reads a bare no as false
+        "DYNAMO_BACKEND": dynamo.get("dynamo_backend", tree.get("dynamo_backend", "no")),
+    }
+    if kind == "DEEPSPEED":
+        said["USE_DEEPSPEED"] = True
+        said |= {DEEPSPEED_VARIABLES[key]: value for key, value in deepspeed.items() if key in DEEPSPEED_VARIABLES}
     environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
-    on_cpu = tree.get("use_cpu", False) or set(str(tree.get("gpu_ids", "all")).split(",")) == {"-1"}
-    environment["ACCELERATE_USE_CPU"] = str(on_cpu).lower()
-    if tree.get("distributed_type") == "DEEPSPEED":
-        deepspeed = tree.get("deepspeed_config") or {}
-        if not isinstance(deepspeed, dict):
-            raise ConfigError(f"--launch {file}: deepspeed_config has to hold zero_stage or deepspeed_config_file")
-        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
-        for key, name in (("zero_stage", "ZERO_STAGE"), ("deepspeed_config_file", "CONFIG_FILE")):
-            if key in deepspeed:
-                environment[f"ACCELERATE_DEEPSPEED_{name}"] = str(deepspeed[key])
-    return Launch.from_environment(environment)
+    return environment | {f"ACCELERATE_{name}": str(value) for name, value in said.items()}
 
 
 def choose_zero(stage: int) -> None:

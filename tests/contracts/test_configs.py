@@ -15,7 +15,7 @@ from mfm_dist.build import build_train_module, render_scenes
 from mfm_dist.config.loader import changed_keys, load_config, to_tree
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, launch_problems
-from mfm_dist.distributed.launcher import read_launch
+from mfm_dist.distributed.launcher import launch_environment
 from mfm_dist.shards.card import read_card
 from tests.helpers.classes import CLASSES
 from tests.helpers.runs import REPOSITORY
@@ -281,17 +281,7 @@ def test_run_says_only_what_differs_from_the_defaults(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
 def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    launch = load_config_from_file(str(path))
-    deepspeed = launch.deepspeed_config
-    assert launch.mixed_precision == "no"
-    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(deepspeed)
-    environment = {"ACCELERATE_USE_DEEPSPEED": str(launch.distributed_type == "DEEPSPEED").lower()}
-    if file := deepspeed.get("deepspeed_config_file"):
-        environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(REPOSITORY / file)
-    elif deepspeed:
-        environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
+    environment = launch_environment(path)
     assert launch_problems(environment) == []
     stage = re.search(r"zero(\d)", path.stem)
     assert Launch.from_environment(environment).zero_stage == (int(stage[1]) if stage else None)
@@ -299,12 +289,12 @@ def test_launch_file_leaves_the_mathematics_to_the_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
 def test_a_launch_file_says_whether_it_is_for_the_cpu(path: Path) -> None:
-    assert read_launch(path).use_cpu == path.stem.startswith("cpu_")
+    assert Launch.from_environment(launch_environment(path)).use_cpu == path.stem.startswith("cpu_")
 
 
 @pytest.mark.parametrize("path", [path for path in LAUNCHES if "hpz" in path.stem], ids=lambda p: p.stem)
 def test_a_second_copy_is_cut_within_each_node(path: Path) -> None:
-    launch = read_launch(path)
+    launch = Launch.from_environment(launch_environment(path))
     assert launch.zero_settings["zero_hpz_partition_size"] == launch.local_world_size == 8
     assert launch.world_size > 8, "within one node it would be a copy for nothing"
     assert combination_problems(RunConfig(), launch) == []

@@ -13,7 +13,7 @@ import torch
 from mfm_dist.checkpoint.files import read_checkpoint
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.distributed.launch import Launch, combination_problems, device_problems, launch_problems
-from mfm_dist.distributed.launcher import choose_zero, read_launch
+from mfm_dist.distributed.launcher import choose_zero, launch_environment
 from mfm_dist.distributed.start import deepspeed_config
 from mfm_dist.errors import ConfigError
 from mfm_dist.train import main
@@ -55,14 +55,65 @@ def test_what_a_launch_file_must_not_say(variable: str, value: str, told: str) -
         ("num_processes:", "num_processes and num_machines have to be numbers"),
         ("num_machines: 0", "num_processes and num_machines have to be numbers"),
         ("{distributed_type: DEEPSPEED, deepspeed_config: zero2}", "has to hold zero_stage"),
+        ("dynamo_config: INDUCTOR", "leave dynamo_config out"),
     ],
 )
 def test_a_launch_file_that_is_none_is_told(content: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "launch.yaml").write_text(content)
     with pytest.raises(ConfigError, match=told):
-        read_launch(tmp_path / "launch.yaml")
+        launch_environment(tmp_path / "launch.yaml")
+
+
+def test_a_launch_file_without_a_stage_has_the_one_of_accelerate(tmp_path: Path) -> None:
     (tmp_path / "launch.yaml").write_text("{distributed_type: DEEPSPEED, deepspeed_config: }")
-    assert read_launch(tmp_path / "launch.yaml").zero_stage == 2, "Accelerate's default"
+    assert Launch.from_environment(launch_environment(tmp_path / "launch.yaml")).zero_stage == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("mixed_precision: bf16", "train.precision"),
+        ("dynamo_backend: INDUCTOR", "train.compile"),
+        ("dynamo_config: {dynamo_backend: INDUCTOR}", "train.compile"),
+        ("distributed_type: FSDP", "FSDP is not supported"),
+        ("distributed_type: MEGATRON_LM", "Megatron-LM is not supported"),
+        ("{distributed_type: DEEPSPEED, deepspeed_config: {gradient_clipping: 1.0}}", "train.clip_norm"),
+        ("{distributed_type: DEEPSPEED, deepspeed_config: {gradient_accumulation_steps: 4}}", "train.global_batch"),
+        (
+            "{distributed_type: DEEPSPEED, deepspeed_config: {offload_optimizer_device: cpu}}",
+            "memory.offload_optimizer",
+        ),
+        ("{distributed_type: DEEPSPEED, deepspeed_config: {offload_param_device: cpu}}", "cannot be offloaded"),
+        ("{distributed_type: DEEPSPEED, deepspeed_config: {deepspeed_config_file: no.json}}", "zero_optimization"),
+    ],
+)
+def test_what_a_launch_file_must_not_say_is_found_before_any_process_starts(
+    content: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "launch.yaml").write_text(content)
+    (problem,) = launch_problems(launch_environment(tmp_path / "launch.yaml"))
+    assert told in problem
+    (tmp_path / "launch.yaml").write_text("{mixed_precision: no, distributed_type: MULTI_GPU, num_processes: 2}")
+    assert launch_problems(launch_environment(tmp_path / "launch.yaml")) == []
+
+
+@pytest.mark.parametrize("entry", ["{zero_stage: 3, gradient_clipping: 1.0}", "{deepspeed_config_file: ds.json}"])
+def test_a_launch_file_is_read_as_accelerate_reads_it(entry: str, tmp_path: Path) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    file = tmp_path / "launch.yaml"
+    file.write_text(
+        f"compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config: {entry}\n"
+        "mixed_precision: bf16\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\nuse_cpu: false\n"
+    )
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    _, handed_over = prepare_deepspeed_cmd_env(arguments)
+    ours = {name: value.lower() for name, value in launch_environment(file).items() if name in handed_over}
+    assert {name: handed_over[name].lower() for name in ours} == ours
+    assert {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"} < set(ours)
 
 
 def test_a_deepspeed_file_may_say_how_fast_but_not_what(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from mfm_dist.build import build_train_module, open_readers
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.concatenated import ConcatenatedReader
-from mfm_dist.distributed.launch import Launch
 from mfm_dist.errors import ConfigError, UserError
 from mfm_dist.train import check
 from tests.helpers.classes import CLASSES
@@ -101,9 +100,14 @@ def test_the_rebuilders_size_is_its_own(more: list[str], capsys: pytest.CaptureF
     assert (parameters == 0) == ("mfm.use_rebuilder=false" in more)
 
 
-def test_a_launch_that_replays_no_graph_is_told_before_it_starts() -> None:
-    with pytest.raises(ConfigError, match=r"train\.cuda_graph under ZeRO"):
-        check(load_config(None, [*SMALL, "train.cuda_graph=true"]), Launch(2, 0, 2))
+def test_all_that_is_wrong_with_a_launch_is_told_before_it_starts() -> None:
+    started = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "3", "ACCELERATE_MIXED_PRECISION": "fp16"}
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(None, [*SMALL, "train.cuda_graph=true", "train.global_batch=4"]), started)
+    file, graph, batch = caught.value.problems
+    assert file.startswith("the launch file sets mixed_precision: fp16")
+    assert graph.startswith("train.cuda_graph under ZeRO")
+    assert "train.global_batch=4" in batch
 
 
 def test_several_sets_are_checked_and_their_shares_said(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.launcher import read_launch
+from mfm_dist.distributed.launch import Launch
+from mfm_dist.distributed.launcher import launch_environment
 from mfm_dist.distributed.memory import StateSizes
 from mfm_dist.errors import ConfigError
 from mfm_dist.profiling import plan as planning
@@ -136,9 +137,9 @@ def test_a_cpu_is_timed() -> None:
 
 
 def test_a_run_that_will_hardly_fit_is_told() -> None:
-    launch = read_launch(Path("configs/accelerate/multinode_zero3.yaml"))
+    launch = Launch.from_environment(launch_environment(Path("configs/accelerate/multinode_zero3.yaml")))
     assert (launch.world_size, launch.local_world_size, launch.zero_stage) == (16, 8, 3)
-    assert read_launch(Path("configs/accelerate/node8_ddp.yaml")).zero_stage is None
+    assert Launch.from_environment(launch_environment(Path("configs/accelerate/node8_ddp.yaml"))).zero_stage is None
     config = config_with("data.crop=64x64")
     assert does_not_fit(config, launch, gib=80) is None
     told = does_not_fit(config, launch, gib=0.1)
