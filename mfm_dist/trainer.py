@@ -18,7 +18,7 @@ from mfm_dist.checkpoint.contents import load_state
 from mfm_dist.checkpoint.files import Checkpoint, sound_first
 from mfm_dist.checkpoint.progress import Progress
 from mfm_dist.checkpoint.resume import load_newest
-from mfm_dist.checkpoint.writer import CheckpointWriter, Saved
+from mfm_dist.checkpoint.writer import PATIENCE, CheckpointWriter, Saved
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import ShardReader
 from mfm_dist.distributed.audit import audit
@@ -34,7 +34,7 @@ from mfm_dist.run.logging import Console, StepLog
 from mfm_dist.run.recovery import SkippedSteps, ceilings, diagnosis, gone_back, must_roll_back, record_applied
 from mfm_dist.run.signals import Stopped
 from mfm_dist.run.trace import StepTrace
-from mfm_dist.run.watchdog import Phase, Watchdog
+from mfm_dist.run.watchdog import SLOW_FACTOR, Phase, Watchdog
 from mfm_dist.schedules import (
     averaged_norms,
     ema_decay_at,
@@ -120,7 +120,13 @@ class Trainer:
             say=self.console.line,
         )
         self.writer = CheckpointWriter(
-            run.checkpoints, engine, config, data_fingerprints=data_fingerprints, written=self._note_saved
+            run.checkpoints,
+            engine,
+            config,
+            data_fingerprints=data_fingerprints,
+            written=self._note_saved,
+            # Less than a save may take: what is told is the rank that has not written, and not a hang.
+            patience=(SLOW_FACTOR - 1) * config.watchdog.seconds or PATIENCE,
         )
         watchdog.before_leaving = self.writer.close
         self.launched: deque[LaunchedStep] = deque()

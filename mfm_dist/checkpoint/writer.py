@@ -32,7 +32,7 @@ from mfm_dist.errors import CorruptFileError, StorageError
 from mfm_dist.train_module import TrainModule
 
 PATIENCE = 1500.0
-"""Seconds given to a write; a disk that takes longer is taken for one that hangs. Below the watchdog's for a save."""
+"""Seconds given to a write where no watchdog says how long; a disk that takes longer is taken for one that hangs."""
 PATIENCE_AT_THE_END = 60.0
 """Seconds that rank 0 waits for the others' pieces when a run ends in an error: they may be gone."""
 

@@ -23,14 +23,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import mfm_dist
 from mfm_dist.batch import UDABatch
-from mfm_dist.build import Readers, build_train_module, classes_without_data
+from mfm_dist.build import Readers, classes_without_data
 from mfm_dist.config.schema import RunConfig
-from mfm_dist.distributed.start import start_engine
-from mfm_dist.optim import build_optimizer
 from mfm_dist.profiling.counting import without_weights
-from mfm_dist.run.folder import RunFolder
-from mfm_dist.run.watchdog import Watchdog
-from mfm_dist.trainer import Trainer
+from mfm_dist.profiling.step import build_trainer
 
 READS = {
     *("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__complex__", "numpy", "cpu", "nonzero"),
@@ -153,14 +149,8 @@ def count_host_syncs(config: RunConfig, batches: list[UDABatch]) -> HostSyncs:
     config = without_weights(config)
     config.train.cuda_graph = False  # which needs a GPU, and changes nothing about what waits
     config.self_training.blur_prob = config.self_training.jitter_prob = 1.0
-    engine = start_engine(config)
-    module = build_train_module(config, classes_without_data(config))
-    engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
-    run = RunFolder(config.run.folder, writes=False)
-    watchdog = Watchdog(run.path, rank=0, world_size=1, seconds=0, start="", on_hang=print)
     no_data: Any = ()
-    readers = Readers(no_data, no_data, None, None, None, module.classes)
-    trainer = Trainer(engine, module, readers, run, {}, watchdog, asked_to_stop=lambda: None)
+    trainer = build_trainer(config, Readers(no_data, no_data, None, None, None, classes_without_data(config)))
     blocks = iter(batches)
     trainer.train_step(trainer.next_batches(blocks))
     syncs = HostSyncs()
@@ -171,5 +161,5 @@ def count_host_syncs(config: RunConfig, batches: list[UDABatch]) -> HostSyncs:
         trainer.settle(leave=1)
     trainer.settle()
     trainer.writer.close()
-    engine.close()
+    trainer.engine.close()
     return syncs

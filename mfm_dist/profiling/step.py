@@ -105,16 +105,22 @@ class Setting:
     memory_gib: float = 0.0
 
 
-def build_setting(config: RunConfig, readers: Readers) -> Setting:
-    """Build everything that a run of ``config`` trains with, but for the data."""
+def build_trainer(config: RunConfig, readers: Readers) -> Trainer:
+    """Build what a run of ``config`` trains with, for single steps: nothing is written or watched, no signal heard."""
     engine = start_engine(config)
     module = build_train_module(config, readers.classes)
     engine.prepare(module, build_optimizer(module, config.optim, fused=engine.fuses_optimizer))
-    clock = PartClock(engine.device)
-    mark_backward(engine, clock)
     run = RunFolder(config.run.folder, writes=False)
     watchdog = Watchdog(run.path, rank=0, world_size=1, seconds=0, start="", on_hang=print)
-    trainer = Trainer(engine, module, readers, run, {}, watchdog, asked_to_stop=lambda: None)
+    return Trainer(engine, module, readers, run, {}, watchdog, asked_to_stop=lambda: None)
+
+
+def build_setting(config: RunConfig, readers: Readers) -> Setting:
+    """Build the two ways to step, and the clock that both mark."""
+    trainer = build_trainer(config, readers)
+    module, engine = trainer.module, trainer.engine
+    clock = PartClock(engine.device)
+    mark_backward(engine, clock)
     if module.teacher is not None:
         module.teacher.register_forward_pre_hook(lambda *_: clock.mark("forward"))
         module.teacher.register_forward_hook(lambda *_: clock.mark("teacher"))

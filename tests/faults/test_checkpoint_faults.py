@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mfm_dist.build import Readers
 from mfm_dist.checkpoint.contents import PARTS
 from mfm_dist.checkpoint.files import Checkpoint, Snapshot, find_latest, read_checkpoint, step_folder, write_rank
 from mfm_dist.checkpoint.pieces import CHUNK_BYTES, Piece, TensorSpec, write_pieces
@@ -33,10 +34,13 @@ from mfm_dist.checkpoint.resume import load_newest
 from mfm_dist.checkpoint.writer import CheckpointWriter
 from mfm_dist.config.schema import RunConfig
 from mfm_dist.errors import ConfigError, StorageError
+from mfm_dist.profiling.step import build_trainer
 from mfm_dist.run.folder import RunFolder
+from mfm_dist.run.watchdog import SLOW_FACTOR
 from mfm_dist.storage import temporary_folder
 from mfm_dist.train import set_aside
 from tests.helpers.classes import CLASSES
+from tests.helpers.modules import config_with
 from tests.helpers.mutations import vouch
 from tests.helpers.ranks import on_ranks
 from tests.helpers.runs import DEFAULTS, REPOSITORY, result_of, run_train, tiny_overrides
@@ -403,6 +407,14 @@ def test_a_rank_that_lags_is_named_and_leaves_no_checkpoint(tmp_path: Path, monk
     assert re.fullmatch(r".*step_00000002 is not complete: rank 1 has not written its pieces within 0\.3 s", reasons[0])
     assert_whole(tmp_path, 1)
     assert not (tmp_path / "step_00000002").exists()
+
+
+@pytest.mark.parametrize("seconds", [1, 60, 3600])
+def test_a_slow_disk_is_told_before_it_counts_as_a_hang_and_not_much_before(seconds: float) -> None:
+    config = config_with("train.micro_batch=1", "train.global_batch=1", f"watchdog.seconds={seconds}")
+    no_data: Any = ()
+    trainer = build_trainer(config, Readers(no_data, no_data, None, None, None, CLASSES))
+    assert seconds * SLOW_FACTOR / 2 < trainer.writer.patience < seconds * SLOW_FACTOR
 
 
 def flips(path: Path, positions: Iterator[int] | range) -> Iterator[int]:
