@@ -148,6 +148,21 @@ def test_the_stable_variant_trains_as_one_at_every_stage(
     assert_same_training(run, stable_alone, initial_state(scenes, *STABLE))
 
 
+@pytest.mark.parametrize(
+    ("precision", "launch"), [("bf16", None), ("bf16", "cpu_zero3"), ("bf16_weights", "cpu_zero2")]
+)
+def test_the_stable_variant_trains_in_bf16_as_in_fp32_to_its_rounding(
+    precision: str, launch: str | None, scenes: Path, tmp_path: Path, stable_alone: dict[str, Any]
+) -> None:
+    """What it says of itself differs by less than ten of the 2^-8 that a bf16 number is rounded by."""
+    run = trained(scenes, tmp_path, *STABLE, f"train.precision={precision}", launch=launch)
+    for ours, theirs in zip(run["metrics"], stable_alone["metrics"], strict=True):
+        for key in ("loss/total", "loss/mfm", *INSTRUMENTS):
+            assert ours[key] == pytest.approx(theirs[key], rel=10 * 2**-8), key
+    first, in_fp32 = run["metrics"][0]["mfm/grad_ratio"], stable_alone["metrics"][0]["mfm/grad_ratio"]
+    assert first != pytest.approx(in_fp32, rel=1e-4), "nothing was rounded"
+
+
 HOUR = 3600
 """Seconds for one start of the large preset, on cores that others may use too."""
 LARGE = [*STABLE, *LARGE_REBUILDER, "data.crop=128x256", "rebuilder.grid=4x8", "train.global_batch=4",
