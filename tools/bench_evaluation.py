@@ -28,6 +28,7 @@ from mfm_dist.config.arguments import image_size, whole
 from mfm_dist.config.loader import load_config
 from mfm_dist.data.pipeline import EvaluationSet
 from mfm_dist.data.reader import Sample, ShardReader
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.errors import EXIT_DONE
 from mfm_dist.inference.evaluation import OneProcess, evaluate, evaluation_mode
 from mfm_dist.inference.metrics import boundary_counts, boundary_width, confusion_matrix
@@ -127,6 +128,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> tuple[float, fl
 
 def measure(images: int, size: tuple[int, int], rounds: int, workers: int) -> dict[str, Any]:
     """Measure all, medians over rounds, under the names that the JSON file has."""
+    set_fp32_math("ieee")  # as a run's evaluation is by default
     ranks = OneProcess()
     with tempfile.TemporaryDirectory() as folder:
         write_scenes(

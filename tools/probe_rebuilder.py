@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_dist.build import open_folder
+from mfm_dist.distributed.arithmetic import set_fp32_math
 from mfm_dist.errors import EXIT_DONE, ConfigError, StorageError, tell_user_errors
 from mfm_dist.inference.evaluation import OneProcess
 from mfm_dist.inference.open_run import open_train_module
@@ -39,6 +40,7 @@ def probe_run(run: Path) -> dict[str, Any]:
     batches, bad = read_batches(reader, data)
     for sample in bad:
         print(f"left out: {sample}", file=sys.stderr)
+    set_fp32_math(module.config.train.fp32_math)
     found = probe(module.to(OneProcess().device), batches, checkpoint)
     return {"step": checkpoint.progress.step, **found}
 

@@ -202,7 +202,8 @@ class Engine:
         share = 1.0 / self.world_size if self.replicates_gradients else 1.0
         for group, weight, state in self._stepped():
             if group["part"] == part and "exp_avg_sq" in state:
-                beta1, beta2 = (1.0 - beta ** float(state["step"]) for beta in group["betas"])
+                steps = float(state["step"])  # which waits for a GPU, where the fused AdamW keeps it
+                beta1, beta2 = (1.0 - beta**steps for beta in group["betas"])
                 direction = (state["exp_avg"] / beta1) / ((state["exp_avg_sq"] / beta2).sqrt() + group["eps"])
                 each = [direction, group["lr"] * direction, weight.detach()]
                 squares += share * torch.stack([x.float().square().sum() for x in each]).to(self.device)

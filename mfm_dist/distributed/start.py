@@ -88,10 +88,11 @@ def start_engine(config: RunConfig, *, exchange_seconds: float = 0.0) -> Engine:
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launch))
-        import deepspeed  # not at the top: it looks at DS_ACCELERATOR, and takes seconds
+        if on_cpu:
+            import deepspeed  # not at the top: it looks at DS_ACCELERATOR, and takes seconds
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        exchange |= {"backend": "gloo"} if on_cpu else {}
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            exchange["backend"] = "gloo"
         handlers = [InitProcessGroupKwargs(**exchange)]
         accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=handlers)
         kind = BF16Engine if config.train.precision == "bf16_weights" else DeepSpeedEngine
@@ -126,6 +127,7 @@ def deepspeed_config(config: RunConfig, launch: Launch) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
+        "timers": {"throughput": {"enabled": False}},  # on a GPU it waits for the device, twice a step
     }
     if config.train.precision == "bf16_weights":
         ds_config["bf16"] = {"enabled": True}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from mfm_dist.batch import UDABatch
@@ -41,6 +42,8 @@ from mfm_dist.train_module import TrainModule
 from mfm_dist.trainer import Trainer
 
 PARTS = ("data wait", "teacher", "forward", "backward", "optimiser + EMA")
+SQUARE = 32
+"""Side of the squares that random labels lie in, in pixels: a feature of the last map of most encoders."""
 MEMORY_STEPS = 2
 """Steps before memory is read: the first makes the optimiser's state, the second has everything at once."""
 
@@ -177,11 +180,16 @@ class Blocks:
 
 
 def random_batch(config: RunConfig, number: int) -> UDABatch:
-    """Make pictures of noise: neither memory nor time depends on what they show."""
+    """Make pictures of noise: neither memory nor time depends on what they show.
+
+    Labels lie in squares, so that some features are of one class, as DAFormer's feature distance asks.
+    """
     generator = torch.Generator().manual_seed(number)
     size = (config.train.micro_batch, *config.data.crop)
     images = torch.randint(0, 256, (2, size[0], 3, *size[1:]), generator=generator, dtype=torch.uint8)
-    label = torch.randint(0, len(classes_without_data(config)), size, generator=generator, dtype=torch.uint8)
+    squares = (size[0], *(-(-side // SQUARE) for side in config.data.crop))
+    label = torch.randint(0, len(classes_without_data(config)), squares, generator=generator, dtype=torch.uint8)
+    label = label.repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)[:, : size[1], : size[2]].contiguous()
     return UDABatch(
         source_image=images[0],
         source_label=label,
@@ -212,6 +220,7 @@ def measured_step(step: StepFunction, take: Callable[[], list[UDABatch]], device
 def peak_gib(work: Callable[[], None], device: torch.device) -> float:
     """Measure the most memory that torch holds for what ``work`` makes: weights, optimiser, activations."""
     if device.type == "cuda":
+        fill_workspaces(device)
         synchronise(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -229,6 +238,13 @@ def peak_gib(work: Callable[[], None], device: torch.device) -> float:
         events = read_json(path, limit=1 << 34)["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     return max(accumulate(size for _, size in changes)) / 2**30
+
+
+def fill_workspaces(device: torch.device) -> None:
+    """Have cuBLAS take its workspaces, 32 MiB a thread on a Hopper, which would count to what comes first."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.ones(8, 8, device=device, dtype=dtype, requires_grad=True)
+        functional.linear(weight, weight).sum().backward()
 
 
 def build_and_weigh(config: RunConfig, readers: Readers, blocks: Blocks, device: torch.device) -> Setting:

@@ -175,4 +175,5 @@ def test_what_is_loaded_lies_in_memory_as_the_weights_do(device: str) -> None:
     assert {value.stride() for value in loaded} == {weight.stride()}
     step(4)
     for parameter, expected in zip(parameters, went_on, strict=True):
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+        # A gradient that is rounding alone, as that of the keys' bias, is other rounding in the next pass on a GPU.
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)

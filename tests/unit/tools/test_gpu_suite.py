@@ -15,7 +15,7 @@ import torch
 
 from mfm_dist.storage import JsonLines
 from tests.helpers.runs import REPOSITORY
-from tools.gpu_suite import CALLS, Machine, Wrong, in_process, table
+from tools.gpu_suite import CALLS, GPU_TESTS, Machine, Wrong, in_process, outcomes_of, table
 
 ALL_CALLS = """
 import sys
@@ -43,6 +43,27 @@ def test_all_three_calls_run_tiny_on_a_cpu(tmp_path: Path) -> None:
     assert figures["fast", "bf16"]["step_ms"] > 0
     assert figures["fast", "trace"]["kernels"] > 100
     assert (tmp_path / "trace.json.gz").stat().st_size > 1000
+
+
+def test_all_files_with_tests_for_a_gpu_are_run() -> None:
+    files = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    marked = {str(file) for file in files if "pytest.mark.gpu" in (REPOSITORY / file).read_text()}
+    assert marked - {str(Path(__file__).relative_to(REPOSITORY))} == set(GPU_TESTS)
+
+
+@pytest.mark.parametrize("beside", [[], ["-n", "2"]])
+def test_outcomes_are_read_from_what_pytest_says(beside: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_all.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_x(x): assert x == 'c'\n"
+        "def test_y(): pytest.skip()\n@pytest.fixture\ndef broken(): raise ValueError\ndef test_z(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-vv", "-p", "no:cacheprovider", *beside, "tests"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    assert outcomes_of(said) == {
+        "tests/test_all.py::test_x[a b]": "FAILED", "tests/test_all.py::test_x[c]": "PASSED",
+        "tests/test_all.py::test_y": "SKIPPED", "tests/test_all.py::test_z": "ERROR",
+    }  # fmt: skip
 
 
 def fails(_: Machine) -> dict[str, Any]:
