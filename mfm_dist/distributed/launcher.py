@@ -94,6 +94,8 @@ def launch_environment(file: Path) -> dict[str, str]:
         raise ConfigError(f"--launch {file}: num_processes and num_machines have to be numbers, 1 at least")
     if not isinstance(deepspeed, dict):
         raise ConfigError(f"--launch {file}: deepspeed_config has to hold zero_stage or deepspeed_config_file")
+    if deepspeed.get("zero_stage") not in (None, 0, 1, 2, 3):
+        raise ConfigError(f"--launch {file}: zero_stage={deepspeed['zero_stage']}, there are 0, 1, 2 and 3")
     if not isinstance(dynamo, dict):
         raise ConfigError(f"--launch {file}: leave dynamo_config out, train.compile of the run decides it")
     said = {
@@ -101,11 +103,12 @@ def launch_environment(file: Path) -> dict[str, str]:
         "USE_FSDP": kind == "FSDP",
         "USE_MEGATRON_LM": kind == "MEGATRON_LM",
         "MIXED_PRECISION": tree.get("mixed_precision") or "no",  # YAML reads a bare no as false
-        "DYNAMO_BACKEND": dynamo.get("dynamo_backend", tree.get("dynamo_backend", "no")),
+        "DYNAMO_BACKEND": dynamo.get("dynamo_backend") or tree.get("dynamo_backend") or "no",
     }
     if kind == "DEEPSPEED":
         said["USE_DEEPSPEED"] = True
-        said |= {DEEPSPEED_VARIABLES[key]: value for key, value in deepspeed.items() if key in DEEPSPEED_VARIABLES}
+        given = {key: value for key, value in deepspeed.items() if value is not None}
+        said |= {name: given[key] for key, name in DEEPSPEED_VARIABLES.items() if key in given}
     environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(max(1, processes // machines))}
     return environment | {f"ACCELERATE_{name}": str(value) for name, value in said.items()}
 

@@ -55,6 +55,10 @@ def test_what_a_launch_file_must_not_say(variable: str, value: str, told: str) -
         ("num_processes:", "num_processes and num_machines have to be numbers"),
         ("num_machines: 0", "num_processes and num_machines have to be numbers"),
         ("{distributed_type: DEEPSPEED, deepspeed_config: zero2}", "has to hold zero_stage"),
+        (
+            "{distributed_type: DEEPSPEED, deepspeed_config: {zero_stage: two}}",
+            "zero_stage=two, there are 0, 1, 2 and 3",
+        ),
         ("dynamo_config: INDUCTOR", "leave dynamo_config out"),
     ],
 )
@@ -65,8 +69,11 @@ def test_a_launch_file_that_is_none_is_told(content: str, told: str, tmp_path: P
 
 
 def test_a_launch_file_without_a_stage_has_the_one_of_accelerate(tmp_path: Path) -> None:
-    (tmp_path / "launch.yaml").write_text("{distributed_type: DEEPSPEED, deepspeed_config: }")
-    assert Launch.from_environment(launch_environment(tmp_path / "launch.yaml")).zero_stage == 2
+    for content in ("", "{zero_stage: , gradient_clipping: }"):
+        (tmp_path / "launch.yaml").write_text(f"{{distributed_type: DEEPSPEED, deepspeed_config: {content}}}")
+        environment = launch_environment(tmp_path / "launch.yaml")
+        assert Launch.from_environment(environment).zero_stage == 2
+        assert launch_problems(environment) == []
 
 
 @pytest.mark.parametrize(
